@@ -1,0 +1,70 @@
+"""Argument checks: each error says op, argument, what was expected, what came, and the remedy."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+MAX_PLAYERS = 4096
+
+
+def describe(value: object) -> str:
+    """A tensor's dtype, shape and device, or any other value with its type."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def fail(op: str, argument: str, expected: str, got: object, remedy: str = "") -> NoReturn:
+    """Raises the ValueError that every failed check ends in."""
+    raise ValueError(f"{op}: argument `{argument}` must be {expected}, but it is {describe(got)}. {remedy}".rstrip())
+
+
+def words(players: int) -> int:
+    """32-bit words that hold one coalition of `players`."""
+    return (players + 31) // 32
+
+
+def check_tensor(op: str, argument: str, value: object, shape: str, ndim: int) -> Tensor:
+    """A floating-point tensor with `ndim` dimensions; `shape` names them in the message."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: argument `{argument}` must be a tensor {shape}, but it is {describe(value)}.")
+    if value.ndim != ndim or not value.is_floating_point():
+        fail(op, argument, f"a floating-point tensor {shape}", value)
+    return value
+
+
+def check_count(op: str, argument: str, value: object, low: int, high: int, remedy: str = "") -> int:
+    """A whole number in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        fail(op, argument, f"a whole number from {low} to {high}", value, remedy)
+    return value
+
+
+def check_bits(op: str, bits: object, players: int, like: Tensor | None = None) -> Tensor:
+    """Coalitions as int32 (B, M, W) for `players`, with the batch and device of `like` where it is given."""
+    remedy = "Make it with sample_coalitions or pack_bits."
+    expected = f"int32 (B, M, {words(players)}) for {players} players"
+    if not isinstance(bits, Tensor):
+        raise TypeError(f"{op}: argument `bits` must be {expected}, but it is {describe(bits)}. {remedy}")
+    if bits.dtype != torch.int32 or bits.ndim != 3 or bits.shape[2] != words(players):
+        fail(op, "bits", expected, bits, remedy)
+    if like is not None:
+        if bits.shape[0] != like.shape[0]:
+            fail(op, "bits", f"{expected} with B = {like.shape[0]} like the other arguments", bits, remedy)
+        check_device(op, "bits", bits, like)
+    return bits
+
+
+def check_device(op: str, argument: str, value: Tensor, like: Tensor) -> None:
+    """The device of the op's first tensor."""
+    if value.device != like.device:
+        fail(
+            op,
+            argument,
+            f"on {like.device} like the other arguments",
+            value,
+            f"Move it with .to({str(like.device)!r}).",
+        )

@@ -1,0 +1,1 @@
+"""One op a file: contract, checks, autograd.Function, fake implementation, choice of backend."""

@@ -1,0 +1,151 @@
+"""Images with the patches of absent players replaced by a baseline, for every coalition at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _backend, _checks
+from ..reference import mask_patches as reference
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def mask_patches(
+    images: Tensor,
+    bits: Tensor,
+    grid: tuple[int, int],
+    baseline: float | Tensor = 0.0,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Replaces the patches of absent players by a baseline.
+
+    out[b·M + m, c, y, x] = images[b, c, y, x] where bit p of bits[b, m] is set, else baseline[b, c, y, x],
+    with p = (y // (H / h)) · w + x // (W / w). Absent pixels are selected, not multiplied: NaN in them is harmless.
+
+    Args:
+        images (float16, bfloat16, float32, float64): (B, C, H, W), contiguous or channels_last; other strides are
+            copied to contiguous first.
+        bits (int32): (B, M, ceil(P / 32)) coalitions of P = h·w players, row by row.
+        grid: (h, w), patches per column and per row; h divides H, w divides W.
+        baseline: a number, or a tensor (C,), (C, H, W) or (B, C, H, W) in the unit of `images`.
+        dtype: dtype of the result; default that of `images`.
+        backend: "reference" or "cpu"; default the best available.
+
+    Returns:
+        (B·M, C, H, W) in the memory format of `images`: the coalitions of image b are rows b·M … b·M + M − 1.
+        Gradients flow to `images` and `baseline`.
+
+    Raises:
+        ValueError: if the grid does not divide the image, or shapes, dtypes or devices do not match.
+        RuntimeError: if an explicitly chosen backend can't serve the call.
+
+    Deterministic: yes, forward and backward.
+    """
+    op = "mask_patches"
+    _checks.check_tensor(op, "images", images, "(B, C, H, W)", 4)
+    _check_grid(images, grid)
+    _checks.check_bits(op, bits, grid[0] * grid[1], images)
+    dtype = images.dtype if dtype is None else dtype
+    if dtype not in _DTYPES:
+        _checks.fail(op, "dtype", "float16, bfloat16, float32 or float64", dtype)
+    baseline_images = _expand_baseline(images, baseline)
+    convertible = dtype == images.dtype or images.dtype == torch.float32
+    unsupported = None if convertible else f"it converts float32 only, and `images` is {images.dtype}"
+    if _backend.select(op, images.device, backend, unsupported=unsupported) == "reference":
+        return reference.mask_patches(images, bits, baseline_images, (grid[0], grid[1]), dtype)
+    return MaskPatches.apply(images, bits, baseline_images, grid[0], grid[1], dtype)
+
+
+def _check_grid(images: Tensor, grid: object) -> None:
+    height, width = images.shape[2:]
+    if not isinstance(grid, tuple | list) or len(grid) != 2 or not all(isinstance(n, int) and n > 0 for n in grid):
+        _checks.fail("mask_patches", "grid", "two positive whole numbers (h, w)", grid)
+    if height % grid[0] or width % grid[1]:
+        _checks.fail(
+            "mask_patches",
+            "grid",
+            f"a divisor of the image size ({height}, {width})",
+            grid,
+            "Resize the images or change the grid.",
+        )
+
+
+def _expand_baseline(images: Tensor, baseline: float | Tensor) -> Tensor:
+    """(1 or B, C, H, W) in the dtype and on the device of the images; a view wherever it can be."""
+    batch, channels, height, width = images.shape
+    if not isinstance(baseline, Tensor):
+        if isinstance(baseline, bool) or not isinstance(baseline, int | float):
+            _checks.fail("mask_patches", "baseline", "a number or a tensor", baseline)
+        return images.new_full((), float(baseline)).expand(1, channels, height, width)
+    _checks.check_device("mask_patches", "baseline", baseline, images)
+    baseline = baseline.to(images.dtype)
+    if baseline.shape == (channels,):
+        return baseline.view(1, channels, 1, 1).expand(1, channels, height, width)
+    if baseline.shape == (channels, height, width):
+        return baseline.unsqueeze(0)
+    if baseline.shape == images.shape:
+        return baseline
+    return _checks.fail(
+        "mask_patches",
+        "baseline",
+        f"a number, ({channels},), {tuple(images.shape[1:])} or {tuple(images.shape)}",
+        baseline,
+    )
+
+
+class MaskPatches(torch.autograd.Function):
+    """Autograd face of `fastshap::mask_patches`."""
+
+    @staticmethod
+    def forward(images: Tensor, bits: Tensor, baseline: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        return torch.ops.fastshap.mask_patches(images, bits, baseline, rows, columns, dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        images, bits, baseline, rows, columns, _ = inputs
+        ctx.save_for_backward(bits)
+        ctx.grid = (rows, columns)
+        ctx.dtype = images.dtype
+        ctx.shared_baseline = baseline.shape[0] == 1
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (bits,) = ctx.saved_tensors
+        grad_images = grad_baseline = None
+        if ctx.needs_input_grad[0]:
+            grad_images = torch.ops.fastshap.mask_patches_backward(grad, bits, *ctx.grid, True, ctx.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_baseline = torch.ops.fastshap.mask_patches_backward(grad, bits, *ctx.grid, False, ctx.dtype)
+            if ctx.shared_baseline:
+                grad_baseline = grad_baseline.sum(0, keepdim=True)
+        return grad_images, None, grad_baseline, None, None, None
+
+
+torch.library.define(
+    "fastshap::mask_patches",
+    "(Tensor images, Tensor bits, Tensor baseline, int rows, int columns, ScalarType dtype) -> Tensor",
+)
+torch.library.define(
+    "fastshap::mask_patches_backward",
+    "(Tensor grad, Tensor bits, int rows, int columns, bool present, ScalarType dtype) -> Tensor",
+)
+
+
+@torch.library.register_fake("fastshap::mask_patches")
+def _fake(images: Tensor, bits: Tensor, baseline: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    shape = (images.shape[0] * bits.shape[1], *images.shape[1:])
+    return torch.empty(shape, dtype=dtype, device=images.device, memory_format=reference.memory_format(images))
+
+
+@torch.library.register_fake("fastshap::mask_patches_backward")
+def _fake_backward(grad: Tensor, bits: Tensor, rows: int, columns: int, present: bool, dtype: torch.dtype) -> Tensor:
+    shape = (bits.shape[0], *grad.shape[1:])
+    return torch.empty(shape, dtype=dtype, device=grad.device, memory_format=reference.memory_format(grad))
+
+
+torch.library.register_autograd("fastshap::mask_patches", MaskPatches.backward, setup_context=MaskPatches.setup_context)

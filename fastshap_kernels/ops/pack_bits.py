@@ -1,0 +1,53 @@
+"""Coalitions as bits, the only mask format on the hot path."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..reference import pack_bits as reference
+
+
+def pack_bits(present: Tensor) -> Tensor:
+    """Packs a boolean mask of players into 32-bit words.
+
+    Player p is bit p % 32 of word p // 32; unused high bits are 0.
+
+    Args:
+        present (bool): (..., P) True where the player is present, 1 ≤ P ≤ 4096.
+
+    Returns:
+        int32 (..., W) with W = ceil(P / 32): 28 bytes a coalition at P = 196.
+
+    Raises:
+        ValueError: if `present` is not bool or P is out of range.
+
+    Deterministic: yes.
+    """
+    if not isinstance(present, Tensor) or present.dtype != torch.bool or present.ndim < 1:
+        _checks.fail("pack_bits", "present", "a bool tensor (..., P)", present, "Convert a 0/1 mask with .bool().")
+    _checks.check_count("pack_bits", "present.shape[-1]", int(present.shape[-1]), 1, _checks.MAX_PLAYERS)
+    return reference.pack_bits(present)
+
+
+def unpack_bits(bits: Tensor, players: int) -> Tensor:
+    """Unpacks 32-bit words into a boolean mask of players: the inverse of `pack_bits`.
+
+    Args:
+        bits (int32): (..., W) packed coalitions.
+        players: P, with W = ceil(P / 32).
+
+    Returns:
+        bool (..., P), True where the player is present.
+
+    Raises:
+        ValueError: if `bits` is not int32 or W does not fit P.
+
+    Deterministic: yes.
+    """
+    _checks.check_count("unpack_bits", "players", players, 1, _checks.MAX_PLAYERS)
+    wanted = _checks.words(players)
+    if not isinstance(bits, Tensor) or bits.dtype != torch.int32 or bits.ndim < 1 or bits.shape[-1] != wanted:
+        _checks.fail("unpack_bits", "bits", f"int32 (..., {wanted}) for {players} players", bits)
+    return reference.unpack_bits(bits, players)
