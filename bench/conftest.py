@@ -1,4 +1,4 @@
-"""Every speed is measured beside its plain version in the same run, interleaved; the ratio of medians is what counts."""
+"""Each speed is measured beside its plain version in one run, by turns; the ratio of medians is what counts."""
 
 import json
 import os

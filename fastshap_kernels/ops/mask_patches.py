@@ -77,7 +77,7 @@ def _check_grid(images: Tensor, grid: object) -> None:
 
 def _expand_baseline(images: Tensor, baseline: float | Tensor) -> Tensor:
     """(1 or B, C, H, W) in the dtype and on the device of the images; a view wherever it can be."""
-    batch, channels, height, width = images.shape
+    channels, height, width = images.shape[1:]
     if not isinstance(baseline, Tensor):
         if isinstance(baseline, bool) or not isinstance(baseline, int | float):
             _checks.fail("mask_patches", "baseline", "a number or a tensor", baseline)
