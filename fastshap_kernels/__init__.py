@@ -1,9 +1,20 @@
 """Ops for Shapley-value explanations of vision models: sampling, masking, packing, attention, losses, exact values."""
 
 from ._backend import use_backend
+from .ops.coalition_sum import coalition_sum
+from .ops.linear_shapley_loss import linear_shapley_loss
 from .ops.mask_patches import mask_patches
 from .ops.pack_bits import pack_bits, unpack_bits
+from .ops.shapley_regression_loss import shapley_regression_loss
 
 __version__ = "0.1.0"
 
-__all__ = ["mask_patches", "pack_bits", "unpack_bits", "use_backend"]
+__all__ = [
+    "coalition_sum",
+    "linear_shapley_loss",
+    "mask_patches",
+    "pack_bits",
+    "shapley_regression_loss",
+    "unpack_bits",
+    "use_backend",
+]

@@ -1,0 +1,17 @@
+"""Sum of the features of the present players, for every coalition."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .pack_bits import unpack_bits
+
+
+def coalition_sum(features: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """features (B, P, L), bits (B, M, W) → (B, M, L)."""
+    accumulate = torch.promote_types(features.dtype, torch.float32)
+    present = unpack_bits(bits, features.shape[1]).to(accumulate)
+    # Autocast would round the sums to half precision.
+    with torch.autocast(features.device.type, enabled=False):
+        return torch.bmm(present, features.to(accumulate)).to(dtype)
