@@ -5,6 +5,9 @@ from .ops.coalition_sum import coalition_sum
 from .ops.linear_shapley_loss import linear_shapley_loss
 from .ops.mask_patches import mask_patches
 from .ops.pack_bits import pack_bits, unpack_bits
+from .ops.pack_tokens import pack_tokens
+from .ops.packed_attention import packed_attention
+from .ops.segment_sum import segment_sum
 from .ops.shapley_regression_loss import shapley_regression_loss
 
 __version__ = "0.1.0"
@@ -14,6 +17,9 @@ __all__ = [
     "linear_shapley_loss",
     "mask_patches",
     "pack_bits",
+    "pack_tokens",
+    "packed_attention",
+    "segment_sum",
     "shapley_regression_loss",
     "unpack_bits",
     "use_backend",
