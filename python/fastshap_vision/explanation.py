@@ -1,0 +1,240 @@
+"""What a self-explaining model says about a batch of images: Shapley values, logits, and how to look at them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastshap_kernels._checks import fail
+
+_FORMAT = "fastshap_vision.Explanation/1"
+
+
+@dataclass(eq=False, repr=False)
+class Explanation:
+    """Shapley values of a batch of images, one per patch: how much each patch moved the logit of a class.
+
+    values[b].sum() = logits[b, target[b]] − null[target[b]], for every image: the unit is the logit's.
+
+    Args:
+        values (floating point): (B, P) for one target per image, (B, P, K) for every class.
+        logits (floating point): (B, K).
+        target (int64): (B,) the class that `values` explain, or None when they explain all K.
+        grid: (h, w) patches per column and per row, P = h·w, row by row.
+        null (floating point): (K,) the logits with no patch present.
+
+    Raises:
+        ValueError: when the shapes do not fit each other.
+    """
+
+    values: Tensor
+    logits: Tensor
+    target: Tensor | None
+    grid: tuple[int, int]
+    null: Tensor
+
+    def __post_init__(self) -> None:
+        if self.logits.ndim != 2:
+            fail("Explanation", "logits", "(B, K)", self.logits)
+        batch, classes = self.logits.shape
+        players = self.grid[0] * self.grid[1]
+        expected = (batch, players, classes) if self.target is None else (batch, players)
+        if self.values.shape != expected:
+            each = "every class (target=None)" if self.target is None else "one target per image"
+            fail("Explanation", "values", f"{expected} for {each} on the grid {self.grid}", self.values)
+        if self.target is not None and (self.target.shape != (batch,) or self.target.dtype != torch.int64):
+            fail("Explanation", "target", f"int64 ({batch},)", self.target)
+        if self.null.shape != (classes,):
+            fail("Explanation", "null", f"({classes},)", self.null)
+
+    def __len__(self) -> int:
+        return self.logits.shape[0]
+
+    def __getitem__(self, index: int | slice | Tensor) -> Explanation:
+        """The explanation of some of the images, a batch of one for a whole number."""
+        if isinstance(index, int):
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"Explanation: index {index} is out of range for {len(self)} images")
+            index = slice(index % len(self), index % len(self) + 1)
+        target = None if self.target is None else self.target[index]
+        return Explanation(self.values[index], self.logits[index], target, self.grid, self.null)
+
+    def __repr__(self) -> str:
+        target = "all" if self.target is None else self.target.tolist()
+        return f"Explanation({len(self)} images, grid={self.grid}, {self.logits.shape[1]} classes, target={target})"
+
+    @property
+    def probabilities(self) -> Tensor:
+        """(B, K) softmax of the logits."""
+        return self.logits.softmax(-1)
+
+    @property
+    def predicted(self) -> Tensor:
+        """(B,) int64, the class with the largest logit."""
+        return self.logits.argmax(-1)
+
+    def targets(self, target: int | Tensor | None = None) -> Tensor:
+        """The class per image that `target` means, checked against what is explained.
+
+        Args:
+            target: a class, or (B,) classes; None for the target explained, or the predicted class where all are.
+
+        Returns:
+            int64 (B,).
+
+        Raises:
+            ValueError: for a class that does not exist or that this explanation does not hold.
+        """
+        batch, classes = self.logits.shape
+        if target is None:
+            return self.predicted if self.target is None else self.target
+        wanted = torch.as_tensor(target, device=self.logits.device)
+        if wanted.is_floating_point() or wanted.dtype == torch.bool or wanted.shape not in ((), (batch,)):
+            fail("Explanation", "target", f"a class or ({batch},) whole numbers", target)
+        wanted = wanted.long().expand(batch)
+        if ((wanted < 0) | (wanted >= classes)).any():
+            fail("Explanation", "target", f"in 0 … {classes - 1}", target)
+        if self.target is not None and not torch.equal(wanted, self.target.to(wanted.device)):
+            remedy = 'Explain every class with model.explain(images, target="all").'
+            fail("Explanation", "target", f"the class explained, {self.target.tolist()}", target, remedy)
+        return wanted
+
+    def values_for(self, target: int | Tensor | None = None) -> Tensor:
+        """(B, P) the Shapley values of one class per image; `target` as in `targets`."""
+        chosen = self.targets(target).to(self.values.device)
+        if self.target is not None:
+            return self.values
+        return self.values.gather(2, chosen.view(-1, 1, 1).expand(-1, self.values.shape[1], 1)).squeeze(2)
+
+    def heatmap(
+        self,
+        size: int | tuple[int, int] | None = None,
+        target: int | Tensor | None = None,
+        mode: str = "nearest",
+    ) -> Tensor:
+        """The Shapley values of one class per image, laid out as a picture.
+
+        Every entry is the Shapley value of a whole patch, in logits: on the grid they sum to
+        logits[target] − null[target]; resized they do not sum to anything. `Attribution` spreads each value over
+        its pixels instead, so that its sum is kept.
+
+        Args:
+            size: (H, W) of the result, one number for a square; None for the grid itself.
+            target: a class, or (B,) classes; None for the target explained, or the predicted class where all are.
+            mode: "nearest" gives each pixel its patch's value, "bilinear" blends between the centres of patches.
+
+        Returns:
+            (B, h, w) where size is None, else (B, H, W).
+
+        Raises:
+            ValueError: for a target that is not explained, or an unknown size or mode.
+
+        Deterministic: yes.
+        """
+        if mode not in ("nearest", "bilinear"):
+            fail("Explanation.heatmap", "mode", '"nearest" or "bilinear"', mode)
+        maps = self.values_for(target).unflatten(1, self.grid)
+        if size is None:
+            return maps
+        shape = (size, size) if isinstance(size, int) else tuple(size)
+        if len(shape) != 2 or not all(isinstance(side, int) and side > 0 for side in shape):
+            fail("Explanation.heatmap", "size", "a positive whole number, (H, W) or None", size)
+        return functional.interpolate(maps.unsqueeze(1), size=shape, mode=mode).squeeze(1)
+
+    def efficiency_gap(self) -> float:
+        """The largest |Σ_p values + null − logit| over images and classes explained, relative.
+
+        Relative to the largest |logit| or |null| of the image over all classes; 0 for an empty batch.
+        """
+        return relative_efficiency_gap(self.values, self.logits, self.null, self.target)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file; the file at `path` is never half written.
+
+        Args:
+            path: the file; its folder must exist.
+        """
+        tensors = {"values": self.values, "logits": self.logits, "null": self.null}
+        if self.target is not None:
+            tensors["target"] = self.target
+        tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        metadata = {"format": _FORMAT, "grid": f"{self.grid[0]}x{self.grid[1]}"}
+        _write_whole(Path(path), safetensors.torch.save(tensors, metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Explanation:
+        """Reads what `save` wrote, onto the CPU.
+
+        Args:
+            path: the file.
+
+        Raises:
+            FileNotFoundError: when there is no such file.
+            ValueError: when the file is damaged, or is not an explanation.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"Explanation.load: there is no file {str(path)!r}")
+        try:
+            with safetensors.safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                names = list(file.keys())
+                tensors = {name: file.get_tensor(name) for name in names}
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
+            rows, columns = metadata["grid"].split("x")
+            grid = (int(rows), int(columns))
+            return cls(tensors["values"], tensors["logits"], tensors.get("target"), grid, tensors["null"])
+        except (safetensors.SafetensorError, ValueError, KeyError, OSError) as error:
+            raise ValueError(
+                f"Explanation.load: argument `path` must name a file written by Explanation.save, "
+                f"but {str(path)!r} can't be read as one: {error}"
+            ) from error
+
+
+def relative_efficiency_gap(values: Tensor, logits: Tensor, null: Tensor, target: Tensor | None = None) -> float:
+    """Largest |Σ_p φ + null − logit| of the classes explained, relative to the image's largest |logit| or |null|.
+
+    Args:
+        values: (B, P) of the classes in `target`, or (B, P, K) of all where `target` is None.
+        logits: (B, K).
+        null: (K,) or (B, K).
+        target (int64): (B,) or None.
+
+    Returns:
+        The gap, computed in float64; 0 for an empty batch.
+    """
+    if logits.numel() == 0:
+        return 0.0
+    logits, null = logits.detach().double(), null.detach().double()
+    scale = logits.abs().maximum(null.abs()).amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    expected = logits - null
+    if target is not None:
+        expected = expected.gather(1, target.unsqueeze(1))
+    sums = values.detach().double().sum(1).reshape(expected.shape)
+    return float(((sums - expected).abs() / scale).max())
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Writes beside the file, then renames: a reader sees the old content or the new, nothing between."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes the file private; give it the permissions that open() would have given.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
