@@ -1,0 +1,356 @@
+"""A timm model that explains itself: per-patch, per-class Shapley values from the same forward pass as the logits."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastshap_kernels import coalition_sum, linear_shapley_loss
+
+from ._checks import check_choice
+from .convolutional import PixelRemoval
+from .explanation import Explanation
+from .game import Game, JointPass, UnsupportedModelError
+from .vision_transformer import TokenDropping
+
+HEADS = ("shares", "votes")
+BASES = ("even", "votes")
+
+
+class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
+    """A timm classifier whose Shapley values add up to its logits: Σ_p Φ_p = f(x) − v(∅).
+
+    Heads (E are the features of the patches, (B, P, L)):
+
+    - "shares": the model's own classifier, untouched; Φ_p = base_p + δ_p with δ = E W_sᵀ minus its mean over p.
+      `base` is "even", (f − v(∅))/P, or "votes" where patches vote. Exact for every model.
+    - "votes": Φ_p = (W e_p + b)/P, and the logits are their sum. Exact where the model averages its patches before
+      a linear classifier; otherwise the logits change and need fine-tuning (see `is_exact_conversion`).
+
+    Args:
+        model_name: a timm model name.
+        num_classes: K, outputs explained.
+        img_size: image size in pixels, one number or (H, W); default the timm model's.
+        head: "shares" or "votes".
+        base: "even" or "votes"; of the shares head only.
+        backbone_gradient: γ in [0, 1], how much of the regression's gradient goes on into the encoder.
+        pretrained: load timm's weights (needs the network or timm's cache).
+        model_kwargs: further JSON-able arguments of `timm.create_model`.
+        backbone: a timm model to convert instead of creating one; see `convert`.
+
+    Attributes:
+        grid, players: (h, w) and P = h·w; players count row by row.
+        is_exact_conversion: whether the logits are the timm model's; with "shares" they are bit-identical.
+
+    Raises:
+        UnsupportedModelError: for a family that can't play; the message names what is supported.
+
+    Source: Fan, Yang, Ma, AAAI 2026, arXiv 2512.14354 (the votes head); the shares head is this package's.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        num_classes: int = 1000,
+        *,
+        img_size: int | tuple[int, int] | None = None,
+        head: str = "shares",
+        base: str = "even",
+        backbone_gradient: float = 1.0,
+        pretrained: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+        backbone: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("head", head, HEADS)
+        check_choice("base", base, BASES)
+        if not 0.0 <= backbone_gradient <= 1.0:
+            raise ValueError(f"Argument `backbone_gradient` must be in [0, 1], but it is {backbone_gradient!r}.")
+        # What is saved beside the weights; they replace timm's own, which need not be fetched again.
+        self._hub_mixin_config = dict(self._hub_mixin_config or {}, pretrained=False)
+        arguments = dict(model_kwargs or {})
+        if backbone is None:
+            backbone = _create_backbone(model_name, pretrained, arguments | {"num_classes": num_classes}, img_size)
+        self.backbone = backbone
+        self.head, self.base, self.backbone_gradient = head, base, backbone_gradient
+        self.game: Game = _make_game(backbone, head == "votes", arguments.get("in_chans", 3), img_size)
+        if base == "votes" and (head == "votes" or not self.game.patches_vote):
+            raise ValueError(
+                "Argument `base` can be 'votes' with head='shares' where the model averages its patches before a "
+                "linear classifier; this one does not. Use base='even'."
+            )
+        self.num_classes: int = self.game.vote_weight()[0].shape[0]
+        if head == "shares":
+            self.shares = nn.Linear(self.game.feature_width, self.num_classes, bias=False)
+            nn.init.zeros_(self.shares.weight)  # δ = 0: training starts from the base
+            self.shares.to(next(backbone.parameters()).device)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The JSON-able constructor arguments, as saved beside the weights."""
+        return dict(self._hub_mixin_config)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.game.grid
+
+    @property
+    def players(self) -> int:
+        return self.game.players
+
+    @property
+    def is_exact_conversion(self) -> bool:
+        return self.game.is_exact_conversion
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **kwargs: Any) -> SelfExplainingClassifier:
+        # The mixin announces local loading on standard output, and by default ignores missing weights.
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                return super()._from_pretrained(model_id=model_id, **(kwargs | {"strict": True}))
+        except (SafetensorError, FileNotFoundError, RuntimeError) as error:
+            raise ValueError(
+                f"The checkpoint {model_id!r} can't be read: {error}. It must be a folder written by save_pretrained "
+                "(config.json, model.safetensors), or a model on the Hub."
+            ) from error
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, K) of images (B, C, H, W)."""
+        if self.is_exact_conversion:
+            return self.backbone(images)
+        return self.game.features_and_logits(images)[1]
+
+    def shapley_values(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Shapley values (B, P, K) of every patch and class, and logits (B, K), from one forward pass."""
+        self._check_images(images)
+        features, logits = self.game.features_and_logits(images)
+        return self._phi(features, logits), logits
+
+    def _phi(self, features: Tensor, logits: Tensor) -> Tensor:
+        if self.head == "votes":
+            weight, bias = self.game.vote_weight()
+            return nn.functional.linear(features, weight, bias) / self.players
+        delta = self.shares(features)
+        delta = delta - delta.mean(1, keepdim=True)
+        if self.base == "votes":
+            return delta + nn.functional.linear(features, *self.game.vote_weight()) / self.players
+        return delta + ((logits - self.null_value()) / self.players).unsqueeze(1)
+
+    @torch.no_grad()
+    def explain(self, images: Tensor, target: int | Tensor | str | None = None) -> Explanation:
+        """Explains images in one forward pass, in evaluation mode.
+
+        Args:
+            images: (B, C, H, W), normalised as in training, finite.
+            target: the class to explain: None for the predicted one, an int, an int64 tensor (B,), or "all".
+
+        Returns:
+            Explanation with values (B, P), or (B, P, K) for "all", in units of the logits.
+
+        Raises:
+            ValueError: for images of the wrong shape or with NaN or infinite pixels, or a target out of range.
+
+        Deterministic: yes.
+        """
+        self._check_images(images)
+        if not torch.isfinite(images).all():
+            raise ValueError("Argument `images` must be finite, but it holds NaN or infinite pixels. Clean the input.")
+        was_training = self.training
+        self.eval()
+        try:
+            phi, logits = self.shapley_values(images)
+            null = self.null_value()
+        finally:
+            self.train(was_training)
+        chosen = self._target(target, logits)
+        if chosen is None:
+            return Explanation(values=phi, logits=logits, target=None, grid=self.grid, null=null)
+        values = phi.gather(2, chosen[:, None, None].expand(-1, self.players, 1))[..., 0]
+        return Explanation(values=values, logits=logits, target=chosen, grid=self.grid, null=null)
+
+    def coalition_values(
+        self, images: Tensor, bits: Tensor, *, max_rows: int = 32768, progress: bool = False
+    ) -> Tensor:
+        """v(S) of every coalition.
+
+        Args:
+            images: (B, C, H, W), normalised as in training.
+            bits (int32): (B, M, W) coalitions; empty and full ones are allowed.
+            max_rows: patches (present or not) computed at once, which bounds the memory.
+            progress: show a progress bar.
+
+        Returns:
+            values (B, M, K). Gradients flow to the model where grad mode is on.
+        """
+        self._check_images(images)
+        self._check_bits(bits, images)
+        batch, coalitions = bits.shape[:2]
+        together = max(1, max_rows // self.players)  # coalitions at once
+        steps = range(0, coalitions, together)
+        images_together = max(1, together // max(1, coalitions))
+        starts = [(b, m) for b in range(0, batch, images_together) for m in steps]
+        blocks = []
+        for b, m in tqdm(starts, desc="coalitions", disable=not progress, leave=False):
+            part = slice(b, b + images_together)
+            blocks.append(self.game.values(images[part], bits[part, m : m + together]))
+        if not blocks:
+            return images.new_zeros(batch, coalitions, self.num_classes)
+        columns = len(steps)
+        return torch.cat([torch.cat(blocks[i : i + columns], 1) for i in range(0, len(blocks), columns)])
+
+    def joint(self, images: Tensor, bits: Tensor, paired: bool = False) -> JointPass:
+        """Full images and coalitions in one forward pass: features (B, P, L), logits (B, K), values (B, M, K).
+
+        `paired` promises that coalitions 2j and 2j + 1 of an image are complements: the packed batch then has a
+        static number of rows.
+        """
+        self._check_images(images)
+        self._check_bits(bits, images)
+        return self.game.joint(images, bits, paired)
+
+    def null_value(self) -> Tensor:
+        """v(∅): (K,); exactly zero where patches vote."""
+        return self.game.null()
+
+    def regression_loss(self, features: Tensor, logits: Tensor, bits: Tensor, values: Tensor, null: Tensor) -> Tensor:
+        """Mean over B, M, K of (v(S) − v(∅) − Σ_{p∈S} Φ_p)², with no (B, P, K) tensor.
+
+        Features (B, P, L) and logits (B, K) are those of the full images. With the shares head, logits and base are
+        detached: the regression moves the shares, and the encoder as far as `backbone_gradient` says.
+        """
+        if self.backbone_gradient < 1.0:
+            features = features.detach() + self.backbone_gradient * (features - features.detach())
+        if self.head == "votes":
+            weight, bias = self.game.vote_weight()
+            bias = None if bias is None else bias / self.players
+            return linear_shapley_loss(features, weight / self.players, bias, bits, values, null)
+        if self.base == "even":
+            grand = logits.detach()
+        else:
+            # What the votes leave is a game whose grand value is 0.
+            values, null = values - self._votes_of(features.detach(), bits), null.detach() * 0
+            grand = torch.zeros_like(logits)
+        return linear_shapley_loss(
+            features, self.shares.weight, None, bits, values, null, grand, normalization="additive"
+        )
+
+    def _votes_of(self, features: Tensor, bits: Tensor) -> Tensor:
+        """Σ_{p∈S} (W e_p + b)/P without gradient: (B, M, K)."""
+        with torch.no_grad():
+            weight, bias = self.game.vote_weight()
+            votes = coalition_sum(features, bits) @ weight.T
+            if bias is not None:
+                votes = votes + coalition_sum(features.new_ones(*features.shape[:2], 1), bits) * bias
+            return votes / self.players
+
+    def _check_images(self, images: Tensor) -> None:
+        expected = self.game.input_size
+        if not isinstance(images, Tensor) or images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            got = f"{tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(
+                f"Argument `images` must be a tensor (B, {', '.join(map(str, expected))}), but it is {got}. Resize the "
+                "images, or create the model with another img_size or in_chans."
+            )
+
+    def _check_bits(self, bits: Tensor, images: Tensor) -> None:
+        words = (self.players + 31) // 32
+        if (
+            not isinstance(bits, Tensor)
+            or bits.dtype != torch.int32
+            or bits.ndim != 3
+            or bits.shape[::2] != (images.shape[0], words)
+        ):
+            got = f"{bits.dtype} {tuple(bits.shape)}" if isinstance(bits, Tensor) else type(bits).__name__
+            raise ValueError(
+                f"Argument `bits` must be int32 ({images.shape[0]}, M, {words}) for {self.players} players, but it is "
+                f"{got}. Make it with fastshap_kernels.sample_coalitions or pack_bits."
+            )
+
+    def _target(self, target: int | Tensor | str | None, logits: Tensor) -> Tensor | None:
+        batch, classes = logits.shape
+        if target is None:
+            return logits.argmax(1)
+        if isinstance(target, str):
+            check_choice("target", target, ("all",))
+            return None
+        chosen = torch.as_tensor(target, device=logits.device)
+        is_index = not chosen.is_floating_point() and chosen.dtype != torch.bool
+        if not is_index or chosen.shape not in ((), (batch,)) or (chosen < 0).any() or (chosen >= classes).any():
+            raise ValueError(
+                f"Argument `target` must be None, 'all', an int or an int tensor ({batch},) in [0, {classes}), "
+                f"but it is {target!r}."
+            )
+        return chosen.long().expand(batch)
+
+
+def convert(
+    model: nn.Module,
+    *,
+    img_size: int | tuple[int, int] | None = None,
+    head: str = "shares",
+    base: str = "even",
+    backbone_gradient: float = 1.0,
+) -> SelfExplainingClassifier:
+    """Makes a timm model, trained or not, self-explaining. The model itself becomes the backbone: no copy is made.
+
+    With head="shares" (the default) its logits stay bit-identical.
+
+    Args:
+        model: made by `timm.create_model`.
+        img_size, head, base, backbone_gradient: as in `SelfExplainingClassifier`.
+
+    Raises:
+        UnsupportedModelError: for a model that timm did not make, or a family that can't play.
+    """
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    if not name:
+        raise UnsupportedModelError(
+            f"Argument `model` must be made by timm.create_model, but it is a {type(model).__name__} without timm's "
+            "configuration."
+        )
+    arguments = {key: value for key, value in getattr(model, "_model_args", {}).items() if value is not None}
+    # ViTs carry their image size; a convolutional network takes any.
+    size = img_size if img_size is not None else arguments.pop("img_size", None)
+    return SelfExplainingClassifier(
+        name,
+        arguments.pop("num_classes", getattr(model, "num_classes", 1000)),
+        img_size=size,
+        head=head,
+        base=base,
+        backbone_gradient=backbone_gradient,
+        model_kwargs=arguments,
+        backbone=model,
+    )
+
+
+def _create_backbone(
+    name: str, pretrained: bool, arguments: dict[str, Any], img_size: int | tuple[int, int] | None
+) -> nn.Module:
+    if not timm.is_model(name):
+        close = timm.list_models(f"*{name.split('_')[0]}*")[:5]
+        raise ValueError(
+            f"Argument `model_name` must be a timm model, but it is {name!r}. "
+            f"{'Close: ' + ', '.join(close) if close else 'See timm.list_models()'}."
+        )
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    if img_size is not None and config is not None and config.fixed_input_size:
+        arguments["img_size"] = img_size
+    return timm.create_model(name, pretrained=pretrained, **arguments)
+
+
+def _make_game(backbone: nn.Module, votes: bool, channels: int, img_size: int | tuple[int, int] | None) -> Game:
+    if isinstance(backbone, VisionTransformer):
+        return TokenDropping(backbone, votes)
+    if img_size is None:
+        img_size = tuple(backbone.pretrained_cfg["input_size"][1:])
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    return PixelRemoval(backbone, votes, (channels, height, width))

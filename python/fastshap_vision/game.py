@@ -1,0 +1,40 @@
+"""What a model family provides so that it can be explained."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class UnsupportedModelError(ValueError):
+    """A model that can't be converted; the message says what is supported."""
+
+
+class JointPass(NamedTuple):
+    """Full images and their coalitions from one forward pass."""
+
+    features: Tensor  # (B, P, L) of the full images
+    logits: Tensor  # (B, K) of the full images
+    values: Tensor  # (B, M, K), v(S)
+
+
+class Game(Protocol):
+    """The game v_x(S) that a backbone plays, and the features that explain it."""
+
+    grid: tuple[int, int]  # (h, w), players row by row
+    players: int  # P = h·w
+    input_size: tuple[int, int, int]  # (C, H, W)
+    feature_width: int  # L
+    patches_vote: bool  # v(S) is a sum of votes and v(∅) = 0
+    is_exact_conversion: bool  # the logits are the timm model's
+
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def values(self, images: Tensor, bits: Tensor, paired: bool = False) -> Tensor: ...
+
+    def joint(self, images: Tensor, bits: Tensor, paired: bool = False) -> JointPass: ...
+
+    def null(self) -> Tensor: ...
+
+    def vote_weight(self) -> tuple[Tensor, Tensor | None]: ...

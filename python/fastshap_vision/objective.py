@@ -1,0 +1,188 @@
+"""The training objective: the task, the Shapley regression and the task on masked images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastshap_kernels import coalition_sum, sample_coalitions
+
+from ._checks import check_choice
+from .classifier import SelfExplainingClassifier
+from .game import JointPass
+
+TARGETS = ("detached", "live")
+ERRORS = ("uniform", "variance", "raw")
+SIZES = ("shapley", "uniform")
+
+TaskLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+class ObjectiveTerms(NamedTuple):
+    """What one step's loss is made of; all but `loss` are detached scalars, None where the term is off."""
+
+    loss: Tensor
+    task: Tensor
+    regression: Tensor | None = None  # R, in the unit that `error` says
+    masked_task: Tensor | None = None
+    r2: Tensor | None = None  # share of the coalition values' variance that the explanation explains
+    spread: Tensor | None = None  # standard deviation of the coalition values; near 0 the game has collapsed
+
+
+class TaskObjective:
+    """The task alone, for any model that returns logits: the plain baseline."""
+
+    def __init__(self, task_loss: TaskLoss | None = None) -> None:
+        self.task_loss = task_loss or nn.functional.cross_entropy
+        self.progress = 0.0
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> ObjectiveTerms:
+        loss = self.task_loss(model(images), labels)
+        return ObjectiveTerms(loss, loss.detach())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class ShapleyObjective:
+    """task(f(x), y) + λ · R + μ · task(f(x_S), y), with one joint forward pass a step.
+
+    R = mean over B, M, K of (v(S) − v(∅) − Σ_{p∈S} Φ_p)², divided by what `error` says. No (B, P, K) tensor exists.
+
+    Args:
+        coalitions: M, coalitions per image and step; drawn anew each step.
+        regression_weight: λ.
+        masked_task_weight: μ.
+        error: unit of R: "uniform", what the even split (f − v(∅))/P leaves; "variance", the variance of v(S) over
+            the batch; "raw", none. The divisor is detached.
+        target: "detached", v(S) is a fixed target of R; "live", R's gradient also moves v(S).
+        paired: coalitions come as complements, which lowers the variance and keeps shapes static.
+        sizes: "shapley" for the Shapley kernel, or "uniform".
+        ramp: λ and μ are 0 up to the first share of the training and rise linearly to full at the second.
+        task_loss: (logits, labels) → scalar; default cross-entropy. Labels are repeated for masked images.
+        seed: of the sampler.
+
+    Attributes:
+        progress: share of the training done, in [0, 1]; `fit` sets it each step.
+
+    Deterministic: yes, for one seed and sequence of calls. `state_dict` holds the sampler's counter.
+
+    Source: Fan, Yang, Ma, AAAI 2026, arXiv 2512.14354; the regression: Jethani et al., FastSHAP, ICLR 2022.
+    """
+
+    def __init__(
+        self,
+        coalitions: int = 4,
+        regression_weight: float = 1.0,
+        masked_task_weight: float = 1.0,
+        *,
+        error: str = "uniform",
+        target: str = "detached",
+        paired: bool = True,
+        sizes: str = "shapley",
+        ramp: tuple[float, float] = (0.0, 0.0),
+        task_loss: TaskLoss | None = None,
+        seed: int = 0,
+    ) -> None:
+        check_choice("error", error, ERRORS)
+        check_choice("target", target, TARGETS)
+        check_choice("sizes", sizes, SIZES)
+        if coalitions < 1:
+            raise ValueError(f"Argument `coalitions` must be at least 1, but it is {coalitions}.")
+        if regression_weight < 0 or masked_task_weight < 0:
+            raise ValueError(
+                "Arguments `regression_weight` and `masked_task_weight` must not be negative, but they are "
+                f"{regression_weight} and {masked_task_weight}."
+            )
+        if not 0.0 <= ramp[0] <= ramp[1] <= 1.0:
+            raise ValueError(f"Argument `ramp` must be (start, end) with 0 ≤ start ≤ end ≤ 1, but it is {ramp}.")
+        self.coalitions = coalitions
+        self.regression_weight = regression_weight
+        self.masked_task_weight = masked_task_weight
+        self.error, self.target, self.paired, self.sizes, self.ramp = error, target, paired, sizes, ramp
+        self.task_loss = task_loss or nn.functional.cross_entropy
+        self.seed = seed
+        self.progress = 0.0
+        self._drawn = 0  # coalitions so far: the counter of the sampler
+
+    def __call__(self, model: SelfExplainingClassifier, images: Tensor, labels: Tensor) -> ObjectiveTerms:
+        """The loss of one batch: images (B, C, H, W), labels as `task_loss` takes them, first dimension B."""
+        rise = self._rise()
+        if rise == 0.0:
+            loss = self.task_loss(model(images), labels)
+            return ObjectiveTerms(loss, loss.detach())
+        bits = self._draw(images, model.players)
+        features, logits, values = self._forward(model, images, bits)
+        null = self._null(model)
+        target_values = values if self.target == "live" else values.detach()
+        residual = model.regression_loss(features, logits, bits, target_values, null)
+        uniform, variance = self._scales(values.detach(), logits.detach(), null.detach(), bits, model.players)
+        regression = residual / {"uniform": uniform, "variance": variance, "raw": 1.0}[self.error]
+        task = self.task_loss(logits, labels)
+        loss = task + rise * self.regression_weight * regression
+        masked_task = None
+        if self.masked_task_weight > 0:
+            masked_task = self.task_loss(values.flatten(0, 1), labels.repeat_interleave(self.coalitions, 0))
+            loss = loss + rise * self.masked_task_weight * masked_task
+            masked_task = masked_task.detach()
+        r2 = 1 - residual.detach() / variance
+        return ObjectiveTerms(loss, task.detach(), regression.detach(), masked_task, r2, variance.sqrt())
+
+    def _rise(self) -> float:
+        """Share of λ and μ in force now."""
+        start, end = self.ramp
+        if self.progress >= end:
+            return 1.0
+        return max(0.0, (self.progress - start) / (end - start)) if end > start else 0.0
+
+    def _forward(self, model: SelfExplainingClassifier, images: Tensor, bits: Tensor) -> JointPass:
+        if self.target == "live" or self.masked_task_weight > 0:
+            return model.joint(images, bits, paired=self.paired and self.coalitions % 2 == 0)
+        # Nothing flows back through v(S): its activations need not be kept.
+        with torch.no_grad():
+            values = model.coalition_values(images, bits)
+        return JointPass(*model.game.features_and_logits(images), values)
+
+    def _draw(self, images: Tensor, players: int) -> Tensor:
+        batch = images.shape[0]
+        bits = sample_coalitions(
+            batch,
+            self.coalitions,
+            players,
+            seed=self.seed,
+            offset=self._drawn,
+            paired=self.paired,
+            sizes=self.sizes,
+            device=images.device,
+        )
+        self._drawn += batch * self.coalitions
+        return bits
+
+    def _null(self, model: SelfExplainingClassifier) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.target == "live"):
+            return model.null_value()
+
+    def _scales(
+        self, values: Tensor, logits: Tensor, null: Tensor, bits: Tensor, players: int
+    ) -> tuple[Tensor, Tensor]:
+        """What the even split leaves, and the variance of v(S) over batch and coalitions (mean over classes)."""
+        ones = values.new_ones(values.shape[0], players, 1)
+        share = coalition_sum(ones, bits) / players
+        even = null + share * (logits - null).unsqueeze(1)
+        smallest = torch.finfo(values.dtype).tiny
+        uniform = (values - even).square().mean().clamp_min(smallest)
+        variance = values.flatten(0, 1).var(0, correction=0).mean().clamp_min(smallest)
+        return uniform, variance
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sampler's counter."""
+        return {"drawn": self._drawn}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._drawn = int(state["drawn"])
