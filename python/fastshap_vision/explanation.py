@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import safetensors.torch
@@ -14,6 +16,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastshap_kernels._checks import fail
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _FORMAT = "fastshap_vision.Explanation/1"
 
@@ -155,6 +161,26 @@ class Explanation:
         Relative to the largest |logit| or |null| of the image over all classes; 0 for an empty batch.
         """
         return relative_efficiency_gap(self.values, self.logits, self.null, self.target)
+
+    def plot(
+        self,
+        images: Tensor | None = None,
+        index: int = 0,
+        target: int | None = None,
+        ax: Axes | None = None,
+        classes: Sequence[str] | None = None,
+        limit: float | None = None,
+    ) -> tuple[Figure, Axes]:
+        """Draws the heat map of one image, over the image where it is given; see `fastshap_vision.plotting`."""
+        from .plotting import plot_explanation
+
+        return plot_explanation(self, images, index, target, ax, classes, limit)
+
+    def as_shap(self, images: Tensor | None = None, classes: Sequence[str] | None = None) -> Any:
+        """As a `shap.Explanation`; see `fastshap_vision.interoperability.as_shap`."""
+        from .interoperability import as_shap
+
+        return as_shap(self, images, classes)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file; the file at `path` is never half written.

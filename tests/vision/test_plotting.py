@@ -1,0 +1,165 @@
+import sys
+
+import matplotlib
+import numpy
+import pytest
+import torch
+
+from fastshap_vision.explanation import Explanation
+from fastshap_vision.plotting import explanation_page
+
+matplotlib.use("agg")
+from matplotlib import pyplot
+
+BATCH, GRID, CLASSES = 2, (2, 4), 3
+
+
+@pytest.fixture(autouse=True)
+def _closed_figures(monkeypatch):
+    def forbidden(*arguments, **keywords):
+        raise AssertionError("a plot called show()")
+
+    monkeypatch.setattr(pyplot, "show", forbidden)
+    yield
+    pyplot.close("all")
+
+
+@pytest.fixture
+def explanation(generator):
+    values = torch.randn(BATCH, 8, CLASSES, generator=generator)
+    return Explanation(values, values.sum(1), None, GRID, torch.zeros(CLASSES))
+
+
+def painted(ax):
+    """The colours on the axes, (H, W, 3)."""
+    return numpy.asarray(ax.images[-1].get_array())[..., :3]
+
+
+def test_sign_is_colour_and_the_scale_is_symmetric(explanation):
+    figure, ax = explanation.plot(target=1)
+    colours = painted(ax)
+    assert colours.shape == (*GRID, 3)
+    values = explanation.heatmap(target=1)[0].numpy()
+    red_less_blue = colours[..., 0] - colours[..., 2]
+    assert (numpy.sign(red_less_blue) == numpy.sign(values)).all()
+    # The strongest colour is at the largest absolute value, and the bar runs as far either way.
+    assert numpy.abs(red_less_blue).argmax() == numpy.abs(values).argmax()
+    (bar,) = [axes for axes in figure.axes if axes is not ax]
+    assert bar.get_ylim() == pytest.approx((-numpy.abs(values).max(), numpy.abs(values).max()))
+    assert bar.get_ylabel() == "Shapley value (logits)"
+
+
+def test_limit_is_kept(explanation):
+    figure, ax = explanation.plot(limit=10.0)
+    assert figure.axes[1].get_ylim() == (-10, 10)
+    assert numpy.ptp(painted(ax)) < 0.5
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_image_shows_through(explanation, channels):
+    images = torch.ones(BATCH, channels, 4, 8)
+    images[:, :, :, 1] = -2.0  # one dark column, in a normalised unit
+    _, plain = explanation.plot(limit=1.0)
+    _, ax = explanation.plot(images, limit=1.0)
+    colours, values = painted(ax), painted(plain).repeat(2, 0).repeat(2, 1)
+    dark = numpy.arange(8) == 1
+    assert colours.shape == (4, 8, 3)
+    # The colour map is only as fine as its table, hence a tolerance of one step.
+    assert colours[:, ~dark] == pytest.approx(values[:, ~dark], abs=1e-6)
+    assert (colours[:, dark] < values[:, dark]).all()
+
+
+def test_a_white_drawing_on_black_is_inverted(explanation):
+    images = torch.zeros(BATCH, 1, 4, 8)
+    images[:, :, :, 1] = 1.0
+    _, ax = explanation.plot(images)
+    _, inverted = explanation.plot(1 - images)
+    assert painted(ax) == pytest.approx(painted(inverted))
+
+
+def test_title_names_class_and_probability(explanation):
+    _, ax = explanation.plot(index=1, target=2, classes=["cat", "dog", "hen"])
+    assert ax.get_title() == f"hen · {explanation.probabilities[1, 2]:.0%}"
+    _, ax = explanation.plot()
+    assert ax.get_title().startswith(f"{int(explanation.predicted[0])} · ")
+
+
+def test_draws_on_the_axes_given(explanation):
+    figure, axes = pyplot.subplots(1, 2)
+    drawn = explanation.plot(ax=axes[1])
+    assert drawn == (figure, axes[1])
+    assert not axes[0].images
+
+
+def test_zeros_and_gradients_are_drawn():
+    zeros = Explanation(
+        torch.zeros(1, 8, requires_grad=True), torch.zeros(1, 3), torch.tensor([2]), GRID, torch.zeros(3)
+    )
+    figure, ax = zeros.plot(torch.zeros(1, 3, 4, 8))
+    assert numpy.ptp(painted(ax)) == pytest.approx(0, abs=1e-6)
+    figure.canvas.draw()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_page(explanation, generator, channels, tmp_path):
+    images = torch.randn(BATCH, channels, 4, 8, generator=generator)
+    exact = explanation.values + 0.1 * torch.randn(explanation.values.shape, generator=generator)
+    figure, axes = explanation_page(images, explanation, exact.double(), ["cat", "dog", "hen"])
+    assert axes.shape == (BATCH, 5)
+    for b in range(BATCH):
+        best = explanation.logits[b].topk(2).indices.tolist()
+        assert [axes[b, column].get_title().split(" · ")[0] for column in (1, 3)] == [
+            ["cat", "dog", "hen"][k] for k in best
+        ]
+        for column, k in zip((2, 4), best, strict=True):
+            r = numpy.corrcoef(explanation.values[b, :, k].numpy(), exact[b, :, k].numpy())[0, 1]
+            assert axes[b, column].get_title() == f"r = {r:.2f}"
+    bars = [ax for ax in figure.axes if ax not in set(axes.flat)]
+    assert len(bars) == BATCH
+    for b, bar in enumerate(bars):
+        best = explanation.logits[b].topk(2).indices
+        largest = torch.stack([explanation.values[b][:, best], exact[b][:, best]]).abs().max().item()
+        assert bar.get_ylim() == pytest.approx((-largest, largest))
+    figure.savefig(tmp_path / "page.png")
+    assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+def test_nothing_on_the_page_overlaps(explanation, generator):
+    figure, _ = explanation_page(torch.randn(2, 1, 8, 8, generator=generator), explanation, explanation.values)
+    figure.canvas.draw()
+    boxes = [box for ax in figure.axes for box in [ax.get_tightbbox()] if box is not None]
+    for first in range(len(boxes)):
+        for second in range(first):
+            shared = boxes[first].intersection(boxes[first], boxes[second])
+            assert shared is None or min(shared.width, shared.height) < 1
+    for box in boxes:
+        assert box.x0 >= -1
+        assert box.y0 >= -1
+        assert box.x1 <= figure.bbox.x1 + 1
+        assert box.y1 <= figure.bbox.y1 + 1
+
+
+def test_bad_input_is_named(explanation):
+    images = torch.zeros(BATCH, 1, 4, 8)
+    with pytest.raises(ValueError, match=r"Explanation\.plot: argument `images` must be \(2, C, H, W\)"):
+        explanation.plot(images[:1])
+    with pytest.raises(ValueError, match="argument `images`"):
+        explanation.plot(torch.zeros(BATCH, 2, 4, 8))
+    with pytest.raises(ValueError, match="argument `classes` must be 3 names"):
+        explanation.plot(classes=["cat"])
+    with pytest.raises(ValueError, match="explanation_page: argument `exact`"):
+        explanation_page(images, explanation, explanation.values[..., 0])
+    one = Explanation(explanation.values_for(0), explanation.logits, torch.zeros(2).long(), GRID, explanation.null)
+    with pytest.raises(ValueError, match=r'explanation_page: argument `explanations`.*target="all"'):
+        explanation_page(images, one, explanation.values)
+    with pytest.raises(ValueError, match="at least one image"):
+        explanation_page(images[:0], explanation[:0], explanation.values[:0])
+    with pytest.raises(IndexError):
+        explanation.plot(index=2)
+
+
+def test_without_matplotlib_the_extra_is_named(explanation, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot")
+    with pytest.raises(ModuleNotFoundError, match=r"fastshap-kernels\[plot\]"):
+        explanation.plot()
