@@ -7,6 +7,7 @@ from .ops.mask_patches import mask_patches
 from .ops.pack_bits import pack_bits, unpack_bits
 from .ops.pack_tokens import pack_tokens
 from .ops.packed_attention import packed_attention
+from .ops.sample_coalitions import sample_coalitions
 from .ops.segment_sum import segment_sum
 from .ops.shapley_regression_loss import shapley_regression_loss
 
@@ -19,6 +20,7 @@ __all__ = [
     "pack_bits",
     "pack_tokens",
     "packed_attention",
+    "sample_coalitions",
     "segment_sum",
     "shapley_regression_loss",
     "unpack_bits",
