@@ -12,9 +12,11 @@ namespace fastshap {
 namespace {
 
 constexpr int64_t kLanes = 32;  // Philox blocks at a time: a word of bits for each of their four outputs
-constexpr int64_t kGroup = 4 * kLanes;      // players that those blocks serve
-constexpr int64_t kMaxPlayers = 4096;       // a multiple of kGroup
-constexpr int64_t kKeysPerThread = 131072;  // below this a thread costs more than it saves
+constexpr int64_t kGroup = 4 * kLanes;  // players that those blocks serve
+constexpr int64_t kMaxPlayers = 4096;   // a multiple of kGroup
+// About 2 ms of work. On a busy machine the wait for a second thread takes 10 ms and more, so that threads
+// come in only where the work is worth them.
+constexpr int64_t kKeysPerThread = int64_t{1} << 20;
 constexpr uint32_t kSizeStream = 0, kPlayerStream = 1;
 
 struct Draw {

@@ -191,11 +191,14 @@ def test_a_split_batch_gives_the_same_bits(coalitions, paired, backend):
 
 
 def test_threads_do_not_change_the_bits():
-    bits = fk.sample_coalitions(500, 3, 196, seed=2)
+    def sample():
+        return fk.sample_coalitions(2500, 2, 1024, seed=2)  # large enough for more than one thread
+
+    bits = sample()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        assert torch.equal(fk.sample_coalitions(500, 3, 196, seed=2), bits)
+        assert torch.equal(sample(), bits)
     finally:
         torch.set_num_threads(threads)
 
