@@ -1,0 +1,392 @@
+"""Training: one loop for every model and objective.
+
+Devices, precision and processes are accelerate's, optimisers and schedules timm's. What is ours: exact resume, a log
+of the objective's terms, and a stop with a clear error when a run can come to nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, set_seed
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from .checkpoint import CheckpointError, Checkpoints
+
+__all__ = ["CheckpointError", "Evaluation", "FitResult", "TrainingError", "evaluate", "fit"]
+
+TERMS = ("loss", "task", "regression", "masked_task", "r2", "spread")
+
+# The host reads the terms this often: seldom enough that the device never waits, often enough to stop a lost run.
+STEPS_BETWEEN_READS = 100
+
+# A game whose values vary this much less than they did in the run's best epoch is played no more.
+COLLAPSED_SPREAD = 0.01
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot come to a good end: values that are not finite, or a collapsed game."""
+
+
+class Evaluation(NamedTuple):
+    """Accuracy in percent and mean cross-entropy."""
+
+    accuracy: float
+    loss: float
+
+
+@dataclass
+class FitResult:
+    """What a training run leaves.
+
+    Args:
+        history: one dict an epoch: epoch, lr, the means of the objective's terms (None where there is none),
+            eval_loss, eval_accuracy (percent; None without eval_data), seconds.
+        seconds: of all epochs, those before a resume too.
+        accuracy, best_accuracy: of the last epoch and of the best, percent; None without eval_data.
+        checkpoint: the last checkpoint's folder; None without output.
+    """
+
+    history: list[dict[str, Any]]
+    seconds: float
+    accuracy: float | None
+    best_accuracy: float | None
+    checkpoint: Path | None
+
+
+def fit(
+    model: nn.Module,
+    train_data: Dataset,
+    eval_data: Dataset | None = None,
+    *,
+    objective: Any,
+    epochs: int,
+    batch_size: int = 128,
+    opt: str = "adamw",
+    lr: float = 1e-3,
+    weight_decay: float = 0.05,
+    sched: str = "cosine",
+    warmup_epochs: float = 0,
+    clip_grad: float | None = None,
+    seed: int = 0,
+    workers: int = 0,
+    mixed_precision: str = "no",
+    output: str | Path | None = None,
+    resume: str | Path | None = None,
+    progress: bool = True,
+) -> FitResult:
+    """Trains `model` on the objective; a resumed run ends in the same bits as one that was never stopped.
+
+    Args:
+        model: takes images and returns logits (B, K); it is trained in place.
+        train_data, eval_data: datasets of (image, label).
+        objective: called as objective(model, images, labels), it returns the terms of the loss; `.progress`, the
+            share of the training that is done, is set before each step.
+        epochs: passes over train_data; the last, incomplete batch of each is left out.
+        batch_size: images a step and process.
+        opt, lr, weight_decay, sched, warmup_epochs: as in timm (create_optimizer_v2, create_scheduler_v2).
+        clip_grad: largest norm of the gradient, or None.
+        seed: of the data's order, augmentation and dropout. Two runs with one seed are equal.
+        workers: processes that load data.
+        mixed_precision: "no", "bf16" or "fp16".
+        output: the run's folder: summary.csv, model.safetensors and checkpoints, written after every epoch. None
+            writes nothing.
+        resume: None starts anew (and refuses an output folder that holds a run); "auto" goes on from the newest
+            checkpoint in `output`, if there is one; a path names a run's folder or a checkpoint.
+        progress: shows a bar on a terminal.
+
+    Returns:
+        the history of the run, its duration and accuracy.
+
+    Raises:
+        ValueError: an argument out of its range, or data that fits neither the batch nor the model.
+        CheckpointError: the checkpoint to resume from is missing, damaged, or of another run.
+        TrainingError: images or loss are not finite, or the game collapsed. The last checkpoint stays whole.
+    """
+    settings = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "opt": opt,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "sched": sched,
+        "warmup_epochs": warmup_epochs,
+        "clip_grad": clip_grad,
+        "seed": seed,
+        "workers": workers,
+        "mixed_precision": mixed_precision,
+    }
+    run = _Run(model, train_data, objective, settings)
+    checkpoints = Checkpoints(output, run.accelerator, run.settings)
+    history = checkpoints.resume(resume)
+    with run.bar(len(history), progress) as bar:
+        for epoch in range(len(history), epochs):
+            row = run.train_epoch(epoch, bar)
+            if eval_data is not None:
+                row |= run.evaluate(eval_data)
+            history.append(row)
+            _check_game(history, getattr(model, "num_classes", None))
+            checkpoints.save(model, history)
+    accuracies = [row["eval_accuracy"] for row in history if row["eval_accuracy"] is not None]
+    return FitResult(
+        history,
+        seconds=sum(row["seconds"] for row in history),
+        accuracy=accuracies[-1] if accuracies else None,
+        best_accuracy=max(accuracies, default=None),
+        checkpoint=checkpoints.newest,
+    )
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    data: Dataset,
+    batch_size: int = 256,
+    *,
+    workers: int = 0,
+    accelerator: Accelerator | None = None,
+) -> Evaluation:
+    """Accuracy (percent) and mean cross-entropy of `model` on `data`.
+
+    Args:
+        model: takes images and returns logits (B, K); in eval mode for the while.
+        data: a dataset of (image, label).
+        batch_size: images a step (and process).
+        workers: processes that load data.
+        accelerator: spreads the work over its processes, in its precision; without one the model's device is used.
+    """
+    _check_labelled(model, data, "evaluate", "data")
+    loader = DataLoader(data, batch_size, num_workers=workers)
+    if accelerator is not None:
+        loader = accelerator.prepare_data_loader(loader)
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    sums = torch.zeros(3, device=device)
+    for images, labels in loader:
+        with accelerator.autocast() if accelerator is not None else nullcontext():
+            logits = model(images.to(device)).float()
+        labels = labels.to(device)
+        if accelerator is not None:
+            logits, labels = accelerator.gather_for_metrics((logits, labels))
+        loss = functional.cross_entropy(logits, labels, reduction="sum")
+        sums += torch.stack([(logits.argmax(dim=1) == labels).sum().float(), loss, loss.new_tensor(len(labels))])
+    model.train(training)
+    correct, loss, count = sums.tolist()
+    return Evaluation(accuracy=100 * correct / count, loss=loss / count)
+
+
+class TrainingStep(nn.Module):
+    """The objective's terms as one forward pass, so that accelerate's precision and gradient exchange cover it all."""
+
+    def __init__(self, model: nn.Module, objective: Any) -> None:
+        super().__init__()
+        self.model = model
+        # In a tuple, so that an objective that is a module is no part of the model's weights.
+        self._objective = (objective,)
+
+    def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        terms = self._objective[0](self.model, images, labels)
+        return {name: getattr(terms, name) for name in TERMS if getattr(terms, name, None) is not None}
+
+
+class _Run:
+    """One training run: what accelerate prepared, and the pass over an epoch."""
+
+    def __init__(self, model: nn.Module, data: Dataset, objective: Any, settings: dict[str, Any]) -> None:
+        _check_settings(settings)
+        _check_labelled(model, data, "fit", "train_data")
+        self.accelerator = Accelerator(
+            mixed_precision=settings["mixed_precision"],
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+        )
+        self.settings = settings | {"images": len(data), "processes": self.accelerator.num_processes}  # type: ignore[arg-type]
+        _check_batch(self.settings)
+        self.model = model
+        self.objective = objective
+        set_seed(settings["seed"])  # the seedable sampler takes this seed
+        optimizer = create_optimizer_v2(
+            model, opt=settings["opt"], lr=settings["lr"], weight_decay=settings["weight_decay"]
+        )
+        # Workers live for one epoch: they then draw from its seed, whether or not the run was resumed before it.
+        loader = DataLoader(data, settings["batch_size"], shuffle=True, drop_last=True, num_workers=settings["workers"])
+        self.step, self.optimizer, self.loader = self.accelerator.prepare(
+            TrainingStep(model, objective), optimizer, loader
+        )
+        self.accelerator.register_for_checkpointing(objective)
+        # The schedule holds no state: step_update says which update it is.
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer,
+            sched=settings["sched"],
+            num_epochs=settings["epochs"],
+            warmup_epochs=settings["warmup_epochs"],
+            step_on_epochs=False,
+            updates_per_epoch=len(self.loader),
+        )
+
+    def bar(self, epochs_done: int, progress: bool) -> tqdm:
+        """A bar over the updates of the whole run; none where there is no terminal."""
+        steps = len(self.loader)
+        hidden = None if progress and self.accelerator.is_main_process else True
+        return tqdm(total=self.settings["epochs"] * steps, initial=epochs_done * steps, disable=hidden, unit="step")
+
+    def train_epoch(self, epoch: int, bar: tqdm) -> dict[str, Any]:
+        """One pass over the data; returns its row of the history."""
+        start = time.perf_counter()
+        set_seed(_epoch_seed(self.settings["seed"], epoch, self.accelerator.process_index))
+        self.loader.set_epoch(epoch)
+        self.step.train()
+        reader = _TermReader(epoch, bar)
+        for index, (images, labels) in enumerate(self.loader):
+            update = epoch * len(self.loader) + index
+            if self.scheduler is not None:
+                self.scheduler.step_update(update)
+            lr = self.optimizer.param_groups[0]["lr"]
+            self.objective.progress = update / (self.settings["epochs"] * len(self.loader))
+            terms = self.step(images, labels)
+            self.accelerator.backward(terms["loss"])
+            if self.settings["clip_grad"] is not None:
+                self.accelerator.clip_grad_norm_(self.step.parameters(), self.settings["clip_grad"])
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            reader.add(images, terms)
+        return {
+            "epoch": epoch + 1,
+            "lr": lr,
+            **reader.means(self.accelerator),
+            "eval_loss": None,
+            "eval_accuracy": None,
+            "seconds": time.perf_counter() - start,
+        }
+
+    def evaluate(self, data: Dataset) -> dict[str, float]:
+        """The columns of the history that an evaluation fills."""
+        accuracy, loss = evaluate(
+            self.model,
+            data,
+            self.settings["batch_size"],
+            workers=self.settings["workers"],
+            accelerator=self.accelerator,
+        )
+        return {"eval_loss": loss, "eval_accuracy": accuracy}
+
+
+class _TermReader:
+    """Collects the terms on the device and reads them now and then, so that no step waits for the one before it."""
+
+    def __init__(self, epoch: int, bar: tqdm) -> None:
+        self.epoch = epoch
+        self.bar = bar
+        self.waiting: list[Tensor] = []
+        self.read: list[Tensor] = []
+
+    def add(self, images: Tensor, terms: dict[str, Tensor]) -> None:
+        loss = terms["loss"].detach().float()
+        absent = torch.full_like(loss, math.nan)
+        values = [terms[name].detach().float() if name in terms else absent for name in TERMS]
+        self.waiting.append(torch.stack([images.isfinite().all().float(), *values]))
+        if len(self.waiting) == STEPS_BETWEEN_READS:
+            self._read()
+        self.bar.update()
+
+    def means(self, accelerator: Accelerator) -> dict[str, float | None]:
+        """The mean of each term over the epoch and the processes, None for a term the objective has not."""
+        if self.waiting:
+            self._read()
+        means = torch.cat(self.read).nanmean(dim=0)[1:].to(accelerator.device)
+        values = accelerator.reduce(means, reduction="mean").tolist()
+        return {name: None if math.isnan(value) else value for name, value in zip(TERMS, values, strict=True)}
+
+    def _read(self) -> None:
+        rows = torch.stack(self.waiting).cpu()
+        steps_before = sum(len(block) for block in self.read)
+        self.waiting.clear()
+        self.read.append(rows)
+        self.bar.set_description(f"epoch {self.epoch + 1}, loss {rows[-1, 1]:.3g}")
+        bad = (rows[:, 0] == 0) | ~rows[:, 1].isfinite()
+        if not bad.any():
+            return
+        first = int(bad.nonzero()[0])
+        where = f"in epoch {self.epoch + 1}, step {steps_before + first + 1}"
+        if rows[first, 0] == 0:
+            raise TrainingError(
+                f"fit: the images hold NaN or infinity {where}. Check the data and its normalisation. "
+                "The last checkpoint is whole."
+            )
+        raise TrainingError(
+            f"fit: the loss is {rows[first, 1].item()} {where}. Lower lr or the objective's regression_weight, or pass "
+            "clip_grad=1.0. The last checkpoint is whole."
+        )
+
+
+def _epoch_seed(seed: int, epoch: int, process: int) -> int:
+    """Each epoch starts from a seed of its own, so that a resumed run draws what an unbroken one would have drawn."""
+    return int(np.random.SeedSequence([seed, epoch, process]).generate_state(1)[0])
+
+
+def _check_game(history: list[dict[str, Any]], num_classes: int | None) -> None:
+    """Stops a run whose coalitions have all come to the same value, and whose accuracy (if known) is chance."""
+    spreads = [row["spread"] for row in history if row["spread"] is not None]
+    if history[-1]["spread"] is None or history[-1]["spread"] >= COLLAPSED_SPREAD * max(spreads):
+        return
+    accuracy = history[-1]["eval_accuracy"]
+    if accuracy is not None and num_classes:
+        chance = 100 / num_classes
+        if accuracy > chance + (100 - chance) / 10:
+            return
+    raise TrainingError(
+        f"fit: the game collapsed in epoch {history[-1]['epoch']}: the values of the coalitions spread over "
+        f"{spreads[-1]:.3g}, against {max(spreads):.3g} before"
+        + ("" if accuracy is None else f", and accuracy is {accuracy:.1f} %")
+        + ". Lower the objective's regression_weight. The last checkpoint is whole."
+    )
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    for name, low in (("epochs", 1), ("batch_size", 1), ("seed", 0), ("workers", 0)):
+        value = settings[name]
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise ValueError(f"fit: argument `{name}` must be a whole number from {low}, but it is {value!r}.")
+    for name in ("lr", "weight_decay", "warmup_epochs", "clip_grad"):
+        value = settings[name]
+        positive = name in ("lr", "clip_grad")
+        if value is not None and not (math.isfinite(value) and (value > 0 if positive else value >= 0)):
+            bound = "above 0" if positive else "from 0"
+            raise ValueError(f"fit: argument `{name}` must be a finite number {bound}, but it is {value!r}.")
+    if settings["sched"] == "plateau":
+        raise ValueError("fit: argument `sched` must follow the updates, which 'plateau' cannot. Try 'cosine'.")
+
+
+def _check_batch(settings: dict[str, Any]) -> None:
+    """A step needs a full batch in each process."""
+    batch, processes, images = settings["batch_size"], settings["processes"], settings["images"]
+    if images < batch * processes:
+        raise ValueError(
+            f"fit: train_data has {images} images, fewer than one step takes (batch_size {batch}, {processes} "
+            f"process{'es' if processes > 1 else ''}). Lower batch_size to at most {images // processes}."
+        )
+
+
+def _check_labelled(model: nn.Module, data: Dataset, function: str, argument: str) -> None:
+    """Data with images, and as many classes as the model."""
+    if len(data) == 0:  # type: ignore[arg-type]
+        raise ValueError(f"{function}: argument `{argument}` must hold images, but it is empty.")
+    classes, outputs = getattr(data, "classes", None), getattr(model, "num_classes", None)
+    if classes is not None and outputs is not None and len(classes) != outputs:
+        raise ValueError(
+            f"{function}: `{argument}` has {len(classes)} classes, but the model has {outputs} outputs. "
+            f"Build the model with num_classes={len(classes)}."
+        )

@@ -1,0 +1,362 @@
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import TensorDataset
+
+from fastshap_vision.checkpoint import CheckpointError
+from fastshap_vision.training import TrainingError, evaluate, fit
+
+
+class NoisyNet(nn.Module):
+    """A classifier that draws random numbers and keeps running statistics while it trains."""
+
+    num_classes = 3
+
+    def __init__(self, hidden=8):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(
+            nn.Flatten(), nn.Linear(16, hidden), nn.BatchNorm1d(hidden, momentum=0.5), nn.Dropout(0.2)
+        )
+        self.head = nn.Linear(hidden, 3)
+
+    def forward(self, images):
+        return self.head(self.layers(images))
+
+
+class CountingObjective:
+    """Cross-entropy with a counter in its state that moves the loss, and an optional event at one call."""
+
+    def __init__(self, at=None, event=None, spread=lambda progress: 1.0):
+        self.counter = 0
+        self.calls = 0
+        self.at, self.event = at, event
+        self.spread = spread
+        self.progress = None
+        self.progresses = []
+
+    def state_dict(self):
+        return {"counter": self.counter}
+
+    def load_state_dict(self, state):
+        self.counter = state["counter"]
+
+    def __call__(self, model, images, labels):
+        self.progresses.append(self.progress)
+        if self.calls == self.at:
+            self.event()
+        self.calls += 1
+        self.counter += 1
+        task = functional.cross_entropy(model(images), labels)
+        return SimpleNamespace(
+            loss=task * (1 + 0.01 * self.counter),
+            task=task.detach(),
+            regression=None,
+            r2=torch.tensor(0.5),
+            spread=torch.tensor(self.spread(self.progress)),
+        )
+
+
+def blobs(count=40):
+    """Noisy copies of one picture a class."""
+    generator = torch.Generator().manual_seed(1)
+    pictures = torch.randn(3, 1, 4, 4, generator=generator)
+    labels = torch.arange(count) % 3
+    return TensorDataset(2 * pictures[labels] + torch.randn(count, 1, 4, 4, generator=generator), labels)
+
+
+def train(output=None, objective=None, model=None, data=None, **options):
+    """Four epochs of five steps."""
+    model = NoisyNet() if model is None else model
+    objective = CountingObjective() if objective is None else objective
+    arguments = {"epochs": 4, "batch_size": 8, "lr": 0.01, "clip_grad": 1.0, "progress": False} | options
+    data = blobs() if data is None else data
+    return model, fit(model, data, blobs(24), objective=objective, output=output, **arguments)
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def timeless(history):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
+
+
+def assert_same_weights(model, other):
+    for (name, value), expected in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(value, expected), name
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Threads only slow down models as small as these."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """The folder of a run of one epoch. Copy it before changing it."""
+    folder = tmp_path_factory.mktemp("short") / "run"
+    train(folder, epochs=1)
+    return folder
+
+
+@pytest.fixture
+def run_copy(short_run, tmp_path):
+    return Path(shutil.copytree(short_run, tmp_path / "run"))
+
+
+def test_fit_learns_and_logs(tmp_path):
+    model, result = train(tmp_path / "run", lr=0.05, warmup_epochs=1)
+    assert result.accuracy == result.history[-1]["eval_accuracy"] > 80
+    assert result.best_accuracy == max(row["eval_accuracy"] for row in result.history)
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+    assert result.history[0]["regression"] is None
+    assert result.history[0]["r2"] == 0.5
+    assert result.seconds == sum(row["seconds"] for row in result.history) > 0
+    assert result.checkpoint == tmp_path / "run" / "checkpoints" / "epoch_0004"
+    rows = rows_of(tmp_path / "run" / "summary.csv")
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
+    assert [float(row["loss"]) for row in rows] == [row["loss"] for row in result.history]
+    assert rows[0]["regression"] == ""
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    for name, value in model.state_dict().items():
+        assert torch.equal(weights[name], value), name
+
+
+def test_fit_follows_the_schedule_of_each_update():
+    objective = CountingObjective()
+    _, result = train(objective=objective, epochs=2)
+    assert objective.progresses == [step / 10 for step in range(10)]
+    # timm's cosine from 0.01 to 0 over ten updates; a row holds the rate of its last update.
+    expected = [0.005 * (1 + torch.cos(torch.tensor(torch.pi * step / 10)).item()) for step in (4, 9)]
+    assert [row["lr"] for row in result.history] == pytest.approx(expected, rel=1e-6)
+
+
+def test_fit_is_reproducible_and_seed_matters():
+    first, result = train(seed=3)
+    second, again = train(seed=3)
+    other, _ = train(seed=4)
+    assert timeless(result.history) == timeless(again.history)
+    assert_same_weights(first, second)
+    assert not torch.equal(first.layers[1].weight, other.layers[1].weight)
+
+
+def test_evaluation_leaves_no_trace_in_the_training():
+    model = NoisyNet()
+    fit(model, blobs(), objective=CountingObjective(), epochs=4, batch_size=8, lr=0.01, clip_grad=1.0, progress=False)
+    assert_same_weights(model, train()[0])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_resumed_run_ends_in_the_same_bits(tmp_path, workers):
+    expected, unbroken = train(workers=workers)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, CountingObjective(at=13, event=interrupt), workers=workers)
+    assert len(rows_of(tmp_path / "summary.csv")) == 2
+    torch.manual_seed(123)
+    objective = CountingObjective()
+    resumed, result = train(tmp_path, objective, workers=workers, resume="auto")
+    assert objective.calls == 10
+    assert objective.counter == 20
+    assert timeless(result.history) == timeless(unbroken.history)
+    assert_same_weights(resumed, expected)
+    assert len(rows_of(tmp_path / "summary.csv")) == 4
+
+
+def test_killed_run_resumes_to_the_same_bits(tmp_path):
+    """SIGKILL in the middle of the third epoch; nothing in the process gets to clean up."""
+    script = f"""
+        import os, signal, sys
+        sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}
+        import torch
+        from test_training import CountingObjective, train
+        torch.set_num_threads(1)
+        train({str(tmp_path)!r}, CountingObjective(at=13, event=lambda: os.kill(os.getpid(), signal.SIGKILL)))
+    """
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    resumed, result = train(tmp_path, resume="auto")
+    expected, unbroken = train()
+    assert timeless(result.history) == timeless(unbroken.history)
+    assert_same_weights(resumed, expected)
+
+
+def test_a_failed_save_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
+    rename = os.replace
+
+    def replace(source, target):
+        if str(target).endswith("epoch_0003"):
+            raise OSError("disk full")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="disk full"):
+        train(tmp_path)
+    monkeypatch.undo()
+    resumed, _ = train(tmp_path, resume="auto")
+    assert_same_weights(resumed, train()[0])
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["epoch_0003", "epoch_0004"]
+
+
+def test_a_finished_run_resumes_to_its_result(tmp_path):
+    _, result = train(tmp_path)
+    model, again = train(tmp_path, resume="auto")
+    assert again.history == result.history
+    assert again.checkpoint == result.checkpoint
+    assert_same_weights(model, train()[0])
+
+
+def test_resume_from_a_path(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "first", CountingObjective(at=13, event=interrupt))
+    resumed, _ = train(tmp_path / "second", resume=tmp_path / "first")
+    from_checkpoint, _ = train(resume=tmp_path / "first" / "checkpoints" / "epoch_0002")
+    assert_same_weights(resumed, from_checkpoint)
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .*nowhere.*resume=None"):
+        train(resume=tmp_path / "nowhere")
+
+
+def test_a_run_is_not_overwritten(short_run):
+    with pytest.raises(CheckpointError, match=r"already holds a run.*resume='auto'"):
+        train(short_run, epochs=1)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "changed", "missing"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl"])
+def test_damaged_checkpoint_names_the_file(run_copy, name, damage):
+    path = run_copy / "checkpoints" / "epoch_0001" / name
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content[: len(content) // 2] if damage == "truncated" else content[:-1] + b"\x7f")
+    with pytest.raises(CheckpointError, match=rf"{name}' is damaged.*Delete .*epoch_0001"):
+        train(run_copy, epochs=1, resume="auto")
+
+
+def test_damaged_record_names_the_file(run_copy):
+    (run_copy / "checkpoints" / "epoch_0001" / "record.json").write_text('{"settings": ')
+    with pytest.raises(CheckpointError, match=r"record.json' is damaged.*Delete"):
+        train(run_copy, epochs=1, resume="auto")
+
+
+def test_checkpoint_of_another_run_is_refused(short_run):
+    with pytest.raises(CheckpointError, match=r"lr was 0.01 and is 0.02.*same settings"):
+        train(short_run, epochs=1, lr=0.02, resume="auto")
+    with pytest.raises(CheckpointError, match=r"does not fit this model"):
+        train(short_run, epochs=1, model=NoisyNet(hidden=9), resume="auto")
+    record = json.loads((short_run / "checkpoints" / "epoch_0001" / "record.json").read_text())
+    assert record["settings"]["images"] == 40
+
+
+def test_nan_images_stop_the_run():
+    data = blobs()
+    data.tensors[0][7] = torch.nan
+    with pytest.raises(TrainingError, match=r"images hold NaN or infinity in epoch 1, step [1-5]\."):
+        train(data=data)
+
+
+def test_non_finite_loss_names_epoch_and_step(tmp_path):
+    class Exploding(CountingObjective):
+        def __call__(self, model, images, labels):
+            terms = super().__call__(model, images, labels)
+            if self.calls == 8:
+                terms.loss = terms.loss * torch.inf
+            return terms
+
+    with pytest.raises(TrainingError, match=r"loss is inf in epoch 2, step 3\. Lower lr"):
+        train(tmp_path, Exploding())
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["epoch_0001"]
+    train(tmp_path, resume="auto")
+
+
+def test_collapsed_game_stops_the_run(tmp_path):
+    def collapse(progress):
+        return 2.0 if progress < 0.5 else 0.01
+
+    message = r"collapsed in epoch 3.*0.01, against 2 before{}\. Lower .*regression_weight"
+    chance = NoisyNet()
+    nn.init.zeros_(chance.head.weight)
+    with pytest.raises(TrainingError, match=message.format(", and accuracy is 33.3 %")):
+        train(tmp_path, CountingObjective(spread=collapse), model=chance, lr=1e-12)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["epoch_0001", "epoch_0002"]
+    with pytest.raises(TrainingError, match=message.format("")):
+        fit(NoisyNet(), blobs(), objective=CountingObjective(spread=collapse), epochs=4, batch_size=8)
+    # The values hardly vary, but the classifier works: no reason to stop.
+    _, result = train(objective=CountingObjective(spread=collapse), lr=0.05)
+    assert result.accuracy > 80
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "`epochs` must be a whole number from 1, but it is 0"),
+        ({"batch_size": 2.5}, "`batch_size` must be a whole number"),
+        ({"lr": 0.0}, "`lr` must be a finite number above 0"),
+        ({"lr": float("nan")}, "`lr` must be a finite number"),
+        ({"weight_decay": -1}, "`weight_decay` must be a finite number from 0"),
+        ({"clip_grad": 0.0}, "`clip_grad` must be a finite number above 0"),
+        ({"seed": -1}, "`seed` must be a whole number from 0"),
+        ({"batch_size": 41}, r"40 images, fewer than one step takes .*Lower batch_size to at most 40"),
+        ({"sched": "plateau"}, "`sched`"),
+        ({"sched": "nonsense"}, "nonsense"),
+        ({"opt": "nonsense"}, "nonsense"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        train(**options)
+
+
+def test_class_count_mismatch():
+    data = blobs()
+    data.classes = ["a", "b"]
+    with pytest.raises(ValueError, match=r"`train_data` has 2 classes, but the model has 3 .*num_classes=2"):
+        train(data=data)
+    with pytest.raises(ValueError, match=r"`data` has 2 classes"):
+        evaluate(NoisyNet(), data)
+    with pytest.raises(ValueError, match="empty"):
+        evaluate(NoisyNet(), TensorDataset(torch.zeros(0, 1, 4, 4), torch.zeros(0)))
+
+
+def test_evaluate_against_its_definition():
+    model, data = NoisyNet(), blobs(50)
+    result = evaluate(model, data, batch_size=16)
+    assert model.training
+    images, labels = data.tensors
+    logits = model.eval()(images)
+    assert result.accuracy == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
+    assert result.loss == pytest.approx(functional.cross_entropy(logits, labels).item(), rel=1e-6)
+
+
+def test_bfloat16_trains():
+    AcceleratorState._reset_state()  # accelerate fixes the precision once a process
+    try:
+        _, result = train(lr=0.05, mixed_precision="bf16")
+    finally:
+        AcceleratorState._reset_state()
+    assert result.accuracy > 80
