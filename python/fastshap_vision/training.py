@@ -24,9 +24,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .checkpoint import CheckpointError, Checkpoints
-
-__all__ = ["CheckpointError", "Evaluation", "FitResult", "TrainingError", "evaluate", "fit"]
+from .checkpoint import Checkpoints
 
 TERMS = ("loss", "task", "regression", "masked_task", "r2", "spread")
 
