@@ -1,0 +1,57 @@
+# make env    create .venv and install everything into it
+# make demo   train, explain and check a ViT and a CNN on digits: runs/demo/
+# make test   the tests            make test-slow  the slow ones
+# make lint   ruff, mypy, clang-format
+# make bench  every op beside plain PyTorch, written to bench/results/
+# make build  recompile the CPU library in place
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+NATIVE := $(wildcard csrc/*/*.cpp csrc/include/fastshap/*.h)
+TRAINING_THREADS ?= 2
+
+.PHONY: env build demo test test-slow lint format bench bench-digits clean
+
+env: $(INSTALLED)
+
+# torch comes first: the build needs its headers, and isolated builds would fetch another one.
+$(INSTALLED): pyproject.toml setup.py $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check timm "setuptools>=77" wheel
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[dev]"
+	$(BIN)/python -m fastshap_kernels.info
+	touch $@
+
+build: $(INSTALLED)
+	FASTSHAP_FORCE_BUILD=1 $(BIN)/python setup.py --quiet build_ext --inplace
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/digits.py --output runs/demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+bench: $(INSTALLED)
+	FASTSHAP_BENCH_WRITE=1 $(BIN)/python -m pytest bench
+
+bench-digits: $(INSTALLED)
+	$(BIN)/python examples/digits.py --seeds 0 1 2 --heads shares votes --output runs/digits --record bench/results/digits.json
+
+clean:
+	rm -rf build dist runs *.egg-info fastshap_kernels/*.so
