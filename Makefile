@@ -10,7 +10,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*/*.cpp csrc/include/fastshap/*.h)
-TRAINING_THREADS ?= 2
 
 .PHONY: env build demo test test-slow lint format bench bench-digits clean
 

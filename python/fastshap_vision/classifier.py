@@ -76,7 +76,7 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
         if not 0.0 <= backbone_gradient <= 1.0:
             raise ValueError(f"Argument `backbone_gradient` must be in [0, 1], but it is {backbone_gradient!r}.")
         # What is saved beside the weights; they replace timm's own, which need not be fetched again.
-        self._hub_mixin_config = dict(self._hub_mixin_config or {}, pretrained=False)
+        self._hub_mixin_config: dict[str, Any] = {**(self._hub_mixin_config or {}), "pretrained": False}
         arguments = dict(model_kwargs or {})
         if backbone is None:
             backbone = _create_backbone(model_name, pretrained, arguments | {"num_classes": num_classes}, img_size)
@@ -347,7 +347,7 @@ def _create_backbone(
     return timm.create_model(name, pretrained=pretrained, **arguments)
 
 
-def _make_game(backbone: nn.Module, votes: bool, channels: int, img_size: int | tuple[int, int] | None) -> Game:
+def _make_game(backbone: Any, votes: bool, channels: int, img_size: int | tuple[int, int] | None) -> Game:
     if isinstance(backbone, VisionTransformer):
         return TokenDropping(backbone, votes)
     if img_size is None:

@@ -32,7 +32,7 @@ class PixelRemoval:
         self.backbone: Any = backbone
         self.input_size = input_size
         features = _probe_features(self.backbone, input_size)
-        self.grid: tuple[int, int] = tuple(features.shape[2:])
+        self.grid: tuple[int, int] = (features.shape[2], features.shape[3])
         self.players = self.grid[0] * self.grid[1]
         if input_size[1] % self.grid[0] or input_size[2] % self.grid[1]:
             raise UnsupportedModelError(
@@ -145,7 +145,8 @@ def _probe_head(backbone: Any, features: Tensor) -> bool:
         before_linear = backbone.forward_head(average, pre_logits=True)
         if not torch.allclose(backbone.forward_head(features), classifier(before_linear), rtol=1e-3, atol=1e-4):
             raise UnsupportedModelError(
-                f"{type(backbone).__name__} does not pool by global averaging. {SUPPORTED} Create it with global_pool='avg'."
+                f"{type(backbone).__name__} does not pool by global averaging: create it with global_pool='avg'. "
+                + SUPPORTED
             )
         return bool(torch.equal(before_linear, average[:, :, 0, 0]))
     finally:

@@ -123,7 +123,8 @@ class ShapleyObjective:
         target_values = values if self.target == "live" else values.detach()
         residual = model.regression_loss(features, logits, bits, target_values, null)
         uniform, variance = self._scales(values.detach(), logits.detach(), null.detach(), bits, model.players)
-        regression = residual / {"uniform": uniform, "variance": variance, "raw": 1.0}[self.error]
+        units: dict[str, Tensor | float] = {"uniform": uniform, "variance": variance, "raw": 1.0}
+        regression = residual / units[self.error]
         task = self.task_loss(logits, labels)
         loss = task + rise * self.regression_weight * regression
         masked_task = None

@@ -6,7 +6,7 @@ All coalitions run as one ragged batch of present tokens: one patch embedding pe
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import Attention, PatchEmbed
@@ -240,7 +240,7 @@ def _drop_path(drop_path: nn.Module, rows: Tensor, owner: Tensor | None) -> Tens
     return rows * kept[owner]
 
 
-def _attend_nothing(pool: nn.Module) -> Tensor:
+def _attend_nothing(pool: Any) -> Tensor:
     """What attention pooling gives where no token is left: attention over nothing is 0. (1, L)."""
     pooled = pool.proj_drop(pool.proj(pool.latent.new_zeros(1, pool.latent_len, pool.num_heads * pool.head_dim)))
     if pool.mlp is not None:

@@ -1,0 +1,151 @@
+import pytest
+import torch
+from torch.nn import functional as F
+from vision_transformers import create, images
+
+import fastshap_kernels as fk
+import fastshap_vision as fv
+
+LABELS = torch.tensor([0, 3, 6])
+
+
+def model_and_images(kind="class token", **options):
+    size = 64 if kind == "resnet18" else 32
+    model = fv.convert(create(kind), img_size=size, **options)
+    if hasattr(model, "shares"):
+        torch.nn.init.normal_(model.shares.weight, std=0.1)
+    return model.eval(), images(size=size)
+
+
+def explicit_terms(model, x, bits, error):
+    """The formulas of the objective, written out with every Shapley value in memory."""
+    phi, logits = model.shapley_values(x)
+    values, null, present = model.coalition_values(x, bits), model.null_value(), fk.unpack_bits(bits, model.players)
+    squared = (values - null - torch.einsum("bmp,bpk->bmk", present.float(), phi)).square().mean()
+    even = null + present.float().mean(2, keepdim=True) * (logits - null).unsqueeze(1)
+    unit = {
+        "uniform": (values - even).square().mean(),
+        "variance": values.flatten(0, 1).var(0, correction=0).mean(),
+        "raw": 1.0,
+    }[error]
+    masked = F.cross_entropy(values.flatten(0, 1), LABELS.repeat_interleave(bits.shape[1]))
+    return F.cross_entropy(logits, LABELS), squared / unit, masked
+
+
+@pytest.mark.parametrize("error", ["uniform", "variance", "raw"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("class token", {}), ("average pooling", {"head": "votes"}), ("resnet18", {"base": "votes"})],
+)
+def test_terms_follow_their_formulas(kind, options, error):
+    model, x = model_and_images(kind, **options)
+    objective = fv.ShapleyObjective(4, regression_weight=2.0, masked_task_weight=0.5, error=error, seed=5)
+    terms = objective(model, x, LABELS)
+    bits = fk.sample_coalitions(3, 4, model.players, seed=5)
+    task, regression, masked = explicit_terms(model, x, bits, error)
+    for ours, explicit in ((terms.task, task), (terms.regression, regression), (terms.masked_task, masked)):
+        assert torch.allclose(ours, explicit, rtol=1e-4)
+    assert torch.allclose(terms.loss, task + 2.0 * regression + 0.5 * masked, rtol=1e-4)
+
+
+def encoder_gradient(model, x, **options):
+    """Gradient of the regression alone in the encoder's first layer."""
+    model.zero_grad()
+    fv.ShapleyObjective(4, task_loss=lambda logits, labels: logits.sum() * 0, **options)(
+        model, x, LABELS
+    ).loss.backward()
+    return model.backbone.patch_embed.proj.weight.grad.clone()
+
+
+def test_a_live_target_moves_the_values():
+    model, x = model_and_images(backbone_gradient=0.0)
+    assert encoder_gradient(model, x).abs().sum() == 0
+    assert encoder_gradient(model, x, target="live").abs().sum() > 0
+
+
+def test_no_values_are_kept_when_nothing_flows_back():
+    """With μ = 0 and a detached target, the gradient is that of the joint pass without its coalition part."""
+    model, x = model_and_images()
+    gradient = encoder_gradient(model, x, masked_task_weight=0.0)
+    tiny = encoder_gradient(model, x, masked_task_weight=1e-30)
+    assert gradient.abs().sum() > 0
+    assert torch.allclose(gradient, tiny, atol=1e-6 * float(tiny.abs().max()))
+
+
+def test_ramp():
+    model, x = model_and_images()
+    objective = fv.ShapleyObjective(2, ramp=(0.25, 0.75))
+    plain = objective(model, x, LABELS)
+    assert plain.regression is None
+    assert torch.equal(plain.loss, F.cross_entropy(model(x), LABELS))
+    for progress, rise in ((0.5, 0.5), (0.75, 1.0), (1.0, 1.0)):
+        objective.progress = progress
+        terms = objective(model, x, LABELS)
+        assert torch.allclose(terms.loss, terms.task + rise * (terms.regression + terms.masked_task))
+
+
+def test_each_step_draws_anew_and_resumes_exactly():
+    model, x = model_and_images()
+
+    def losses(objective, steps):
+        return [objective(model, x, LABELS).loss.item() for _ in range(steps)]
+
+    whole = losses(fv.ShapleyObjective(2, seed=3), 4)
+    assert len(set(whole)) == 4
+    first = fv.ShapleyObjective(2, seed=3)
+    start = losses(first, 2)
+    second = fv.ShapleyObjective(2, seed=3)
+    second.load_state_dict(first.state_dict())
+    assert start + losses(second, 2) == whole
+
+
+@pytest.mark.parametrize("coalitions", [1, 3, 4])
+@pytest.mark.parametrize("paired", [True, False])
+def test_any_number_of_coalitions(coalitions, paired):
+    model, x = model_and_images()
+    terms = fv.ShapleyObjective(coalitions, paired=paired)(model, x, LABELS)
+    assert torch.isfinite(terms.loss)
+
+
+def test_perfect_explanations_leave_no_regression():
+    """A game in which patches don't interact is explained without error by its votes."""
+    model, x = model_and_images("average pooling", head="votes")
+    for block in model.backbone.blocks:
+        torch.nn.init.zeros_(block.attn.proj.weight)
+    terms = fv.ShapleyObjective(4)(model, x, LABELS)
+    assert terms.regression <= 1e-9
+    assert terms.r2 >= 1 - 1e-9
+
+
+def test_no_values_per_patch_and_class_exist_in_training():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    classes, players, batch = 997, 16, 12
+    model = fv.convert(create("class token", classes=classes))
+    biggest = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            out = function(*arguments, **(options or {}))
+            biggest.extend(t.shape for t in (out if isinstance(out, tuple | list) else [out]) if hasattr(t, "shape"))
+            return out
+
+    with Watch():
+        fv.ShapleyObjective(2)(model, images(batch), LABELS.repeat(4)).loss.backward()
+    assert not [shape for shape in biggest if shape.numel() >= batch * players * classes]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"coalitions": 0}, "`coalitions`"),
+        ({"regression_weight": -1.0}, "`regression_weight`"),
+        ({"error": "relative"}, "`error` must be one of 'uniform', 'variance', 'raw'"),
+        ({"target": "dead"}, "`target`"),
+        ({"sizes": "binomial"}, "`sizes`"),
+        ({"ramp": (0.5, 0.2)}, "`ramp`"),
+    ],
+)
+def test_bad_input_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        fv.ShapleyObjective(**options)
