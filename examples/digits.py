@@ -122,7 +122,9 @@ def draw(models: dict[str, Any], exact: dict[str, Any], test: Any, path: Path) -
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    print(f"\n{'model':<6}{'head':<8}{'seed':>5}{'accuracy':>10}{'plain':>8}{'R²':>8}{'r':>8}{'ms/expl.':>10}{'training':>10}")
+    print(
+        f"\n{'model':<6}{'head':<8}{'seed':>5}{'accuracy':>10}{'plain':>8}{'R²':>8}{'r':>8}{'ms/expl.':>10}{'training':>10}"
+    )
     for row in rows:
         print(
             f"{row['model']:<6}{row['head']:<8}{row['seed']:>5}{row['accuracy']:>9.2f}%{row['plain_accuracy']:>7.2f}%"
