@@ -2,6 +2,7 @@
 
 from ._backend import use_backend
 from .ops.coalition_sum import coalition_sum
+from .ops.exact_shapley import exact_shapley
 from .ops.linear_shapley_loss import linear_shapley_loss
 from .ops.mask_patches import mask_patches
 from .ops.pack_bits import pack_bits, unpack_bits
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "coalition_sum",
+    "exact_shapley",
     "linear_shapley_loss",
     "mask_patches",
     "pack_bits",

@@ -1,0 +1,89 @@
+"""Exact Shapley values from the value of every coalition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _backend, _checks
+from ..reference import exact_shapley as reference
+
+_MAX_PLAYERS = 20
+
+
+def exact_shapley(values: Tensor, *, backend: str | None = None) -> Tensor:
+    """Computes the Shapley value of every player from the values of all 2^P coalitions.
+
+    phi[p] = Σ_{S ∌ p} |S|! (P − |S| − 1)! / P! · (v(S ∪ {p}) − v(S)), so that Σ_p phi[p] = v(N) − v(∅).
+
+    Args:
+        values (float16, bfloat16, float32, float64): (..., 2^P, K), v(S) for every coalition and class, 1 ≤ P ≤ 20;
+            player p is present in the coalitions whose index has bit p set: index 0 is v(∅), the last one v(N).
+        backend: "reference" or "cpu"; default the best available.
+
+    Returns:
+        (..., P, K) Shapley values in the dtype of `values`. Every dtype is summed in float64 and rounded once,
+        at the end. Gradients flow to `values`.
+
+    Raises:
+        ValueError: if the number of coalitions is not a power of two from 2 to 2^20.
+        RuntimeError: if an explicitly chosen backend can't serve the call.
+
+    Deterministic: yes, forward and backward.
+
+    Source: Shapley, A value for n-person games (1953).
+    """
+    op = "exact_shapley"
+    _check_values(op, values)
+    if _backend.select(op, values.device, backend) == "reference":
+        return reference.exact_shapley(values)
+    return ExactShapley.apply(values)
+
+
+def _check_values(op: str, values: object) -> None:
+    shape = "(..., 2^P, K)"
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{op}: argument `values` must be a tensor {shape}, but it is {_checks.describe(values)}.")
+    if values.ndim < 2 or not values.is_floating_point():
+        _checks.fail(op, "values", f"a floating-point tensor {shape}", values)
+    coalitions = int(values.shape[-2])
+    if coalitions < 2 or coalitions & (coalitions - 1) or coalitions > 2**_MAX_PLAYERS:
+        _checks.fail(
+            op,
+            "values",
+            f"{shape} with every coalition of 1 ≤ P ≤ {_MAX_PLAYERS} players, the empty and the full one included",
+            values,
+            "For more players, or for a sample of the coalitions, use kernel_shap.",
+        )
+
+
+class ExactShapley(torch.autograd.Function):
+    """Autograd face of `fastshap::exact_shapley`."""
+
+    @staticmethod
+    def forward(values: Tensor) -> Tensor:
+        return torch.ops.fastshap.exact_shapley(values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.players = reference.players_of(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        # The map is linear and its gradient rare: the transposed product of the reference will do.
+        return (reference.coefficients(ctx.players, grad.device).T @ grad.double()).to(grad.dtype)
+
+
+torch.library.define("fastshap::exact_shapley", "(Tensor values) -> Tensor")
+
+
+@torch.library.register_fake("fastshap::exact_shapley")
+def _fake(values: Tensor) -> Tensor:
+    return values.new_empty((*values.shape[:-2], reference.players_of(values), values.shape[-1]))
+
+
+torch.library.register_autograd(
+    "fastshap::exact_shapley", ExactShapley.backward, setup_context=ExactShapley.setup_context
+)

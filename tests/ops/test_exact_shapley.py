@@ -1,0 +1,152 @@
+from itertools import permutations
+from math import factorial
+
+import pytest
+import torch
+from accuracy import DTYPES, assert_accurate
+
+import fastshap_kernels as fk
+
+BACKENDS = ("reference", "cpu")
+
+
+def random_values(generator, *shape, dtype=torch.float64):
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("players", [1, 2, 3, 4, 5, 6])
+def test_definition(generator, players, backend):
+    """The average gain of joining, over every order in which the players can join."""
+    values = random_values(generator, 2**players, 2)
+    phi = torch.zeros(players, 2, dtype=torch.float64)
+    for order in permutations(range(players)):
+        coalition = 0
+        for player in order:
+            phi[player] += values[coalition | 1 << player] - values[coalition]
+            coalition |= 1 << player
+    phi /= factorial(players)
+    assert (fk.exact_shapley(values, backend=backend) - phi).abs().max() <= 1e-13
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("players", "classes"), [(1, 1), (2, 3), (6, 5), (7, 64), (8, 65), (9, 130), (12, 7), (15, 1)])
+def test_backends_agree(generator, players, classes, dtype):
+    values = random_values(generator, 3, 2**players, classes, dtype=dtype)
+    ours = fk.exact_shapley(values, backend="cpu")
+    plain = fk.exact_shapley(values, backend="reference")
+    assert_accurate(ours, plain, fk.exact_shapley(values.double(), backend="reference"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_twenty_players(generator, backend):
+    """A game whose Shapley values are known: the sum of the players' numbers, plus a prize for all twenty."""
+    numbers = random_values(generator, 20)
+    values = torch.zeros(1, dtype=torch.float64)
+    for number in numbers:
+        values = torch.cat([values, values + number])
+    values[-1] += 3.0
+    phi = fk.exact_shapley(values.unsqueeze(1), backend=backend).squeeze(1)
+    assert (phi - numbers - 3.0 / 20).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype_is_summed_in_float64_and_rounded_once(generator, dtype, backend):
+    values = random_values(generator, 2, 2**10, 4, dtype=dtype)
+    exact = fk.exact_shapley(values.double(), backend="reference")
+    off = (fk.exact_shapley(values, backend=backend).double() - exact).abs()
+    assert (off <= 0.51 * torch.finfo(dtype).eps * exact.abs() + 1e-13).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_large_constant_costs_no_digits(generator, backend):
+    values = random_values(generator, 2**8, 3).mul(2**20).round()  # whole numbers: adding 2^40 is exact
+    phi = fk.exact_shapley(values, backend=backend)
+    shifted = fk.exact_shapley(values + 2.0**40, backend=backend)
+    assert torch.equal(phi, shifted)
+
+
+def test_any_leading_shape_and_strides(generator):
+    values = random_values(generator, 2, 3, 4, 2**5, dtype=torch.float32).mT
+    phi = fk.exact_shapley(values.reshape(2, 3, 2**5, 4))
+    strided = fk.exact_shapley(values)
+    assert strided.shape == (2, 3, 5, 4)
+    assert torch.equal(strided, phi)
+    assert torch.equal(fk.exact_shapley(values[0, 0]), phi[0, 0])
+    expanded = values[:1, :1].expand(2, 3, -1, -1)
+    assert torch.equal(fk.exact_shapley(expanded), phi[:1, :1].expand(2, 3, -1, -1))
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 3), (2, 8, 0), (2, 0, 8, 3)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty(shape, backend):
+    phi = fk.exact_shapley(torch.zeros(shape, requires_grad=True), backend=backend)
+    assert phi.shape == (*shape[:-2], 3, shape[-1])
+    phi.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients(generator, dtype):
+    values = random_values(generator, 3, 2**6, 5)
+    cotangent = random_values(generator, 3, 6, 5)
+
+    def gradient(dtype, backend):
+        x = values.to(dtype).requires_grad_()
+        fk.exact_shapley(x, backend=backend).backward(cotangent.to(dtype))
+        return x.grad
+
+    assert_accurate(gradient(dtype, "cpu"), gradient(dtype, "reference"), gradient(torch.float64, "reference"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck(generator, backend):
+    values = random_values(generator, 2, 2**3, 2).requires_grad_()
+    torch.autograd.gradcheck(lambda x: fk.exact_shapley(x, backend=backend), values)
+    torch.autograd.gradgradcheck(lambda x: fk.exact_shapley(x, backend=backend), values)
+
+
+@pytest.mark.parametrize("shape", [(16, 3), (2, 3, 8, 2)])
+def test_opcheck(generator, shape):
+    values = random_values(generator, *shape, dtype=torch.float32).requires_grad_()
+    torch.library.opcheck(torch.ops.fastshap.exact_shapley.default, (values,))
+
+
+def test_compiles_without_graph_breaks(generator):
+    def loss(x):
+        return fk.exact_shapley(x).square().sum()
+
+    x = random_values(generator, 2, 16, 3).requires_grad_()
+    y = x.detach().clone().requires_grad_()
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(x).backward()
+    loss(y).backward()
+    assert torch.equal(x.grad, y.grad)
+
+
+def test_runs_and_thread_counts_give_the_same_bits(generator):
+    values = random_values(generator, 5, 2**9, 70, dtype=torch.float32)
+    first = fk.exact_shapley(values, backend="cpu")
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 4, 1):
+            torch.set_num_threads(count)
+            assert torch.equal(fk.exact_shapley(values, backend="cpu"), first)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1.0, 2.0], r"`values` must be a tensor \(..., 2\^P, K\)"),
+        (torch.zeros(8), "`values` must be a floating-point tensor"),
+        (torch.zeros(8, 2, dtype=torch.int64), "`values` must be a floating-point tensor"),
+        (torch.zeros(3, 6, 2), r"every coalition of 1 ≤ P ≤ 20 players.*\(3, 6, 2\).*use kernel_shap"),
+        (torch.zeros(0, 2), "every coalition"),
+        (torch.zeros(1, 2), "every coalition"),
+        (torch.zeros(1, 1).expand(2**21, 1), "every coalition"),
+    ],
+)
+def test_bad_input_is_named(values, message):
+    with pytest.raises((ValueError, TypeError), match=f"exact_shapley.*{message}"):
+        fk.exact_shapley(values)
