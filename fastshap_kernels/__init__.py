@@ -3,6 +3,7 @@
 from ._backend import use_backend
 from .ops.coalition_sum import coalition_sum
 from .ops.exact_shapley import exact_shapley
+from .ops.kernel_shap import KernelShapEstimate, kernel_shap
 from .ops.linear_shapley_loss import linear_shapley_loss
 from .ops.mask_patches import mask_patches
 from .ops.pack_bits import pack_bits, unpack_bits
@@ -15,8 +16,10 @@ from .ops.shapley_regression_loss import shapley_regression_loss
 __version__ = "0.1.0"
 
 __all__ = [
+    "KernelShapEstimate",
     "coalition_sum",
     "exact_shapley",
+    "kernel_shap",
     "linear_shapley_loss",
     "mask_patches",
     "pack_bits",
