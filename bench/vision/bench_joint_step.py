@@ -22,7 +22,7 @@ def dense_loss(model: fv.SelfExplainingClassifier, images: Tensor, labels: Tenso
     values = vit.forward_head(masked_tokens).unflatten(0, present.shape[:2])
     with torch.no_grad():
         null = model.null_value()
-    delta = model.shares(tokens[:, vit.num_prefix_tokens :])
+    delta = model.shares(model.explainer(tokens[:, vit.num_prefix_tokens :]))
     even = ((logits.detach() - null) / players).unsqueeze(1)
     phi = delta - delta.mean(1, keepdim=True) + even
     members = present.float()

@@ -24,6 +24,7 @@ from .vision_transformer import TokenDropping
 
 HEADS = ("shares", "votes")
 BASES = ("even", "votes")
+HEAD_DEPTHS = (0, 1, 2)
 
 
 class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
@@ -31,8 +32,9 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
 
     Heads (E are the features of the patches, (B, P, L)):
 
-    - "shares": the model's own classifier, untouched; Φ_p = base_p + δ_p with δ = E W_sᵀ minus its mean over p.
-      `base` is "even", (f − v(∅))/P, or "votes" where patches vote. Exact for every model.
+    - "shares": the model's own classifier, untouched; Φ_p = base_p + δ_p with δ = G(E) W_sᵀ minus its mean over p
+      and G `head_depth` blocks of the model's own kind. `base` is "even", (f − v(∅))/P, or "votes", where patches
+      vote. Exact for every model.
     - "votes": Φ_p = (W e_p + b)/P, and the logits are their sum. Exact where the model averages its patches before
       a linear classifier; otherwise the logits change and need fine-tuning (see `is_exact_conversion`).
 
@@ -41,7 +43,8 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
         num_classes: K, outputs explained.
         img_size: image size in pixels, one number or (H, W); default the timm model's.
         head: "shares" or "votes".
-        base: "even" or "votes"; of the shares head only.
+        base: "even" or "votes"; default "votes" where patches vote. Of the shares head only.
+        head_depth: blocks between the features and the shares, 0, 1 or 2. Of the shares head only.
         backbone_gradient: γ in [0, 1], how much of the regression's gradient goes on into the encoder.
         pretrained: load timm's weights (needs the network or timm's cache).
         model_kwargs: further JSON-able arguments of `timm.create_model`.
@@ -64,7 +67,8 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
         *,
         img_size: int | tuple[int, int] | None = None,
         head: str = "shares",
-        base: str = "even",
+        base: str | None = None,
+        head_depth: int = 1,
         backbone_gradient: float = 1.0,
         pretrained: bool = False,
         model_kwargs: dict[str, Any] | None = None,
@@ -72,7 +76,9 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
     ) -> None:
         super().__init__()
         check_choice("head", head, HEADS)
-        check_choice("base", base, BASES)
+        if base is not None:
+            check_choice("base", base, BASES)
+        check_choice("head_depth", head_depth, HEAD_DEPTHS)
         if not 0.0 <= backbone_gradient <= 1.0:
             raise ValueError(f"Argument `backbone_gradient` must be in [0, 1], but it is {backbone_gradient!r}.")
         # What is saved beside the weights; they replace timm's own, which need not be fetched again.
@@ -81,18 +87,22 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
         if backbone is None:
             backbone = _create_backbone(model_name, pretrained, arguments | {"num_classes": num_classes}, img_size)
         self.backbone = backbone
-        self.head, self.base, self.backbone_gradient = head, base, backbone_gradient
+        self.head, self.backbone_gradient = head, backbone_gradient
         self.game: Game = _make_game(backbone, head == "votes", arguments.get("in_chans", 3), img_size)
-        if base == "votes" and (head == "votes" or not self.game.patches_vote):
+        if base == "votes" and not self.game.patches_vote:
             raise ValueError(
-                "Argument `base` can be 'votes' with head='shares' where the model averages its patches before a "
-                "linear classifier; this one does not. Use base='even'."
+                "Argument `base` can be 'votes' where the model averages its patches before a linear classifier; this "
+                "one does not. Use base='even'."
             )
+        self.base = base or ("votes" if self.game.patches_vote else "even")
         self.num_classes: int = self.game.vote_weight()[0].shape[0]
         if head == "shares":
+            self.explainer = nn.Sequential(*(self.game.explanation_block() for _ in range(head_depth)))
             self.shares = nn.Linear(self.game.feature_width, self.num_classes, bias=False)
             nn.init.zeros_(self.shares.weight)  # δ = 0: training starts from the base
-            self.shares.to(next(backbone.parameters()).device)
+            device = next(backbone.parameters()).device
+            self.explainer.to(device)
+            self.shares.to(device)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -139,7 +149,7 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
         if self.head == "votes":
             weight, bias = self.game.vote_weight()
             return nn.functional.linear(features, weight, bias) / self.players
-        delta = self.shares(features)
+        delta = self.shares(self.explainer(features))
         delta = delta - delta.mean(1, keepdim=True)
         if self.base == "votes":
             return delta + nn.functional.linear(features, *self.game.vote_weight()) / self.players
@@ -240,7 +250,7 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
             values, null = values - self._votes_of(features.detach(), bits), null.detach() * 0
             grand = torch.zeros_like(logits)
         return linear_shapley_loss(
-            features, self.shares.weight, None, bits, values, null, grand, normalization="additive"
+            self.explainer(features), self.shares.weight, None, bits, values, null, grand, normalization="additive"
         )
 
     def _votes_of(self, features: Tensor, bits: Tensor) -> Tensor:
@@ -297,7 +307,8 @@ def convert(
     *,
     img_size: int | tuple[int, int] | None = None,
     head: str = "shares",
-    base: str = "even",
+    base: str | None = None,
+    head_depth: int = 1,
     backbone_gradient: float = 1.0,
 ) -> SelfExplainingClassifier:
     """Makes a timm model, trained or not, self-explaining. The model itself becomes the backbone: no copy is made.
@@ -306,7 +317,7 @@ def convert(
 
     Args:
         model: made by `timm.create_model`.
-        img_size, head, base, backbone_gradient: as in `SelfExplainingClassifier`.
+        img_size, head, base, head_depth, backbone_gradient: as in `SelfExplainingClassifier`.
 
     Raises:
         UnsupportedModelError: for a model that timm did not make, or a family that can't play.
@@ -326,6 +337,7 @@ def convert(
         img_size=size,
         head=head,
         base=base,
+        head_depth=head_depth,
         backbone_gradient=backbone_gradient,
         model_kwargs=arguments,
         backbone=model,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
 from fastshap_kernels import coalition_sum, mask_patches
@@ -79,6 +80,10 @@ class PixelRemoval:
         classifier = self.backbone.get_classifier()
         return classifier.weight, classifier.bias
 
+    def explanation_block(self) -> nn.Module:
+        """A convolutional block on the feature grid: ConvNeXt's, which needs no batch statistics."""
+        return _GridBlock(self.feature_width, self.grid)
+
     def _vote_features(self, feature_map: Tensor) -> Tensor:
         """(N, L', h, w) → (N, P, L): what the classifier would see if a cell were the whole image."""
         count = feature_map.shape[0]
@@ -103,6 +108,19 @@ class PixelRemoval:
         weight, bias = self.vote_weight()
         logits = pooled @ weight.T
         return logits if bias is None else logits + share * bias
+
+
+class _GridBlock(nn.Module):
+    """A ConvNeXt block on features (B, P, L) laid out as their grid."""
+
+    def __init__(self, width: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.grid = grid
+        self.block = ConvNeXtBlock(width, kernel_size=3, ls_init_value=None)
+
+    def forward(self, features: Tensor) -> Tensor:
+        cells = features.transpose(1, 2).unflatten(2, self.grid)
+        return self.block(cells).flatten(2).transpose(1, 2)
 
 
 def _sizes(bits: Tensor, features: Tensor) -> Tensor:

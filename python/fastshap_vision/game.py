@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class UnsupportedModelError(ValueError):
@@ -38,3 +38,7 @@ class Game(Protocol):
     def null(self) -> Tensor: ...
 
     def vote_weight(self) -> tuple[Tensor, Tensor | None]: ...
+
+    def explanation_block(self) -> nn.Module:
+        """A new block of the model's own kind, on features (B, P, L)."""
+        ...

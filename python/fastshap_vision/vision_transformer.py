@@ -192,6 +192,12 @@ class TokenDropping:
         """(W, b) of the votes; a distilled model's two classifiers are averaged, as in its own forward pass."""
         return self._classifier_weight()
 
+    def explanation_block(self) -> nn.Module:
+        """A transformer block with the heads and width of the model's last one."""
+        last = self.backbone.blocks[-1]
+        ratio = last.mlp.fc2.in_features / self.feature_width
+        return Block(self.feature_width, last.attn.num_heads, mlp_ratio=ratio, qkv_bias=True)
+
     def _classifier_weight(self) -> tuple[Tensor, Tensor | None]:
         backbone = self.backbone
         if isinstance(backbone, VisionTransformerDistilled):

@@ -88,6 +88,8 @@ def test_pixel_removal_plays_the_defined_game(kind):
     ("kind", "options"),
     [
         ("class token", {"head": "shares"}),
+        ("class token", {"head": "shares", "head_depth": 0}),
+        ("average pooling", {"head": "shares", "base": "even", "head_depth": 2}),
         ("class token", {"head": "votes"}),
         ("average pooling", {"head": "shares", "base": "votes"}),
         ("resnet18", {"head": "shares", "base": "votes"}),
@@ -209,6 +211,7 @@ def test_deep_copies_are_independent():
         (lambda: fv.convert(timm.create_model("mixer_s32_224", num_classes=7)), "feature map.*Supported: timm"),
         (lambda: trained("class token", head="vote"), "`head` must be one of 'shares', 'votes'"),
         (lambda: trained("class token", base="votes"), "`base` can be 'votes'"),
+        (lambda: trained("class token", head_depth=3), "`head_depth` must be one of 0, 1, 2"),
         (lambda: trained("class token", backbone_gradient=2.0), "`backbone_gradient`"),
         (lambda: fv.convert(create("resnet18"), img_size=65), "does not divide the image size"),
         (lambda: trained("class token").explain(images(size=16)), r"`images` must be a tensor \(B, 3, 32, 32\)"),
