@@ -4,17 +4,22 @@ from .checkpoint import CheckpointError
 from .classifier import SelfExplainingClassifier, convert
 from .data import Preprocessing, load_dataset
 from .explanation import Explanation
+from .fidelity import Fidelity, ReferenceValues, exact_values, fidelity, kernel_shap_values
 from .game import UnsupportedModelError
+from .interoperability import Attribution
 from .objective import ObjectiveTerms, ShapleyObjective, TaskObjective
 from .training import Evaluation, FitResult, TrainingError, evaluate, fit
 
 __all__ = [
+    "Attribution",
     "CheckpointError",
     "Evaluation",
     "Explanation",
+    "Fidelity",
     "FitResult",
     "ObjectiveTerms",
     "Preprocessing",
+    "ReferenceValues",
     "SelfExplainingClassifier",
     "ShapleyObjective",
     "TaskObjective",
@@ -22,6 +27,9 @@ __all__ = [
     "UnsupportedModelError",
     "convert",
     "evaluate",
+    "exact_values",
+    "fidelity",
     "fit",
+    "kernel_shap_values",
     "load_dataset",
 ]

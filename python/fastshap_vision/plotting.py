@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 
 # Blue lowers the logit, red raises it, white is nothing. The ends stay light enough to darken.
 _COLOURS = ("#1b5fae", "#86b5e3", "#f7f7f7", "#f3a587", "#c4212f")
-# What is left of a colour where the image is black.
-_DARKEST = 0.7
+# One-channel images up to this many pixels a side are drawings, all others photographs.
+_DRAWING = 64
+_SMOOTH = 8  # points of an outline per pixel
+# What is left of a colour where a photograph is black.
+_DARKEST = 0.5
 _PAGE_CELL = 1.45  # inches
 _PAGE_HEADINGS = ("image", "predicted: ours", "predicted: exact", "runner-up: ours", "runner-up: exact")
 
@@ -104,6 +107,7 @@ def explanation_page(
     rows = len(explanations)
     size = (5 * _PAGE_CELL + 1.0, rows * (_PAGE_CELL + 0.24) + 0.25)
     figure, axes = pyplot.subplots(rows, 5, figsize=size, dpi=150, layout="constrained", squeeze=False)
+    figure.get_layout_engine().set(h_pad=0.06)
     truth = Explanation(exact.to(explanations.values), explanations.logits, None, explanations.grid, explanations.null)
     for b in range(rows):
         _draw_row(figure, axes[b], _displayable(images[b]), explanations[b], truth[b], classes)
@@ -136,10 +140,10 @@ def _draw_picture(ax: Axes, picture: Any) -> None:
 
 
 def _draw_heatmap(ax: Axes, heat: Tensor, picture: Any, limit: float) -> Any:
-    """The heat map, darkened by the image where there is one; returns what a colour bar needs.
+    """The heat map with the image showing through, where there is one; returns what a colour bar needs.
 
-    A light pixel shows the colour of its value unchanged, as it is on the colour bar. A mostly dark one-channel image
-    (a white digit on black) is inverted first, so that its background is the light side.
+    A photograph darkens the colours where it is dark. Of a small drawing (a digit) only the outline is drawn: its few
+    large pixels would break the patches up, and its background would hide the colours.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
@@ -148,16 +152,30 @@ def _draw_heatmap(ax: Axes, heat: Tensor, picture: Any, limit: float) -> Any:
     steps = LinearSegmentedColormap.from_list("shapley", _COLOURS, N=257)
     colours = ScalarMappable(Normalize(-limit, limit), steps)
     size = heat.shape if picture is None else picture.shape[:2]
-    pixels = functional.interpolate(heat.detach().float().cpu()[None, None], size=tuple(size), mode="nearest")[0, 0]
-    painted = colours.to_rgba(pixels.numpy())[..., :3]
-    if picture is not None:
+    painted = colours.to_rgba(_resize(heat.detach().float().cpu(), size, "nearest").numpy())[..., :3]
+    is_drawing = picture is not None and picture.ndim == 2 and max(size) <= _DRAWING
+    if picture is not None and not is_drawing:
         grey = picture if picture.ndim == 2 else picture @ (0.299, 0.587, 0.114)
-        if picture.ndim == 2 and numpy.median(grey) < 0.5:
-            grey = 1 - grey
         painted *= (_DARKEST + (1 - _DARKEST) * grey)[..., None]
     ax.imshow(painted, interpolation="nearest")
+    if is_drawing:
+        _draw_outline(ax, picture)
     _frame(ax)
     return colours
+
+
+def _draw_outline(ax: Axes, picture: Any) -> None:
+    """The line at half brightness, smoothed; nothing for a constant picture."""
+    if not picture.min() < 0.5 < picture.max():
+        return
+    height, width = picture.shape
+    smooth = _resize(torch.from_numpy(picture), (height * _SMOOTH, width * _SMOOTH), "bicubic").numpy()
+    rows, columns = ((numpy.arange(side * _SMOOTH) + 0.5) / _SMOOTH - 0.5 for side in (height, width))
+    ax.contour(columns, rows, smooth, levels=[0.5], colors="0.15", linewidths=0.8)
+
+
+def _resize(picture: Tensor, size: Sequence[int], mode: str) -> Tensor:
+    return functional.interpolate(picture[None, None], size=tuple(size), mode=mode)[0, 0]
 
 
 def _frame(ax: Axes) -> None:

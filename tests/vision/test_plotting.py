@@ -55,26 +55,30 @@ def test_limit_is_kept(explanation):
     assert numpy.ptp(painted(ax)) < 0.5
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_the_image_shows_through(explanation, channels):
-    images = torch.ones(BATCH, channels, 4, 8)
+@pytest.mark.parametrize(("channels", "scale"), [(3, 2), (1, 40)])
+def test_a_photograph_shows_through(explanation, channels, scale):
+    images = torch.ones(BATCH, channels, 2 * scale, 4 * scale)
     images[:, :, :, 1] = -2.0  # one dark column, in a normalised unit
     _, plain = explanation.plot(limit=1.0)
     _, ax = explanation.plot(images, limit=1.0)
-    colours, values = painted(ax), painted(plain).repeat(2, 0).repeat(2, 1)
-    dark = numpy.arange(8) == 1
-    assert colours.shape == (4, 8, 3)
-    # The colour map is only as fine as its table, hence a tolerance of one step.
+    colours, values = painted(ax), painted(plain).repeat(scale, 0).repeat(scale, 1)
+    dark = numpy.arange(4 * scale) == 1
     assert colours[:, ~dark] == pytest.approx(values[:, ~dark], abs=1e-6)
     assert (colours[:, dark] < values[:, dark]).all()
 
 
-def test_a_white_drawing_on_black_is_inverted(explanation):
+@pytest.mark.parametrize("ink", [1.0, -3.0])
+def test_a_small_drawing_is_outlined_and_keeps_its_colours(explanation, ink):
     images = torch.zeros(BATCH, 1, 4, 8)
-    images[:, :, :, 1] = 1.0
-    _, ax = explanation.plot(images)
-    _, inverted = explanation.plot(1 - images)
-    assert painted(ax) == pytest.approx(painted(inverted))
+    images[:, :, 1:3, 2:5] = ink
+    _, plain = explanation.plot(limit=1.0)
+    _, ax = explanation.plot(images, limit=1.0)
+    assert painted(ax) == pytest.approx(painted(plain).repeat(2, 0).repeat(2, 1))
+    (outline,) = ax.collections
+    corners = numpy.concatenate([path.vertices for path in outline.get_paths()])
+    # Halfway between the centres of the last pixel outside and the first one inside.
+    assert corners.min(0) == pytest.approx((1.5, 0.5), abs=0.15)
+    assert corners.max(0) == pytest.approx((4.5, 2.5), abs=0.15)
 
 
 def test_title_names_class_and_probability(explanation):
@@ -97,6 +101,7 @@ def test_zeros_and_gradients_are_drawn():
     )
     figure, ax = zeros.plot(torch.zeros(1, 3, 4, 8))
     assert numpy.ptp(painted(ax)) == pytest.approx(0, abs=1e-6)
+    zeros.plot(torch.zeros(1, 1, 4, 8))
     figure.canvas.draw()
 
 

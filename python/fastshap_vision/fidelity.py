@@ -1,0 +1,363 @@
+"""How close a model's own Shapley values are to the true ones: exact values, KernelSHAP estimates, and metrics.
+
+That Σ_p Φ_p = f(x) − v(∅) holds proves nothing: it holds by construction. These metrics compare value by value.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastshap_kernels import exact_shapley, kernel_shap, pack_bits, sample_coalitions
+from fastshap_kernels._checks import check_count, fail
+
+from .explanation import relative_efficiency_gap
+
+if TYPE_CHECKING:
+    from .classifier import SelfExplainingClassifier
+
+_EXACT_PLAYERS = 20
+_IMAGES_TOGETHER = 32
+# Below this share of an image's largest value, differences between players are float32 rounding.
+_ROUNDING = 1e-6
+
+
+class ReferenceValues(NamedTuple):
+    """Shapley values to compare with, float64: by exhaustion, or estimated with standard errors."""
+
+    phi: Tensor  # (B, P, K)
+    standard_error: Tensor | None  # (B, P, K), None where phi is exact
+    null: Tensor  # (B, K), v(∅)
+    grand: Tensor  # (B, K), v(N)
+    evaluations: int  # coalitions evaluated, over all images
+    seconds: float  # wall time
+
+
+def exact_values(
+    model: SelfExplainingClassifier, images: Tensor, *, batch: int = 8192, progress: bool = False
+) -> ReferenceValues:
+    """Exact Shapley values from all 2^P coalitions of every image, in evaluation mode.
+
+    phi[p] = Σ_{S ∌ p} |S|! (P − |S| − 1)! / P! · (v(S ∪ {p}) − v(S)), summed in float64. Comfortable to P = 16 (65 536
+    coalitions an image), possible to P = 20 (1 048 576). Memory beyond the model's: 2^P · K float64 numbers.
+
+    Args:
+        model: a SelfExplainingClassifier, or a module with its `players` and `coalition_values`.
+        images (floating point): (B, C, H, W), normalised as in training.
+        batch: coalitions handed to the model at once, in order of size, so that sequences of a batch are of a length.
+        progress: show a progress bar.
+
+    Returns:
+        `ReferenceValues` without standard errors.
+
+    Raises:
+        ValueError: for more than 20 players, or no image.
+
+    Deterministic: as the model is.
+
+    Source: Shapley, A value for n-person games (1953).
+    """
+    players = model.players
+    if players > _EXACT_PLAYERS:
+        remedy = (
+            f'That takes 2^{players} coalitions an image. Estimate with kernel_shap_values (reference="kernel_shap").'
+        )
+        fail("exact_values", "model.players", f"at most {_EXACT_PLAYERS}", players, remedy)
+    _check_images("exact_values", images)
+    check_count("exact_values", "batch", batch, 1, 2**31 - 1)
+    start = time.perf_counter()
+    order = _coalitions_by_size(players, images.device)
+    bits = order.to(torch.int32).view(1, -1, 1)
+    rows = []
+    with _evaluating(model), _bar("exact Shapley values", len(images) * len(order), progress) as bar:
+        for image in images.split(1):
+            ordered = _values(model, image, bits, batch, bar)
+            values = torch.empty_like(ordered).index_copy_(0, order, ordered)
+            rows.append((exact_shapley(values), values[0], values[-1]))
+    phi, null, grand = (torch.stack(column) for column in zip(*rows, strict=True))
+    return ReferenceValues(phi, None, null, grand, len(images) * len(order), time.perf_counter() - start)
+
+
+def kernel_shap_values(
+    model: SelfExplainingClassifier,
+    images: Tensor,
+    coalitions: int = 4096,
+    seed: int = 0,
+    *,
+    batch: int = 8192,
+    progress: bool = False,
+) -> ReferenceValues:
+    """Shapley values of every image estimated from paired random coalitions, in evaluation mode.
+
+    Args:
+        model: a SelfExplainingClassifier, or a module with its `players` and `coalition_values`.
+        images (floating point): (B, C, H, W), normalised as in training.
+        coalitions: M, coalitions per image; the standard errors fall with its square root.
+        seed: of the coalitions; every image has its own, the same whatever images stand beside it in the order.
+        batch: coalitions handed to the model at once.
+        progress: show a progress bar.
+
+    Returns:
+        `ReferenceValues` with standard errors.
+
+    Raises:
+        ValueError: for too few coalitions to determine P values, or no image.
+
+    Deterministic: as the model is; the coalitions follow from `seed`.
+
+    Source: Lundberg and Lee (2017); Covert and Lee (2021) for pairs.
+    """
+    players = model.players
+    _check_images("kernel_shap_values", images)
+    check_count("kernel_shap_values", "coalitions", coalitions, 2, 2**31 - 1)
+    check_count("kernel_shap_values", "batch", batch, 1, 2**31 - 1)
+    start = time.perf_counter()
+    ends = pack_bits(torch.tensor([False, True], device=images.device).view(1, 2, 1).expand(1, 2, players))
+    rows = []
+    with _evaluating(model), _bar("KernelSHAP", len(images) * (coalitions + 2), progress) as bar:
+        for b, image in enumerate(images.split(1)):
+            offset = b * coalitions
+            bits = sample_coalitions(1, coalitions, players, seed=seed, offset=offset, device=images.device)
+            values = _values(model, image, torch.cat([ends, bits], 1), batch, bar)
+            null, grand = values[0], values[1]
+            estimate = kernel_shap(bits, values[None, 2:], null, grand[None], players=players)
+            rows.append((estimate.phi[0], estimate.standard_error[0], null, grand))
+    phi, standard_error, null, grand = (torch.stack(column) for column in zip(*rows, strict=True))
+    evaluations = len(images) * (coalitions + 2)
+    return ReferenceValues(phi, standard_error, null, grand, evaluations, time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Agreement of a model's Shapley values Φ with reference values φ over B images, P players and K classes.
+
+    The predicted class is the one with the largest v(N). ± in the table is one standard error over the images.
+
+    Args:
+        reference: "exact" or "kernel_shap".
+        images, players, classes: B, P, K.
+        r2: 1 − Σ (Φ − φ)² / Σ (φ − mean φ)² over all entries.
+        r2_beyond_even: 1 − Σ (Φ − φ)² / Σ (φ − (v(N) − v(∅))/P)²: 0 for the even split, which the logits alone give.
+        r2_predicted: as `r2`, over the entries of each image's predicted class.
+        correlation: Pearson over the players, for every class: K means over the images. Where φ is the same for all
+            players of an image there is none, and the image is left out (NaN when none is left); where only Φ is,
+            it counts as 0.
+        correlation_predicted, correlation_predicted_standard_error: the same for the predicted class.
+        mean_squared_error, mean_squared_error_standard_error: mean of (Φ − φ)², in squared logits.
+        efficiency_gap: largest |Σ_p Φ_p + v(∅) − v(N)|, relative to the image's largest |v(N)| or |v(∅)|.
+        reference_noise: root of mean squared standard error over mean (φ − mean φ)²; 0 for exact values.
+        r2_attainable: the `r2` that exact values are expected to score against this reference, 1 − noise².
+        evaluations: coalitions that the reference took, over all images.
+        seconds: wall time that the reference took.
+    """
+
+    reference: str
+    images: int
+    players: int
+    classes: int
+    r2: float
+    r2_beyond_even: float
+    r2_predicted: float
+    correlation: tuple[float, ...]
+    correlation_predicted: float
+    correlation_predicted_standard_error: float
+    mean_squared_error: float
+    mean_squared_error_standard_error: float
+    efficiency_gap: float
+    reference_noise: float
+    r2_attainable: float
+    evaluations: int
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able: what is not defined (NaN) is None."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return [plain(item) for item in value]
+            return None if isinstance(value, float) and math.isnan(value) else value
+
+        return {name: plain(value) for name, value in asdict(self).items()}
+
+    def __str__(self) -> str:
+        defined = [(value, k) for k, value in enumerate(self.correlation) if not math.isnan(value)]
+        mean = sum(value for value, _ in defined) / len(defined) if defined else math.nan
+        lowest = f"   lowest {min(defined)[0]:.3f}, class {min(defined)[1]}" if defined else ""
+        lines = [
+            ("R², all classes", f"{self.r2:.3f}"),
+            ("R² beyond the even split", f"{self.r2_beyond_even:.3f}"),
+            ("R², predicted class", f"{self.r2_predicted:.3f}"),
+            ("correlation, mean of classes", f"{mean:.3f}{lowest}"),
+            (
+                "correlation, predicted class",
+                f"{self.correlation_predicted:.3f} ± {self.correlation_predicted_standard_error:.3f}",
+            ),
+            ("mean squared error", f"{self.mean_squared_error:.3g} ± {self.mean_squared_error_standard_error:.2g}"),
+            ("efficiency gap, relative", f"{self.efficiency_gap:.1e}"),
+        ]
+        if self.reference_noise:
+            lines.append(
+                ("noise of the reference", f"{self.reference_noise:.3f}   R² attainable {self.r2_attainable:.3f}")
+            )
+        lines.append(("evaluations", f"{self.evaluations:,} in {self.seconds:.1f} s"))
+        width = max(len(name) for name, _ in lines)
+        against = {"exact": "exact Shapley values", "kernel_shap": "KernelSHAP"}[self.reference]
+        head = f"Against {against}: {self.images} images, {self.players} players, {self.classes} classes"
+        return "\n".join([head, *(f"  {name:<{width}}  {value}" for name, value in lines)])
+
+
+def fidelity(
+    model: SelfExplainingClassifier,
+    images: Tensor,
+    reference: str | ReferenceValues = "exact",
+    coalitions: int = 4096,
+    seed: int = 0,
+    *,
+    batch: int = 8192,
+    progress: bool = False,
+) -> Fidelity:
+    """Compares a model's own Shapley values with exact or KernelSHAP values of the same images.
+
+    Args:
+        model: a SelfExplainingClassifier, or a module with its `players`, `shapley_values` and `coalition_values`.
+        images (floating point): (B, C, H, W), normalised as in training.
+        reference: "exact" (P ≤ 20), "kernel_shap", or what exact_values or kernel_shap_values returned for `images`.
+        coalitions, seed: of KernelSHAP; see `kernel_shap_values`.
+        batch: coalitions handed to the model at once.
+        progress: show a progress bar.
+
+    Returns:
+        `Fidelity`.
+
+    Raises:
+        ValueError: for an unknown reference, one of other images, too many players for exact values, no image, or a
+            model whose Shapley values are not finite.
+
+    Deterministic: as the model is, but for `seconds`.
+    """
+    _check_images("fidelity", images)
+    if isinstance(reference, str) and reference == "exact":
+        reference = exact_values(model, images, batch=batch, progress=progress)
+    elif isinstance(reference, str) and reference == "kernel_shap":
+        reference = kernel_shap_values(model, images, coalitions, seed, batch=batch, progress=progress)
+    elif not isinstance(reference, ReferenceValues):
+        fail("fidelity", "reference", '"exact", "kernel_shap" or ReferenceValues', reference)
+    with _evaluating(model):
+        parts = [model.shapley_values(part)[0] for part in images.split(_IMAGES_TOGETHER)]
+    ours = torch.cat(parts).double()
+    if reference.phi.shape != ours.shape:
+        fail("fidelity", "reference", f"of the same images, (B, P, K) = {tuple(ours.shape)}", reference.phi)
+    if not ours.isfinite().all():
+        raise ValueError("fidelity: the model's Shapley values are not all finite. Check its weights and the images.")
+    return _compare(ours, reference.phi.to(ours.device), reference)
+
+
+def _compare(ours: Tensor, phi: Tensor, reference: ReferenceValues) -> Fidelity:
+    """The metrics of Φ (`ours`) against φ (`phi`), both float64 (B, P, K)."""
+    null, grand = reference.null.to(ours), reference.grand.to(ours)
+    batch, players, classes = ours.shape
+    predicted = grand.argmax(1)
+    chosen = predicted.view(-1, 1, 1).expand(-1, players, 1)
+    even = ((grand - null) / players).unsqueeze(1).expand_as(phi)
+    correlation = _correlation(ours, phi)
+    errors = (ours - phi).square().mean((1, 2))
+    noise = 0.0
+    if reference.standard_error is not None:
+        spread = (phi - phi.mean()).square().mean()
+        noise = float((reference.standard_error.square().mean().to(spread.device) / spread).sqrt())
+    correlation_predicted = _mean_and_error(correlation.gather(1, predicted.unsqueeze(1)))
+    mean_squared_error = _mean_and_error(errors.unsqueeze(1))
+    return Fidelity(
+        reference="exact" if reference.standard_error is None else "kernel_shap",
+        images=batch,
+        players=players,
+        classes=classes,
+        r2=_r2(ours, phi, phi.mean()),
+        r2_beyond_even=_r2(ours, phi, even),
+        r2_predicted=_r2(ours.gather(2, chosen), phi.gather(2, chosen), phi.gather(2, chosen).mean()),
+        correlation=tuple(_mean_and_error(correlation)[0].tolist()),
+        correlation_predicted=float(correlation_predicted[0]),
+        correlation_predicted_standard_error=float(correlation_predicted[1]),
+        mean_squared_error=float(mean_squared_error[0]),
+        mean_squared_error_standard_error=float(mean_squared_error[1]),
+        efficiency_gap=relative_efficiency_gap(ours, grand, null),
+        reference_noise=noise,
+        r2_attainable=1 - noise**2,
+        evaluations=reference.evaluations,
+        seconds=reference.seconds,
+    )
+
+
+def _r2(ours: Tensor, phi: Tensor, baseline: Tensor) -> float:
+    """1 − Σ (ours − φ)² / Σ (φ − baseline)²; NaN where φ is the baseline."""
+    rest = float((phi - baseline).square().sum())
+    return 1 - float((ours - phi).square().sum()) / rest if rest > 0 else math.nan
+
+
+def _correlation(ours: Tensor, phi: Tensor) -> Tensor:
+    """(B, K) Pearson over the players: NaN where φ does not vary, 0 where only ours does not."""
+
+    def centred(values: Tensor) -> tuple[Tensor, Tensor]:
+        largest = values.abs().amax((1, 2), keepdim=True).squeeze(1)
+        constant = values.amax(1) - values.amin(1) <= _ROUNDING * largest
+        return values - values.mean(1, keepdim=True), constant
+
+    (x, x_constant), (y, y_constant) = centred(ours), centred(phi)
+    product = (x * y).sum(1) / (x.square().sum(1) * y.square().sum(1)).sqrt()
+    return product.masked_fill(x_constant, 0.0).masked_fill(y_constant, math.nan)
+
+
+def _mean_and_error(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over the images (B, …) and its standard error, NaN left out; the error of fewer than two is NaN."""
+    count = values.isnan().logical_not().sum(0)
+    mean = values.nanmean(0)
+    variance = (values - mean).square().nansum(0) / (count - 1)
+    return mean, torch.where(count > 1, variance / count, math.nan).sqrt()
+
+
+def _coalitions_by_size(players: int, device: torch.device) -> Tensor:
+    """int64 (2^P,): every coalition as a number, player p being bit p, the smaller coalitions first."""
+    numbers = torch.arange(2**players, device=device)
+    sizes = torch.zeros_like(numbers)
+    for player in range(players):
+        sizes += numbers >> player & 1
+    return sizes.argsort(stable=True)
+
+
+def _values(model: SelfExplainingClassifier, image: Tensor, bits: Tensor, batch: int, bar: tqdm) -> Tensor:
+    """float64 (M, K): v of the coalitions (1, M, W) of one image."""
+    parts = []
+    for part in bits.split(batch, 1):
+        parts.append(model.coalition_values(image, part)[0].double())
+        bar.update(part.shape[1])
+    return torch.cat(parts)
+
+
+def _bar(title: str, coalitions: int, progress: bool) -> tqdm:
+    return tqdm(total=coalitions, desc=title, unit=" coalitions", unit_scale=True, disable=not progress, leave=False)
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _check_images(op: str, images: object) -> None:
+    if not isinstance(images, Tensor) or images.ndim != 4 or len(images) == 0:
+        fail(op, "images", "a tensor (B, C, H, W) of at least one image", images)
