@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fastshap_kernels import unpack_bits
+from fastshap_vision import Attribution, SelfExplainingClassifier
 from fastshap_vision.fidelity import exact_values, fidelity, kernel_shap_values
 
 CLASSES = 3
@@ -242,6 +243,27 @@ def test_reference_values_can_be_given():
     assert given == made
     estimate = kernel_shap_values(model, images, 100)
     assert fidelity(model, images, estimate).reference == "kernel_shap"
+
+
+@pytest.mark.parametrize("head", ["shares", "votes"])
+def test_a_real_model(head):
+    torch.manual_seed(0)
+    kwargs = {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2, "in_chans": 1}
+    model = SelfExplainingClassifier("vit_tiny_patch16_224", 3, img_size=12, head=head, model_kwargs=kwargs)
+    images = torch.randn(2, 1, 12, 12)
+    exact = exact_values(model, images)
+    with torch.no_grad():
+        logits, null = model.eval()(images), model.null_value()
+    assert torch.allclose(exact.grand.float(), logits, atol=1e-5)
+    assert torch.allclose(exact.null.float(), null.expand(2, -1), atol=1e-5)
+    assert torch.allclose(exact.phi.sum(1), exact.grand - exact.null, atol=1e-10)
+    score = fidelity(model, images, exact)
+    assert score.efficiency_gap < 1e-5
+    assert math.isfinite(score.r2)
+    pixels = Attribution(model).attribute(images, target=[2, 0])
+    assert torch.allclose(pixels.sum((1, 2, 3)), (logits - null)[[0, 1], [2, 0]], atol=1e-5)
+    estimate = kernel_shap_values(model, images, 2000)
+    assert (estimate.phi - exact.phi).square().mean() < 0.02 * exact.phi.square().mean()
 
 
 def test_table_is_readable():
