@@ -97,7 +97,6 @@ def _resolve_device(device: torch.device | str | None) -> torch.device:
         ) from error
 
 
-@torch.compiler.assume_constant_result
 def _size_thresholds(players: int, sizes: str, device: torch.device) -> Tensor:
     """int64 (P − 2,), made once per players, sizes and device: the exact fractions take milliseconds."""
     key = (players, sizes, device)
@@ -109,6 +108,10 @@ def _size_thresholds(players: int, sizes: str, device: torch.device) -> Tensor:
     if type(table) is Tensor:
         _tables[key] = table
     return table
+
+
+# What torch.compiler.assume_constant_result sets; the decorator itself imports torch._dynamo, which takes seconds.
+_size_thresholds._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # The table of thresholds is a tensor so that it, and nothing else, says which device's kernel is meant.
