@@ -30,11 +30,10 @@ def _load(name: str) -> str | None:
 
 
 def build_info() -> str:
-    """How the compiled library was built: compiler, torch headers, ABI; empty for a pure-Python install."""
-    path = _FOLDER / "_C_cpu.so"
-    if not path.exists():
+    """How the compiled library was built: compiler, torch headers, ABI; empty where it is not loaded."""
+    if cpu_problem is not None:
         return ""
-    function = ctypes.CDLL(str(path)).fastshap_build_info
+    function = ctypes.CDLL(str(_FOLDER / "_C_cpu.so")).fastshap_build_info
     function.restype = ctypes.c_char_p
     return function().decode()
 
