@@ -165,11 +165,11 @@ def _draw_heatmap(ax: Axes, heat: Tensor, picture: Any, limit: float) -> Any:
 
 
 def _draw_outline(ax: Axes, picture: Any) -> None:
-    """The line at half brightness, smoothed; nothing for a constant picture."""
+    """The line at half brightness, which invents no detail; nothing for a constant picture."""
     if not picture.min() < 0.5 < picture.max():
         return
     height, width = picture.shape
-    smooth = _resize(torch.from_numpy(picture), (height * _SMOOTH, width * _SMOOTH), "bicubic").numpy()
+    smooth = _resize(torch.from_numpy(picture), (height * _SMOOTH, width * _SMOOTH), "bilinear").numpy()
     rows, columns = ((numpy.arange(side * _SMOOTH) + 0.5) / _SMOOTH - 0.5 for side in (height, width))
     ax.contour(columns, rows, smooth, levels=[0.5], colors="0.15", linewidths=0.8)
 
