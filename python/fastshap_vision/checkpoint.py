@@ -67,7 +67,7 @@ class Checkpoints:
             os.replace(partial, folder)
             _write_model(model, self.output)
             _write_summary(history, self.output)
-            for old in _whole_checkpoints(self.output)[:-KEPT]:
+            for old in whole_checkpoints(self.output)[:-KEPT]:
                 shutil.rmtree(old)
 
     def resume(self, resume: str | Path | None) -> list[dict[str, Any]]:
@@ -88,7 +88,7 @@ class Checkpoints:
         return record["history"]
 
     def _choose(self, resume: str | Path | None) -> Path | None:
-        own = [] if self.output is None else _whole_checkpoints(self.output)
+        own = [] if self.output is None else whole_checkpoints(self.output)
         if resume is None:
             if own:
                 raise CheckpointError(
@@ -101,7 +101,7 @@ class Checkpoints:
         folder = Path(resume)
         if (folder / RECORD).is_file():
             return folder
-        inner = _whole_checkpoints(folder)
+        inner = whole_checkpoints(folder)
         if not inner:
             raise CheckpointError(
                 f"fit: there is no checkpoint in {str(folder)!r}. Pass a run's folder, one of its "
@@ -130,6 +130,7 @@ def _write_model(model: nn.Module, output: Path) -> None:
     save_pretrained: Callable[[Path], Any] | None = getattr(model, "save_pretrained", None)
     if save_pretrained is not None:
         save_pretrained(partial)
+        (partial / "README.md").unlink(missing_ok=True)  # the Hub's model card says the model was pushed there
     else:
         save_model(model, str(partial / "model.safetensors"))
     for path in partial.iterdir():
@@ -147,7 +148,7 @@ def _write_summary(history: Sequence[Mapping[str, Any]], output: Path) -> None:
     os.replace(partial, output / "summary.csv")
 
 
-def _whole_checkpoints(output: Path) -> list[Path]:
+def whole_checkpoints(output: Path) -> list[Path]:
     """Oldest first. A folder gets its name only when it is whole."""
     return sorted(path for path in (output / FOLDER).glob("epoch_*") if path.suffix != PARTIAL)
 

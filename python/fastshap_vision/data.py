@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -43,6 +44,14 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop_pct: float = 1.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> Preprocessing:
+        channels, height, width = record["input_size"]
+        return cls((channels, height, width), tuple(record["mean"]), tuple(record["std"]), record["crop_pct"])
 
     def transform(self, augment: bool = False) -> Callable[[Image.Image], Tensor]:
         """timm's transform from a PIL image to a normalised tensor (C, H, W)."""
@@ -118,13 +127,18 @@ class ArrayImages(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        pixels = self.pixels[index]
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, rows: list[int]) -> list[tuple[Tensor, int]]:
+        """A batch at once, which is what torch's DataLoader asks for: tiny images one by one cost more than a step."""
+        pixels = self.pixels[rows]
         if self.augment is not None:
-            pixels = self.augment(pixels)
-        image = pixels.float() / self.largest
+            pixels = torch.stack([self.augment(image) for image in pixels])
+        images = pixels.float() / self.largest
         if self.resize is not None:
-            image = self.resize(image)
-        return (image - self._mean) / self._std, int(self.labels[index])
+            images = self.resize(images)
+        images = (images - self._mean) / self._std
+        return list(zip(images.unbind(), self.labels[rows].tolist(), strict=True))
 
 
 class _ClosingReader(ReaderImageFolder):

@@ -6,6 +6,8 @@ of the objective's terms, and a stop with a clear error when a run can come to n
 
 from __future__ import annotations
 
+import difflib
+import logging
 import math
 import time
 from contextlib import nullcontext
@@ -16,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
-from timm.optim import create_optimizer_v2
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, set_seed
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torch.nn import functional
@@ -26,13 +28,19 @@ from tqdm import tqdm
 
 from .checkpoint import Checkpoints
 
+_log = logging.getLogger(__name__)
+
 TERMS = ("loss", "task", "regression", "masked_task", "r2", "spread")
+
+# timm's schedules that follow the updates; "none" keeps the learning rate.
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")
 
 # The host reads the terms this often: seldom enough that the device never waits, often enough to stop a lost run.
 STEPS_BETWEEN_READS = 100
 
-# A game whose values vary this much less than they did in the run's best epoch is played no more.
+# A game whose values vary this much less than in the run's best epoch, for so many epochs, is played no more.
 COLLAPSED_SPREAD = 0.01
+COLLAPSED_EPOCHS = 3
 
 
 class TrainingError(RuntimeError):
@@ -127,6 +135,8 @@ def fit(
         "workers": workers,
         "mixed_precision": mixed_precision,
     }
+    if eval_data is not None:
+        _check_labelled(model, eval_data, "fit", "eval_data")
     run = _Run(model, train_data, objective, settings)
     checkpoints = Checkpoints(output, run.accelerator, run.settings)
     history = checkpoints.resume(resume)
@@ -136,6 +146,8 @@ def fit(
             if eval_data is not None:
                 row |= run.evaluate(eval_data)
             history.append(row)
+            if run.accelerator.is_main_process:
+                _log.info(_line(row, epochs))
             _check_game(history, getattr(model, "num_classes", None))
             checkpoints.save(model, history)
     accuracies = [row["eval_accuracy"] for row in history if row["eval_accuracy"] is not None]
@@ -210,15 +222,15 @@ class _Run:
         self.accelerator = Accelerator(
             mixed_precision=settings["mixed_precision"],
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+            # While the regression's weight is 0 the shares take no part in the loss.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         self.settings = settings | {"images": len(data), "processes": self.accelerator.num_processes}  # type: ignore[arg-type]
         _check_batch(self.settings)
         self.model = model
         self.objective = objective
         set_seed(settings["seed"])  # the seedable sampler takes this seed
-        optimizer = create_optimizer_v2(
-            model, opt=settings["opt"], lr=settings["lr"], weight_decay=settings["weight_decay"]
-        )
+        optimizer = _create_optimizer(model, settings)
         # Workers live for one epoch: they then draw from its seed, whether or not the run was resumed before it.
         loader = DataLoader(data, settings["batch_size"], shuffle=True, drop_last=True, num_workers=settings["workers"])
         self.step, self.optimizer, self.loader = self.accelerator.prepare(
@@ -330,6 +342,23 @@ class _TermReader:
         )
 
 
+def _create_optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimizer:
+    try:
+        return create_optimizer_v2(model, opt=settings["opt"], lr=settings["lr"], weight_decay=settings["weight_decay"])
+    except ValueError as error:
+        close = difflib.get_close_matches(settings["opt"], list_optimizers(), 3) or ["adamw", "sgd"]
+        raise ValueError(
+            f"fit: timm has no optimizer `opt` = {settings['opt']!r} ({error}). Try {', '.join(close)}."
+        ) from error
+
+
+def _line(row: dict[str, Any], epochs: int) -> str:
+    """One epoch in a log."""
+    shown = {"loss": ".4f", "r2": ".3f", "eval_loss": ".4f", "eval_accuracy": ".2f", "seconds": ".1f"}
+    values = [f"{name} {row[name]:{form}}" for name, form in shown.items() if row[name] is not None]
+    return f"epoch {row['epoch']}/{epochs}: {', '.join(values)}"
+
+
 def _epoch_seed(seed: int, epoch: int, process: int) -> int:
     """Each epoch starts from a seed of its own, so that a resumed run draws what an unbroken one would have drawn."""
     return int(np.random.SeedSequence([seed, epoch, process]).generate_state(1)[0])
@@ -338,15 +367,18 @@ def _epoch_seed(seed: int, epoch: int, process: int) -> int:
 def _check_game(history: list[dict[str, Any]], num_classes: int | None) -> None:
     """Stops a run whose coalitions have all come to the same value, and whose accuracy (if known) is chance."""
     spreads = [row["spread"] for row in history if row["spread"] is not None]
-    if history[-1]["spread"] is None or history[-1]["spread"] >= COLLAPSED_SPREAD * max(spreads):
+    chance = 0.0 if num_classes is None else 100 / num_classes
+    lately = history[-COLLAPSED_EPOCHS:]
+    if len(spreads) <= COLLAPSED_EPOCHS or any(
+        row["spread"] is None
+        or row["spread"] >= COLLAPSED_SPREAD * max(spreads)
+        or (row["eval_accuracy"] is not None and chance > 0 and row["eval_accuracy"] > chance + (100 - chance) / 10)
+        for row in lately
+    ):
         return
     accuracy = history[-1]["eval_accuracy"]
-    if accuracy is not None and num_classes:
-        chance = 100 / num_classes
-        if accuracy > chance + (100 - chance) / 10:
-            return
     raise TrainingError(
-        f"fit: the game collapsed in epoch {history[-1]['epoch']}: the values of the coalitions spread over "
+        f"fit: the game collapsed in epoch {lately[0]['epoch']}: the values of the coalitions spread over "
         f"{spreads[-1]:.3g}, against {max(spreads):.3g} before"
         + ("" if accuracy is None else f", and accuracy is {accuracy:.1f} %")
         + ". Lower the objective's regression_weight. The last checkpoint is whole."
@@ -364,8 +396,10 @@ def _check_settings(settings: dict[str, Any]) -> None:
         if value is not None and not (math.isfinite(value) and (value > 0 if positive else value >= 0)):
             bound = "above 0" if positive else "from 0"
             raise ValueError(f"fit: argument `{name}` must be a finite number {bound}, but it is {value!r}.")
-    if settings["sched"] == "plateau":
-        raise ValueError("fit: argument `sched` must follow the updates, which 'plateau' cannot. Try 'cosine'.")
+    if settings["sched"] not in SCHEDULES:
+        raise ValueError(
+            f"fit: argument `sched` must be one of {', '.join(SCHEDULES)}, but it is {settings['sched']!r}."
+        )
 
 
 def _check_batch(settings: dict[str, Any]) -> None:

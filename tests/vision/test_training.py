@@ -296,19 +296,27 @@ def test_non_finite_loss_names_epoch_and_step(tmp_path):
 
 def test_collapsed_game_stops_the_run(tmp_path):
     def collapse(progress):
-        return 2.0 if progress < 0.5 else 0.01
+        return 2.0 if progress < 0.25 else 0.01
 
-    message = r"collapsed in epoch 3.*0.01, against 2 before{}\. Lower .*regression_weight"
+    message = r"collapsed in epoch 2.*0.01, against 2 before{}\. Lower .*regression_weight"
     chance = NoisyNet()
     nn.init.zeros_(chance.head.weight)
     with pytest.raises(TrainingError, match=message.format(", and accuracy is 33.3 %")):
         train(tmp_path, CountingObjective(spread=collapse), model=chance, lr=1e-12)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["epoch_0001", "epoch_0002"]
+    # The third such epoch is the fourth; its checkpoint is not written.
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["epoch_0002", "epoch_0003"]
     with pytest.raises(TrainingError, match=message.format("")):
         fit(NoisyNet(), blobs(), objective=CountingObjective(spread=collapse), epochs=4, batch_size=8)
-    # The values hardly vary, but the classifier works: no reason to stop.
-    _, result = train(objective=CountingObjective(spread=collapse), lr=0.05)
+
+
+def test_no_game_collapsed_while_the_classifier_works_or_for_an_epoch():
+    _, result = train(objective=CountingObjective(spread=lambda progress: 2.0 if progress < 0.25 else 0.01), lr=0.05)
     assert result.accuracy > 80
+    model = NoisyNet()
+    nn.init.zeros_(model.head.weight)
+    dip = CountingObjective(spread=lambda progress: 0.01 if 0.25 <= progress < 0.75 else 2.0)
+    _, result = train(objective=dip, model=model, lr=1e-12)
+    assert len(result.history) == 4
 
 
 @pytest.mark.parametrize(
@@ -323,8 +331,8 @@ def test_collapsed_game_stops_the_run(tmp_path):
         ({"seed": -1}, "`seed` must be a whole number from 0"),
         ({"batch_size": 41}, r"40 images, fewer than one step takes .*Lower batch_size to at most 40"),
         ({"sched": "plateau"}, "`sched`"),
-        ({"sched": "nonsense"}, "nonsense"),
-        ({"opt": "nonsense"}, "nonsense"),
+        ({"sched": "nonsense"}, "`sched` must be one of cosine"),
+        ({"opt": "adamww"}, r"`opt` = 'adamww'.*Try adamw"),
     ],
 )
 def test_bad_arguments(options, message):
@@ -337,6 +345,8 @@ def test_class_count_mismatch():
     data.classes = ["a", "b"]
     with pytest.raises(ValueError, match=r"`train_data` has 2 classes, but the model has 3 .*num_classes=2"):
         train(data=data)
+    with pytest.raises(ValueError, match=r"`eval_data` has 2 classes"):
+        fit(NoisyNet(), blobs(), data, objective=CountingObjective(), epochs=1, batch_size=8)
     with pytest.raises(ValueError, match=r"`data` has 2 classes"):
         evaluate(NoisyNet(), data)
     with pytest.raises(ValueError, match="empty"):

@@ -1,0 +1,451 @@
+"""The command line: fastshap train | explain | evaluate | info, with timm's flag names."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import timm
+import torch
+from timm.utils import ParseKwargs
+from torch import Tensor
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from . import data as datasets
+from .checkpoint import CheckpointError, whole_checkpoints
+from .classifier import BASES, HEAD_DEPTHS, HEADS, SelfExplainingClassifier
+from .objective import ERRORS, TARGETS, ShapleyObjective
+from .training import SCHEDULES, TrainingError, evaluate, fit
+
+RUN = "run.json"
+VISION_PACKAGES = ("accelerate", "safetensors", "torchvision", "huggingface_hub")
+VERSIONS = ("fastshap-kernels", "torch", "timm", *VISION_PACKAGES)
+
+# Up to this many players all coalitions of an image are evaluated in seconds; beyond, KernelSHAP estimates.
+EXACT_PLAYERS = 16
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns 0, 2 for a mistake in what was asked, 1 for a run that had to stop."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        options.command(options)
+        return 0
+    except (ValueError, CheckpointError, ModuleNotFoundError, OSError) as error:
+        code, message = 2, str(error)
+    except TrainingError as error:
+        code, message = 1, str(error)
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted"
+    print(f"{parser.prog} {options.name}: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def train(options: argparse.Namespace) -> None:
+    """Trains a model and writes the run's folder."""
+    _check_model(options.model)
+    statistics = _statistics(options)
+    train_data = _dataset(options, "train", **statistics)
+    test_data = _dataset(options, "test", **statistics)
+    torch.manual_seed(options.seed)
+    model = _build(options, train_data)
+    objective = ShapleyObjective(
+        options.coalitions,
+        options.regression_weight,
+        options.masked_task_weight,
+        error=options.error,
+        target=options.target,
+        ramp=tuple(options.ramp),
+        seed=options.seed,
+    )
+    if not whole_checkpoints(options.output):
+        _write_run(options, train_data)
+    logger = logging.getLogger("fastshap_vision")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(logging.StreamHandler())
+    with logging_redirect_tqdm([logger]):
+        result = fit(
+            model,
+            train_data,
+            test_data,
+            objective=objective,
+            epochs=options.epochs,
+            batch_size=options.batch_size,
+            opt=options.opt,
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            sched=options.sched,
+            warmup_epochs=options.warmup_epochs,
+            clip_grad=options.clip_grad,
+            seed=options.seed,
+            workers=options.workers,
+            mixed_precision={"float16": "fp16", "bfloat16": "bf16"}[options.amp_dtype] if options.amp else "no",
+            output=options.output,
+            resume=options.resume,
+        )
+    print(
+        f"accuracy {result.accuracy:.2f} % (best {result.best_accuracy:.2f} %) after {options.epochs} epochs in "
+        f"{result.seconds:.0f} s; the run is in {options.output}"
+    )
+
+
+def explain(options: argparse.Namespace) -> None:
+    """Writes a picture and the Shapley values of each image."""
+    from matplotlib import pyplot
+
+    run = _Run.read(options.checkpoint, options.device)
+    target = None if options.target_class is None else run.class_index(options.target_class)
+    if options.images:
+        names = _output_names(options.images)
+        images = torch.stack([run.preprocessing.load(path) for path in options.images])
+    else:
+        rows, images, _ = _examples(run.dataset("test"), options.num_images)
+        names = [f"test_{row:05d}" for row in rows]
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name, image in zip(names, images.split(1), strict=True):
+        explanation = run.model.explain(image.to(run.device), target="all")
+        explanation.save(options.output / f"{name}.safetensors")
+        pictured = run.preprocessing.restore(image)
+        figure, _ = explanation.plot(pictured, target=target, classes=run.classes)
+        figure.savefig(options.output / f"{name}.png")
+        pyplot.close(figure)
+        predicted = int(explanation.predicted)
+        share = float(explanation.probabilities[0, predicted])
+        print(f"{name}: {run.classes[predicted]} ({share:.0%})")
+    print(f"wrote {len(names)} pictures (.png) and Shapley values of every class (.safetensors) to {options.output}")
+
+
+def evaluate_run(options: argparse.Namespace) -> None:
+    """Prints accuracy, and how close the model's Shapley values are to exact or estimated ones."""
+    from .fidelity import fidelity
+
+    run = _Run.read(options.checkpoint, options.device)
+    test_data = run.dataset("test", options.data_dir)
+    accuracy, loss = evaluate(run.model, test_data, options.batch_size, workers=options.workers)
+    _, images, _ = _examples(test_data, options.num_images)
+    reference = options.reference or ("exact" if run.model.players <= EXACT_PLAYERS else "kernel_shap")
+    found = fidelity(
+        run.model,
+        images.to(run.device),
+        reference,
+        coalitions=options.coalitions,
+        seed=options.seed,
+        progress=not options.json and sys.stderr.isatty(),
+    )
+    if options.json:
+        record = {"accuracy": accuracy, "loss": loss, "test_images": len(test_data), "fidelity": found.as_dict()}
+        print(json.dumps(record, indent=2))
+    else:
+        print(f"accuracy {accuracy:.2f} %, cross-entropy {loss:.4f} on {len(test_data)} test images\n\n{found}")
+
+
+def info(options: argparse.Namespace) -> None:
+    """Prints versions and which backends are available."""
+    from fastshap_kernels.info import report
+
+    print(report(), end="\n\n")
+    for name in VISION_PACKAGES:
+        print(f"{name:<16}  {version(name)}")
+
+
+class _Run(NamedTuple):
+    """A finished or running training run, read from its folder."""
+
+    model: SelfExplainingClassifier
+    device: torch.device
+    preprocessing: datasets.Preprocessing
+    classes: tuple[str, ...]
+    arguments: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path, device: torch.device | None) -> _Run:
+        path = folder / RUN
+        try:
+            record = json.loads(path.read_text())
+            preprocessing = datasets.Preprocessing.from_dict(record["preprocessing"])
+            classes, arguments = tuple(record["classes"]), record["arguments"]
+        except FileNotFoundError:
+            raise ValueError(
+                f"there is no run in {str(folder)!r} (no {RUN}). Pass as --checkpoint the folder that "
+                "`fastshap train --output` wrote."
+            ) from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{str(path)!r} cannot be read ({error}). Train again, or restore the file.") from error
+        if not (folder / "model.safetensors").is_file():
+            raise ValueError(f"the run in {str(folder)!r} has not finished its first epoch. Wait, or train again.")
+        chosen = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = SelfExplainingClassifier.from_pretrained(str(folder)).to(chosen).eval()
+        return cls(model, chosen, preprocessing, classes, arguments)
+
+    def dataset(self, split: str, data_dir: Path | None = None) -> datasets.ArrayImages | datasets.FolderImages:
+        """The run's own data, or the same kind of data from another folder."""
+        channels, size, _ = self.preprocessing.input_size
+        found = datasets.load_dataset(
+            self.arguments["dataset"],
+            split,
+            data_dir=data_dir or self.arguments["data_dir"],
+            image_size=size,
+            in_chans=channels,
+            mean=self.preprocessing.mean,
+            std=self.preprocessing.std,
+        )
+        if found.classes != self.classes:
+            raise ValueError(
+                f"the data has the classes {', '.join(found.classes[:5])}… ({len(found.classes)}), but the model was "
+                f"trained for {', '.join(self.classes[:5])}… ({len(self.classes)}). Pass the data it was trained on."
+            )
+        return found
+
+    def class_index(self, name: str) -> int:
+        """A class by its name, or by its number."""
+        if name in self.classes:
+            return self.classes.index(name)
+        if name.isdecimal() and int(name) < len(self.classes):
+            return int(name)
+        close = difflib.get_close_matches(name, self.classes, 3) or self.classes[:5]
+        raise ValueError(
+            f"argument --target-class: there is no class {name!r} among {len(self.classes)}. Try {', '.join(close)}."
+        )
+
+
+def _check_model(name: str) -> None:
+    if timm.is_model(name):
+        return
+    close = difflib.get_close_matches(name, timm.list_models(), 3)
+    hint = f"Did you mean {', '.join(close)}?" if close else "See timm.list_models()."
+    raise ValueError(f"argument --model: timm has no model {name!r}. {hint}")
+
+
+def _statistics(options: argparse.Namespace) -> dict[str, Any]:
+    """Mean, standard deviation and size as the pretrained weights expect them, where nothing else is asked."""
+    config = timm.get_pretrained_cfg(options.model)
+    found: dict[str, Any] = {"image_size": options.img_size}
+    if config is None:
+        return found
+    if options.pretrained:
+        found |= {"mean": config.mean, "std": config.std}
+    if options.img_size is None and (options.pretrained or options.dataset == "folder"):
+        found["image_size"] = config.input_size[-1]
+    return found
+
+
+def _dataset(options: argparse.Namespace, split: str, **statistics: Any) -> Any:
+    in_chans = options.in_chans or (3 if options.pretrained else None)
+    return datasets.load_dataset(
+        options.dataset, split, data_dir=options.data_dir, in_chans=in_chans, augment=options.aug, **statistics
+    )
+
+
+def _build(options: argparse.Namespace, data: Any) -> SelfExplainingClassifier:
+    channels, size, _ = data.input_size
+    try:
+        model = SelfExplainingClassifier(
+            options.model,
+            options.num_classes or len(data.classes),
+            img_size=size,
+            head=options.head,
+            base=options.base,
+            head_depth=options.head_depth,
+            backbone_gradient=options.backbone_gradient,
+            pretrained=options.pretrained,
+            model_kwargs={"in_chans": channels} | options.model_kwargs,
+        )
+    except (AssertionError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"timm cannot build {options.model!r} for images {tuple(data.input_size)} with {options.model_kwargs}: "
+            f"{error}. Check --model-kwargs and --img-size."
+        ) from error
+    if model.players < 2:
+        raise ValueError(
+            f"{options.model!r} makes {model.grid[0]} x {model.grid[1]} patches of {size} x {size} pixels, but a game "
+            "needs two players. Raise --img-size, or lower the patch size (--model-kwargs patch_size=2)."
+        )
+    return model
+
+
+def _write_run(options: argparse.Namespace, data: Any) -> None:
+    """What explain and evaluate need to know, and what a reader wants to know."""
+    hidden = ("command", "name")
+    arguments = {name: value for name, value in vars(options).items() if name not in hidden}
+    if options.data_dir is not None:
+        arguments["data_dir"] = options.data_dir.resolve()
+    record = {
+        "arguments": arguments,
+        "classes": data.classes,
+        "preprocessing": data.preprocessing.as_dict(),
+        "versions": {name: version(name) for name in VERSIONS},
+    }
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / RUN).write_text(json.dumps(record, indent=2, default=str) + "\n")
+
+
+def _examples(data: Any, count: int) -> tuple[list[int], Tensor, Tensor]:
+    """Images spread evenly over the data, which may be sorted by class: their rows, (B, C, H, W), labels (B,)."""
+    rows = torch.linspace(0, len(data) - 1, min(count, len(data))).long().tolist()
+    images, labels = zip(*(data[row] for row in rows), strict=True)
+    return rows, torch.stack(images), torch.tensor(labels)
+
+
+def _output_names(paths: Sequence[Path]) -> list[str]:
+    """A name for each image's files: its own, numbered where two images share it."""
+    stems = [path.stem for path in paths]
+    return [stem if stems.count(stem) == 1 else f"{stem}_{index}" for index, stem in enumerate(stems)]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one and the text does not say it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        without = action.default is None or action.default is False or action.default == {}
+        return action.help if without or "default" in (action.help or "") else super()._get_help_string(action)
+
+
+class _KeyValues(ParseKwargs):
+    """timm's key=value pairs, with an error for a pair that is none."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        for value in values:
+            if "=" not in value:
+                parser.error(f"argument {option_string}: expected key=value, but got {value!r}")
+        super().__call__(parser, namespace, values, option_string)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="fastshap", description="Vision models that explain themselves with Shapley values.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('fastshap-kernels')}")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="train | explain | evaluate | info")
+    _add_train(_command(commands, "train", train, "train a self-explaining model"))
+    _add_explain(_command(commands, "explain", explain, "explain images with a trained model"))
+    _add_evaluate(_command(commands, "evaluate", evaluate_run, "measure accuracy and fidelity of a trained model"))
+    _command(commands, "info", info, "versions and backends")
+    return parser
+
+
+def _command(commands: Any, name: str, function: Any, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text, allow_abbrev=False, formatter_class=_Help)
+    command.set_defaults(command=function)
+    return command
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", choices=datasets.DATASETS, default="digits", help="which data")
+    group.add_argument("--data-dir", type=Path, help="folder of the archives (cifar10) or of train/ and val/ (folder)")
+    group.add_argument("--img-size", type=int, help="image size in pixels (default: the data's or the model's)")
+    group.add_argument("--in-chans", type=int, choices=(1, 3), help="channels (default: the data's)")
+    group.add_argument(
+        "--aug",
+        action=argparse.BooleanOptionalAction,
+        help="random changes of the training images (default: not for digits)",
+    )
+    group.add_argument("-j", "--workers", type=int, default=0, help="processes that load data")
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="vit_small_patch16_224", help="a timm model")
+    group.add_argument(
+        "--model-kwargs",
+        nargs="*",
+        default={},
+        action=_KeyValues,
+        metavar="KEY=VALUE",
+        help="further arguments of timm.create_model",
+    )
+    group.add_argument("--num-classes", type=int, help="outputs (default: the data's classes)")
+    group.add_argument("--pretrained", action="store_true", help="start from timm's weights")
+    group.add_argument(
+        "--head", choices=HEADS, default="shares", help="shares: the classifier stays as it is; votes: as in the paper"
+    )
+    group.add_argument("--base", choices=BASES, help="what the shares head starts from (default: as the model can)")
+    group.add_argument(
+        "--head-depth", type=int, choices=HEAD_DEPTHS, default=1, help="blocks between the features and the shares head"
+    )
+    group.add_argument(
+        "--backbone-gradient",
+        type=float,
+        default=1.0,
+        help="how much of the regression's gradient reaches the encoder, 0 to 1",
+    )
+    group = parser.add_argument_group("objective")
+    group.add_argument("--coalitions", type=int, default=4, help="coalitions an image and step")
+    group.add_argument("--regression-weight", type=float, default=1.0, help="lambda, of the Shapley regression")
+    group.add_argument("--masked-task-weight", type=float, default=1.0, help="mu, of the task on masked images")
+    group.add_argument("--error", choices=ERRORS, default="uniform", help="unit of the regression")
+    group.add_argument("--target", choices=TARGETS, default="detached", help="whether the regression moves v(S)")
+    group.add_argument(
+        "--ramp",
+        nargs=2,
+        type=float,
+        default=(0.0, 0.0),
+        metavar=("START", "END"),
+        help="where in the training (0 to 1) both weights rise from 0",
+    )
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=int, default=100, help="passes over the data")
+    group.add_argument("-b", "--batch-size", type=int, default=128, help="images a step and process")
+    group.add_argument("--opt", default="adamw", help="a timm optimiser")
+    group.add_argument("--lr", type=float, default=1e-3, help="learning rate")
+    group.add_argument("--weight-decay", type=float, default=0.05, help="of weights, not of biases and norms")
+    group.add_argument("--sched", choices=SCHEDULES, default="cosine", help="a timm schedule")
+    group.add_argument("--warmup-epochs", type=float, default=0, help="epochs in which the learning rate rises")
+    group.add_argument("--clip-grad", type=float, help="largest norm of the gradient")
+    group.add_argument("--seed", type=int, default=0, help="of weights, data order and coalitions")
+    group.add_argument("--amp", action="store_true", help="mixed precision")
+    group.add_argument("--amp-dtype", choices=("bfloat16", "float16"), default="bfloat16", help="of mixed precision")
+    group.add_argument("--output", type=Path, required=True, help="the run's folder")
+    group.add_argument("--resume", nargs="?", const="auto", metavar="PATH", help="go on with this run, or with PATH's")
+
+
+def _add_explain(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", nargs="*", type=Path, help="image files (default: test images of the run's data)")
+    _add_checkpoint(parser)
+    parser.add_argument("--output", type=Path, required=True, help="folder for the pictures and values")
+    parser.add_argument("--target-class", help="name or number of the class to draw (default: the predicted one)")
+    parser.add_argument("--num-images", type=_positive, default=8, help="test images, where no image is given")
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    _add_checkpoint(parser)
+    parser.add_argument("--data-dir", type=Path, help="other data with the same classes (default: the run's)")
+    parser.add_argument("-b", "--batch-size", type=_positive, default=256, help="images at once")
+    parser.add_argument("-j", "--workers", type=int, default=0, help="processes that load data")
+    parser.add_argument("--num-images", type=_positive, default=20, help="test images to compare Shapley values on")
+    parser.add_argument(
+        "--reference",
+        choices=("exact", "kernel_shap"),
+        help=f"true values (default: exact up to {EXACT_PLAYERS} players)",
+    )
+    parser.add_argument("--coalitions", type=_positive, default=4096, help="per image, for kernel_shap")
+    parser.add_argument("--seed", type=int, default=0, help="of kernel_shap")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FOLDER", help="a run's folder")
+    parser.add_argument("--device", type=_device, help="where to compute (default: cuda where there is one)")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, but got {text!r}")
+    return int(text)
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.zeros(1, device=text).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise argparse.ArgumentTypeError(f"cannot compute on {text!r} ({error})") from error
