@@ -42,7 +42,7 @@ def test_joint_step(compare):
 
     def packed() -> Tensor:
         model.zero_grad()
-        loss = fv.ShapleyObjective(COALITIONS, seed=0)(model, images, labels).loss
+        loss = fv.ShapleyObjective(COALITIONS, 1.0, 1.0, regression_ramp=(0, 0), seed=0)(model, images, labels).loss
         loss.backward()
         return loss.detach()
 

@@ -63,7 +63,8 @@ def train(options: argparse.Namespace) -> None:
         options.masked_task_weight,
         error=options.error,
         target=options.target,
-        ramp=tuple(options.ramp),
+        regression_ramp=tuple(options.regression_ramp),
+        masked_task_ramp=tuple(options.masked_task_ramp),
         seed=options.seed,
     )
     if not whole_checkpoints(options.output):
@@ -381,18 +382,19 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("objective")
     group.add_argument("--coalitions", type=int, default=4, help="coalitions an image and step")
-    group.add_argument("--regression-weight", type=float, default=1.0, help="lambda, of the Shapley regression")
+    group.add_argument("--regression-weight", type=float, default=3.0, help="lambda, of the Shapley regression")
     group.add_argument("--masked-task-weight", type=float, default=1.0, help="mu, of the task on masked images")
     group.add_argument("--error", choices=ERRORS, default="uniform", help="unit of the regression")
     group.add_argument("--target", choices=TARGETS, default="detached", help="whether the regression moves v(S)")
-    group.add_argument(
-        "--ramp",
-        nargs=2,
-        type=float,
-        default=(0.0, 0.0),
-        metavar=("START", "END"),
-        help="where in the training (0 to 1) both weights rise from 0",
-    )
+    for flag, weight, default in (("regression", "lambda", (0.0, 0.5)), ("masked-task", "mu", (0.0, 0.0))):
+        group.add_argument(
+            f"--{flag}-ramp",
+            nargs=2,
+            type=float,
+            default=default,
+            metavar=("START", "END"),
+            help=f"where in the training (0 to 1) {weight} rises from 0 to full",
+        )
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=int, default=100, help="passes over the data")
     group.add_argument("-b", "--batch-size", type=int, default=128, help="images a step and process")

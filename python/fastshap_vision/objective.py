@@ -64,7 +64,9 @@ class ShapleyObjective:
         target: "detached", v(S) is a fixed target of R; "live", R's gradient also moves v(S).
         paired: coalitions come as complements, which lowers the variance and keeps shapes static.
         sizes: "shapley" for the Shapley kernel, or "uniform".
-        ramp: λ and μ are 0 up to the first share of the training and rise linearly to full at the second.
+        regression_ramp: λ is 0 up to the first share of the training and rises linearly to full at the second. A λ
+            that is full from the start can collapse the game: v hardly varies, and nothing is left to explain.
+        masked_task_ramp: the same for μ.
         task_loss: (logits, labels) → scalar; default cross-entropy. Labels are repeated for masked images.
         seed: of the sampler.
 
@@ -79,14 +81,15 @@ class ShapleyObjective:
     def __init__(
         self,
         coalitions: int = 4,
-        regression_weight: float = 1.0,
+        regression_weight: float = 3.0,
         masked_task_weight: float = 1.0,
         *,
         error: str = "uniform",
         target: str = "detached",
         paired: bool = True,
         sizes: str = "shapley",
-        ramp: tuple[float, float] = (0.0, 0.0),
+        regression_ramp: tuple[float, float] = (0.0, 0.5),
+        masked_task_ramp: tuple[float, float] = (0.0, 0.0),
         task_loss: TaskLoss | None = None,
         seed: int = 0,
     ) -> None:
@@ -100,12 +103,15 @@ class ShapleyObjective:
                 "Arguments `regression_weight` and `masked_task_weight` must not be negative, but they are "
                 f"{regression_weight} and {masked_task_weight}."
             )
-        if not 0.0 <= ramp[0] <= ramp[1] <= 1.0:
-            raise ValueError(f"Argument `ramp` must be (start, end) with 0 ≤ start ≤ end ≤ 1, but it is {ramp}.")
+        for name, ramp in (("regression_ramp", regression_ramp), ("masked_task_ramp", masked_task_ramp)):
+            if len(ramp) != 2 or not 0.0 <= ramp[0] <= ramp[1] <= 1.0:
+                raise ValueError(f"Argument `{name}` must be (start, end), 0 ≤ start ≤ end ≤ 1, but it is {ramp}.")
         self.coalitions = coalitions
         self.regression_weight = regression_weight
         self.masked_task_weight = masked_task_weight
-        self.error, self.target, self.paired, self.sizes, self.ramp = error, target, paired, sizes, ramp
+        self.regression_ramp = regression_ramp
+        self.masked_task_ramp = masked_task_ramp
+        self.error, self.target, self.paired, self.sizes = error, target, paired, sizes
         self.task_loss = task_loss or nn.functional.cross_entropy
         self.seed = seed
         self.progress = 0.0
@@ -113,12 +119,13 @@ class ShapleyObjective:
 
     def __call__(self, model: SelfExplainingClassifier, images: Tensor, labels: Tensor) -> ObjectiveTerms:
         """The loss of one batch: images (B, C, H, W), labels as `task_loss` takes them, first dimension B."""
-        rise = self._rise()
-        if rise == 0.0:
+        regression_weight = self.regression_weight * self._rise(self.regression_ramp)
+        masked_task_weight = self.masked_task_weight * self._rise(self.masked_task_ramp)
+        if regression_weight == masked_task_weight == 0:
             loss = self.task_loss(model(images), labels)
             return ObjectiveTerms(loss, loss.detach())
         bits = self._draw(images, model.players)
-        features, logits, values = self._forward(model, images, bits)
+        features, logits, values = self._forward(model, images, bits, masked_task_weight)
         null = self._null(model)
         target_values = values if self.target == "live" else values.detach()
         residual = model.regression_loss(features, logits, bits, target_values, null)
@@ -126,24 +133,28 @@ class ShapleyObjective:
         units: dict[str, Tensor | float] = {"uniform": uniform, "variance": variance, "raw": 1.0}
         regression = residual / units[self.error]
         task = self.task_loss(logits, labels)
-        loss = task + rise * self.regression_weight * regression
+        loss = task + regression_weight * regression
         masked_task = None
-        if self.masked_task_weight > 0:
+        if masked_task_weight > 0:
             masked_task = self.task_loss(values.flatten(0, 1), labels.repeat_interleave(self.coalitions, 0))
-            loss = loss + rise * self.masked_task_weight * masked_task
+            loss = loss + masked_task_weight * masked_task
             masked_task = masked_task.detach()
         r2 = 1 - residual.detach() / variance
         return ObjectiveTerms(loss, task.detach(), regression.detach(), masked_task, r2, variance.sqrt())
 
-    def _rise(self) -> float:
-        """Share of λ and μ in force now."""
-        start, end = self.ramp
+    def _rise(self, ramp: tuple[float, float]) -> float:
+        """Share of a weight in force now."""
+        start, end = ramp
         if self.progress >= end:
             return 1.0
-        return max(0.0, (self.progress - start) / (end - start)) if end > start else 0.0
+        if self.progress <= start:
+            return 0.0
+        return (self.progress - start) / (end - start)
 
-    def _forward(self, model: SelfExplainingClassifier, images: Tensor, bits: Tensor) -> JointPass:
-        if self.target == "live" or self.masked_task_weight > 0:
+    def _forward(
+        self, model: SelfExplainingClassifier, images: Tensor, bits: Tensor, masked_task_weight: float
+    ) -> JointPass:
+        if self.target == "live" or masked_task_weight > 0:
             return model.joint(images, bits, paired=self.paired and self.coalitions % 2 == 0)
         # Nothing flows back through v(S): its activations need not be kept.
         with torch.no_grad():

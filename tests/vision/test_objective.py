@@ -39,7 +39,9 @@ def explicit_terms(model, x, bits, error):
 )
 def test_terms_follow_their_formulas(kind, options, error):
     model, x = model_and_images(kind, **options)
-    objective = fv.ShapleyObjective(4, regression_weight=2.0, masked_task_weight=0.5, error=error, seed=5)
+    objective = fv.ShapleyObjective(
+        4, regression_weight=2.0, masked_task_weight=0.5, error=error, regression_ramp=(0, 0), seed=5
+    )
     terms = objective(model, x, LABELS)
     bits = fk.sample_coalitions(3, 4, model.players, seed=5)
     task, regression, masked = explicit_terms(model, x, bits, error)
@@ -51,7 +53,7 @@ def test_terms_follow_their_formulas(kind, options, error):
 def encoder_gradient(model, x, **options):
     """Gradient of the regression alone in the encoder's first layer."""
     model.zero_grad()
-    fv.ShapleyObjective(4, task_loss=lambda logits, labels: logits.sum() * 0, **options)(
+    fv.ShapleyObjective(4, regression_ramp=(0, 0), task_loss=lambda logits, labels: logits.sum() * 0, **options)(
         model, x, LABELS
     ).loss.backward()
     return model.backbone.patch_embed.proj.weight.grad.clone()
@@ -72,16 +74,20 @@ def test_no_values_are_kept_when_nothing_flows_back():
     assert torch.allclose(gradient, tiny, atol=1e-6 * float(tiny.abs().max()))
 
 
-def test_ramp():
+def test_ramps():
     model, x = model_and_images()
-    objective = fv.ShapleyObjective(2, ramp=(0.25, 0.75))
+    objective = fv.ShapleyObjective(2, 2.0, 3.0, regression_ramp=(0.25, 0.75), masked_task_ramp=(0.5, 0.5))
     plain = objective(model, x, LABELS)
     assert plain.regression is None
     assert torch.equal(plain.loss, F.cross_entropy(model(x), LABELS))
-    for progress, rise in ((0.5, 0.5), (0.75, 1.0), (1.0, 1.0)):
+    for progress, regression, masked in ((0.375, 0.25, 0), (0.5, 0.5, 1), (0.75, 1, 1), (1.0, 1, 1)):
         objective.progress = progress
         terms = objective(model, x, LABELS)
-        assert torch.allclose(terms.loss, terms.task + rise * (terms.regression + terms.masked_task))
+        expected = terms.task + 2.0 * regression * terms.regression
+        if masked:
+            expected = expected + 3.0 * terms.masked_task
+        assert (terms.masked_task is None) is (masked == 0)
+        assert torch.allclose(terms.loss, expected)
 
 
 def test_each_step_draws_anew_and_resumes_exactly():
@@ -143,7 +149,8 @@ def test_no_values_per_patch_and_class_exist_in_training():
         ({"error": "relative"}, "`error` must be one of 'uniform', 'variance', 'raw'"),
         ({"target": "dead"}, "`target`"),
         ({"sizes": "binomial"}, "`sizes`"),
-        ({"ramp": (0.5, 0.2)}, "`ramp`"),
+        ({"regression_ramp": (0.5, 0.2)}, "`regression_ramp`"),
+        ({"masked_task_ramp": (0.5, 1.2)}, "`masked_task_ramp`"),
     ],
 )
 def test_bad_input_is_named(options, message):
