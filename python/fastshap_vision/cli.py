@@ -7,13 +7,15 @@ import difflib
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import timm
 import torch
+from accelerate import PartialState
 from timm.utils import ParseKwargs
 from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -67,12 +69,10 @@ def train(options: argparse.Namespace) -> None:
         masked_task_ramp=tuple(options.masked_task_ramp),
         seed=options.seed,
     )
-    if not whole_checkpoints(options.output):
+    is_main_process = PartialState().is_main_process
+    if is_main_process and not whole_checkpoints(options.output):
         _write_run(options, train_data)
-    logger = logging.getLogger("fastshap_vision")
-    logger.setLevel(logging.INFO)
-    logger.addHandler(logging.StreamHandler())
-    with logging_redirect_tqdm([logger]):
+    with _epochs_logged():
         result = fit(
             model,
             train_data,
@@ -92,10 +92,11 @@ def train(options: argparse.Namespace) -> None:
             output=options.output,
             resume=options.resume,
         )
-    print(
-        f"accuracy {result.accuracy:.2f} % (best {result.best_accuracy:.2f} %) after {options.epochs} epochs in "
-        f"{result.seconds:.0f} s; the run is in {options.output}"
-    )
+    if is_main_process:
+        print(
+            f"accuracy {result.accuracy:.2f} % (best {result.best_accuracy:.2f} %) after {options.epochs} epochs in "
+            f"{result.seconds:.0f} s; the run is in {options.output}"
+        )
 
 
 def explain(options: argparse.Namespace) -> None:
@@ -215,6 +216,21 @@ class _Run(NamedTuple):
         raise ValueError(
             f"argument --target-class: there is no class {name!r} among {len(self.classes)}. Try {', '.join(close)}."
         )
+
+
+@contextmanager
+def _epochs_logged() -> Iterator[None]:
+    """Shows one line an epoch on stderr, above the progress bar where there is one."""
+    logger, handler = logging.getLogger("fastshap_vision"), logging.StreamHandler()
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        with logging_redirect_tqdm([logger]):
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _check_model(name: str) -> None:

@@ -15,8 +15,9 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
+from fastshap_vision import SelfExplainingClassifier, ShapleyObjective, load_dataset
 from fastshap_vision.checkpoint import CheckpointError
 from fastshap_vision.training import TrainingError, evaluate, fit
 
@@ -184,6 +185,32 @@ def test_resumed_run_ends_in_the_same_bits(tmp_path, workers):
     assert timeless(result.history) == timeless(unbroken.history)
     assert_same_weights(resumed, expected)
     assert len(rows_of(tmp_path / "summary.csv")) == 4
+
+
+@pytest.mark.parametrize("head", ["shares", "votes"])
+def test_resumed_self_explaining_run_ends_in_the_same_bits(tmp_path, head):
+    class Interrupted(ShapleyObjective):
+        def __call__(self, model, images, labels):
+            if self.progress > 0.6:
+                raise KeyboardInterrupt
+            return super().__call__(model, images, labels)
+
+    def run(kind=ShapleyObjective, **options):
+        torch.manual_seed(0)
+        arguments = {"patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 2}
+        model = SelfExplainingClassifier("vit_tiny_patch16_224", 10, img_size=8, head=head, model_kwargs=arguments)
+        objective = kind(coalitions=2, ramp=(0.1, 0.8))
+        data = Subset(load_dataset("digits", "train", augment=True), range(24))
+        result = fit(model, data, objective=objective, epochs=4, batch_size=8, progress=False, **options)
+        return model, objective, result
+
+    expected, objective, unbroken = run()
+    with pytest.raises(KeyboardInterrupt):
+        run(Interrupted, output=tmp_path)
+    resumed, again, result = run(output=tmp_path, resume="auto")
+    assert again.state_dict() == objective.state_dict()
+    assert timeless(result.history) == timeless(unbroken.history)
+    assert_same_weights(resumed, expected)
 
 
 def test_killed_run_resumes_to_the_same_bits(tmp_path):
