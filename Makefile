@@ -3,6 +3,7 @@
 # make test   the tests            make test-slow  the slow ones
 # make lint   ruff, mypy, clang-format
 # make bench  every op beside plain PyTorch, written to bench/results/
+# make bench-digits  three seeds of the demo, both heads, written to bench/results/
 # make build  recompile the CPU library in place
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*/*.cpp csrc/include/fastshap/*.h)
 
-.PHONY: env build demo test test-slow lint format bench bench-digits clean
+.PHONY: env build demo test test-slow lint format bench bench-digits bench-digits-vit bench-digits-cnn clean
 
 env: $(INSTALLED)
 
@@ -48,9 +49,16 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	FASTSHAP_BENCH_WRITE=1 $(BIN)/python -m pytest bench
+	$(BIN)/python bench/tables.py
 
+# Both models at once, a core each.
 bench-digits: $(INSTALLED)
-	$(BIN)/python examples/digits.py --seeds 0 1 2 --heads shares votes --output runs/digits --record bench/results/digits.json
+	$(MAKE) -j2 bench-digits-vit bench-digits-cnn
+	$(BIN)/python bench/tables.py
+
+bench-digits-vit bench-digits-cnn: bench-digits-%: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python examples/digits.py --models $* --seeds 0 1 2 --heads shares votes \
+		--output runs/digits-$* --record bench/results/digits_$*.json
 
 clean:
 	rm -rf build dist runs *.egg-info fastshap_kernels/*.so
