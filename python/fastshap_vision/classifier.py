@@ -133,6 +133,11 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
                 "(config.json, model.safetensors), or a model on the Hub."
             ) from error
 
+    def no_weight_decay(self) -> set[str]:
+        """The backbone's parameters that timm's optimisers don't decay."""
+        names = getattr(self.backbone, "no_weight_decay", set)
+        return {f"backbone.{name}" for name in names()}  # type: ignore[operator]
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K) of images (B, C, H, W)."""
         if self.is_exact_conversion:

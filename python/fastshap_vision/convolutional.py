@@ -137,8 +137,10 @@ def _probe_features(backbone: Any, input_size: tuple[int, int, int]) -> Tensor:
         parameter = next(backbone.parameters())
         images = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))
         features = backbone.forward_features(images.to(parameter))
-    except (AttributeError, TypeError, NotImplementedError) as error:
-        raise UnsupportedModelError(f"{type(backbone).__name__} has no usable forward_features. {SUPPORTED}") from error
+    except (AttributeError, TypeError, RuntimeError) as error:
+        raise UnsupportedModelError(
+            f"{type(backbone).__name__} computes no features of images {input_size}: {error}. {SUPPORTED}"
+        ) from error
     finally:
         backbone.train(was_training)
     if not isinstance(features, Tensor) or features.ndim != 4 or features.shape[1] != backbone.num_features:

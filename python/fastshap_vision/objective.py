@@ -168,7 +168,7 @@ class ShapleyObjective:
             self.coalitions,
             players,
             seed=self.seed,
-            offset=self._drawn,
+            offset=_first_of_process() + self._drawn,
             paired=self.paired,
             sizes=self.sizes,
             device=images.device,
@@ -198,3 +198,10 @@ class ShapleyObjective:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._drawn = int(state["drawn"])
+
+
+def _first_of_process() -> int:
+    """Where this process's coalitions begin: each has 2^40 of its own, so that no two processes draw the same."""
+    distributed = torch.distributed
+    rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    return rank << 40

@@ -187,6 +187,13 @@ def test_unreadable_checkpoint(tmp_path, damage):
         fv.SelfExplainingClassifier.from_pretrained(folder)
 
 
+def test_positions_are_not_decayed():
+    model = trained("class token")
+    assert model.no_weight_decay() >= {"backbone.pos_embed", "backbone.cls_token"}
+    assert model.no_weight_decay() & dict(model.named_parameters()).keys()
+    assert trained("resnet18").no_weight_decay() == set()
+
+
 def test_deep_copies_are_independent():
     """As an exponential moving average makes them."""
     model = trained("class token")
@@ -209,6 +216,7 @@ def test_deep_copies_are_independent():
             "global averaging.*Supported: timm",
         ),
         (lambda: fv.convert(timm.create_model("mixer_s32_224", num_classes=7)), "feature map.*Supported: timm"),
+        (lambda: fv.convert(timm.create_model("resnet18", in_chans=4), img_size=(64, 0)), "computes no features"),
         (lambda: trained("class token", head="vote"), "`head` must be one of 'shares', 'votes'"),
         (lambda: trained("class token", base="votes"), "`base` can be 'votes'"),
         (lambda: trained("class token", head_depth=3), "`head_depth` must be one of 0, 1, 2"),
