@@ -136,7 +136,7 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
     def no_weight_decay(self) -> set[str]:
         """The backbone's parameters that timm's optimisers don't decay."""
         names = getattr(self.backbone, "no_weight_decay", set)
-        return {f"backbone.{name}" for name in names()}  # type: ignore[operator]
+        return {f"backbone.{name}" for name in names()}
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K) of images (B, C, H, W)."""
