@@ -53,12 +53,14 @@ FASTSHAP_INLINE bool is_present(const int32_t* bits, int64_t player) {
 }
 
 // Fresh memory costs a page fault every 4 KiB, more than a streaming kernel's own work. Asks for 2 MiB pages
-// on the whole ones that a large new tensor holds; a kernel without them ignores the request.
+// on the whole ones that a large new tensor holds; a kernel without them ignores the request. A tensor below
+// 32 MiB gets memory that was used before, where asking only costs.
 inline void use_huge_pages(const Tensor& fresh) {
 #ifdef __linux__
   constexpr uintptr_t page = uintptr_t(2) << 20;
   const uintptr_t start = reinterpret_cast<uintptr_t>(fresh.data_ptr());
   const uintptr_t end = start + fresh.numel() * fresh.element_size();
+  if (end - start < uintptr_t(32) << 20) return;
   const uintptr_t first = (start + page - 1) / page * page, last = end / page * page;
   if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
