@@ -59,28 +59,28 @@ def check_bits(op: str, bits: object, players: int, like: Tensor | None = None) 
     return bits
 
 
-def check_cu_seqlens(op: str, cu_seqlens: object, rows: Tensor, max_seqlen: int | None = None) -> Tensor:
-    """Boundaries of packed sequences, int32 (S + 1) that rise from 0 to T.
-
-    Their values are read on the CPU only: elsewhere that would wait for the device.
-    """
-    total = int(rows.shape[0])
-    expected = f"int32 (S + 1) that rises from 0 to T = {total}"
+def check_cu_seqlens(op: str, cu_seqlens: object, rows: Tensor) -> Tensor:
+    """Boundaries of packed sequences on the device of `rows`; their values are left to `check_boundaries`."""
+    expected = f"int32 (S + 1) that rises from 0 to T = {int(rows.shape[0])}"
     remedy = "Take it from pack_tokens."
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"{op}: argument `cu_seqlens` must be {expected}, but it is {describe(cu_seqlens)}. {remedy}")
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or not cu_seqlens.shape[0]:
         fail(op, "cu_seqlens", expected, cu_seqlens, remedy)
     check_device(op, "cu_seqlens", cu_seqlens, rows)
+    return cu_seqlens
+
+
+def check_boundaries(op: str, cu_seqlens: Tensor, total: int, max_seqlen: int | None = None) -> None:
+    """The values of `cu_seqlens`, read on the CPU only: elsewhere that would wait for the device."""
     if torch.compiler.is_compiling() or cu_seqlens.device.type != "cpu":
-        return cu_seqlens
+        return
     starts = cu_seqlens.tolist()
     lengths = [after - before for before, after in pairwise(starts)]
     if starts[0] != 0 or starts[-1] != total or min(lengths, default=0) < 0:
-        fail(op, "cu_seqlens", expected, starts, remedy)
+        fail(op, "cu_seqlens", f"int32 (S + 1) that rises from 0 to T = {total}", starts, "Take it from pack_tokens.")
     if max_seqlen is not None and max(lengths, default=0) > max_seqlen:
-        fail(op, "max_seqlen", f"at least {max(lengths)}, the longest sequence", max_seqlen, remedy)
-    return cu_seqlens
+        fail(op, "max_seqlen", f"at least {max(lengths)}, the longest sequence", max_seqlen)
 
 
 def check_device(op: str, argument: str, value: Tensor, like: Tensor) -> None:

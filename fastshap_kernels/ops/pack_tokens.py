@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -43,27 +45,75 @@ def pack_tokens(
     players = length - prefix
     _checks.check_count(op, "tokens.shape[1] - prefix", players, 1, _checks.MAX_PLAYERS)
     _checks.check_bits(op, bits, players, tokens)
-    total = paired_total(bits, players, prefix) if paired else None
-    _backend.select(op, tokens.device, backend, compiled=False)
-    rows, cu_seqlens = reference.pack_tokens(tokens, bits, prefix, total)
-    if total is not None and cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_promise(int(cu_seqlens[-1]), total)
+    if paired and bits.shape[1] % 2:
+        _checks.fail(op, "bits", "pairs of complements (M even), since `paired` is True", bits)
+    if _backend.select(op, tokens.device, backend) == "reference":
+        rows, cu_seqlens = _reference(tokens, bits, prefix, paired)
+    else:
+        rows, cu_seqlens = PackTokens.apply(tokens, bits, prefix, paired)
     return rows, cu_seqlens, length
 
 
-def paired_total(bits: Tensor, players: int, prefix: int) -> int:
+def _paired_total(bits: Tensor, length: int, prefix: int) -> int:
     """Rows of a packed batch of complementary pairs."""
-    if bits.shape[1] % 2:
-        _checks.fail("pack_tokens", "bits", "pairs of complements (M even), since `paired` is True", bits)
-    return bits.shape[0] * (bits.shape[1] // 2) * (players + 2 * prefix)
+    return bits.shape[0] * (bits.shape[1] // 2) * (length + prefix)
 
 
-def _check_promise(counted: int, promised: int) -> None:
-    if counted != promised:
-        _checks.fail(
-            "pack_tokens",
-            "bits",
-            f"pairs of complements with {promised} tokens in all, since `paired` is True",
-            counted,
-            "Sample with paired=True, or leave `paired` out.",
-        )
+def _reference(tokens: Tensor, bits: Tensor, prefix: int, paired: bool) -> tuple[Tensor, Tensor]:
+    promised = _paired_total(bits, tokens.shape[1], prefix) if paired else None
+    rows, cu_seqlens = reference.pack_tokens(tokens, bits, prefix, promised)
+    if paired and cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        counted = int(cu_seqlens[-1])
+        if counted != promised:
+            _checks.fail(
+                "pack_tokens",
+                "bits",
+                f"pairs of complements with {promised} tokens in all, since `paired` is True",
+                counted,
+                "Sample with paired=True, or leave `paired` out.",
+            )
+    return rows, cu_seqlens
+
+
+class PackTokens(torch.autograd.Function):
+    """Autograd face of `fastshap::pack_tokens`."""
+
+    @staticmethod
+    def forward(tokens: Tensor, bits: Tensor, prefix: int, paired: bool) -> tuple[Tensor, Tensor]:
+        return torch.ops.fastshap.pack_tokens(tokens, bits, prefix, paired)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        tokens, bits, prefix, _ = inputs
+        ctx.save_for_backward(bits, output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.prefix = prefix
+        ctx.length = tokens.shape[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        bits, cu_seqlens = ctx.saved_tensors
+        return torch.ops.fastshap.pack_tokens_backward(grad, bits, cu_seqlens, ctx.prefix, ctx.length), None, None, None
+
+
+torch.library.define(
+    "fastshap::pack_tokens", "(Tensor tokens, Tensor bits, int prefix, bool paired) -> (Tensor rows, Tensor cu_seqlens)"
+)
+torch.library.define(
+    "fastshap::pack_tokens_backward", "(Tensor grad, Tensor bits, Tensor cu_seqlens, int prefix, int length) -> Tensor"
+)
+
+
+@torch.library.register_fake("fastshap::pack_tokens")
+def _fake(tokens: Tensor, bits: Tensor, prefix: int, paired: bool) -> tuple[Tensor, Tensor]:
+    total = _paired_total(bits, tokens.shape[1], prefix) if paired else torch.library.get_ctx().new_dynamic_size()
+    cu_seqlens = bits.new_empty(bits.shape[0] * bits.shape[1] + 1)
+    return tokens.new_empty(total, tokens.shape[2]), cu_seqlens
+
+
+@torch.library.register_fake("fastshap::pack_tokens_backward")
+def _fake_backward(grad: Tensor, bits: Tensor, cu_seqlens: Tensor, prefix: int, length: int) -> Tensor:
+    return grad.new_empty(bits.shape[0], length, grad.shape[1])
+
+
+torch.library.register_autograd("fastshap::pack_tokens", PackTokens.backward, setup_context=PackTokens.setup_context)

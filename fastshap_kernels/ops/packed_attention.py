@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from .. import _backend, _checks
@@ -35,11 +38,68 @@ def packed_attention(
     """
     op = "packed_attention"
     _checks.check_tensor(op, "qkv", qkv, "(T, 3, heads, head_dim)", 4)
-    if qkv.shape[1] != 3:
-        _checks.fail(op, "qkv", "a floating-point tensor (T, 3, heads, head_dim)", qkv)
+    if qkv.shape[1] != 3 or not qkv.shape[2] or not qkv.shape[3]:
+        _checks.fail(op, "qkv", "(T, 3, heads, head_dim) with at least one head and one value each", qkv)
     _checks.check_count(op, "max_seqlen", max_seqlen, 0, 2**31 - 1)
-    _checks.check_cu_seqlens(op, cu_seqlens, qkv, max_seqlen)
+    _checks.check_cu_seqlens(op, cu_seqlens, qkv)
     if scale is None:
         scale = float(qkv.shape[3]) ** -0.5
-    _backend.select(op, qkv.device, backend, compiled=False)
-    return reference.packed_attention(qkv, cu_seqlens, max_seqlen, float(scale))
+    elif isinstance(scale, bool) or not isinstance(scale, int | float):
+        _checks.fail(op, "scale", "a number", scale)
+    if _backend.select(op, qkv.device, backend) == "reference":
+        _checks.check_boundaries(op, cu_seqlens, int(qkv.shape[0]), max_seqlen)
+        return reference.packed_attention(qkv, cu_seqlens, max_seqlen, float(scale))
+    return PackedAttention.apply(qkv, cu_seqlens, max_seqlen, float(scale))[0]
+
+
+class PackedAttention(torch.autograd.Function):
+    """Autograd face of `fastshap::packed_attention`."""
+
+    @staticmethod
+    def forward(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> tuple[Tensor, Tensor]:
+        return torch.ops.fastshap.packed_attention(qkv, cu_seqlens, max_seqlen, scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        qkv, cu_seqlens, max_seqlen, scale = inputs
+        ctx.save_for_backward(qkv, cu_seqlens, output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.max_seqlen = max_seqlen
+        ctx.scale = scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        qkv, cu_seqlens, logsumexp = ctx.saved_tensors
+        grad_qkv = torch.ops.fastshap.packed_attention_backward(
+            grad, qkv, cu_seqlens, ctx.max_seqlen, logsumexp, ctx.scale
+        )
+        return grad_qkv, None, None, None
+
+
+torch.library.define(
+    "fastshap::packed_attention",
+    "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale) -> (Tensor out, Tensor logsumexp)",
+)
+torch.library.define(
+    "fastshap::packed_attention_backward",
+    "(Tensor grad, Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, Tensor logsumexp, float scale) -> Tensor",
+)
+
+
+@torch.library.register_fake("fastshap::packed_attention")
+def _fake(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> tuple[Tensor, Tensor]:
+    total, _, heads, head_dim = qkv.shape
+    precise = torch.promote_types(qkv.dtype, torch.float32)
+    return qkv.new_empty(total, heads, head_dim), qkv.new_empty(total, heads, dtype=precise)
+
+
+@torch.library.register_fake("fastshap::packed_attention_backward")
+def _fake_backward(
+    grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, logsumexp: Tensor, scale: float
+) -> Tensor:
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
+torch.library.register_autograd(
+    "fastshap::packed_attention", PackedAttention.backward, setup_context=PackedAttention.setup_context
+)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from .. import _backend, _checks
@@ -33,5 +36,46 @@ def segment_sum(rows: Tensor, cu_seqlens: Tensor, prefix: int = 0, *, backend: s
     _checks.check_tensor(op, "rows", rows, "(T, D)", 2)
     _checks.check_count(op, "prefix", prefix, 0, 2**31 - 1)
     _checks.check_cu_seqlens(op, cu_seqlens, rows)
-    _backend.select(op, rows.device, backend, compiled=False)
-    return reference.segment_sum(rows, cu_seqlens, prefix)
+    if _backend.select(op, rows.device, backend) == "reference":
+        _checks.check_boundaries(op, cu_seqlens, int(rows.shape[0]))
+        return reference.segment_sum(rows, cu_seqlens, prefix)
+    return SegmentSum.apply(rows, cu_seqlens, prefix)
+
+
+class SegmentSum(torch.autograd.Function):
+    """Autograd face of `fastshap::segment_sum`."""
+
+    @staticmethod
+    def forward(rows: Tensor, cu_seqlens: Tensor, prefix: int) -> Tensor:
+        return torch.ops.fastshap.segment_sum(rows, cu_seqlens, prefix)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        rows, cu_seqlens, prefix = inputs
+        ctx.save_for_backward(cu_seqlens)
+        ctx.prefix = prefix
+        ctx.total = rows.shape[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (cu_seqlens,) = ctx.saved_tensors
+        return torch.ops.fastshap.segment_sum_backward(grad, cu_seqlens, ctx.prefix, ctx.total), None, None
+
+
+torch.library.define("fastshap::segment_sum", "(Tensor rows, Tensor cu_seqlens, int prefix) -> Tensor")
+torch.library.define(
+    "fastshap::segment_sum_backward", "(Tensor grad, Tensor cu_seqlens, int prefix, SymInt total) -> Tensor"
+)
+
+
+@torch.library.register_fake("fastshap::segment_sum")
+def _fake(rows: Tensor, cu_seqlens: Tensor, prefix: int) -> Tensor:
+    return rows.new_empty(cu_seqlens.shape[0] - 1, rows.shape[1])
+
+
+@torch.library.register_fake("fastshap::segment_sum_backward")
+def _fake_backward(grad: Tensor, cu_seqlens: Tensor, prefix: int, total: int) -> Tensor:
+    return grad.new_empty(total, grad.shape[1])
+
+
+torch.library.register_autograd("fastshap::segment_sum", SegmentSum.backward, setup_context=SegmentSum.setup_context)

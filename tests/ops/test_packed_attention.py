@@ -1,16 +1,75 @@
+import pytest
 import torch
-from accuracy import random_bits
+from accuracy import DTYPES, PLAYERS, assert_accurate, random_bits
 
 import fastshap_kernels as fk
 
+LENGTHS = (5, 0, 17, 1, 16, 50)
 
-def test_dropping_players_equals_masking_their_keys(generator):
+
+def rows_and_boundaries(generator, lengths=LENGTHS, heads=2, head_dim=8, dtype=torch.float32):
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    shape = (sum(lengths), 3, heads, head_dim)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype), cu_seqlens
+
+
+def attend(qkv, lengths, scale=None):
+    """PyTorch's own attention, one sequence at a time."""
+    outputs = []
+    for sequence in qkv.split(lengths):
+        query, key, value = sequence.permute(1, 2, 0, 3).unsqueeze(1)
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scale)
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def output_and_gradient(function, qkv, cotangent, dtype):
+    x = qkv.to(dtype, copy=True).requires_grad_()
+    out = function(x)
+    out.backward(cotangent.to(dtype))
+    return out.detach(), x.grad
+
+
+def assert_accurate_everywhere(generator, lengths, heads, head_dim, dtype, scale=None):
+    qkv, cu_seqlens = rows_and_boundaries(generator, lengths, heads, head_dim, dtype)
+    cotangent = torch.randn(len(qkv), heads, head_dim, generator=generator, dtype=torch.float64).to(dtype)
+    plain = output_and_gradient(lambda x: attend(x, lengths, scale), qkv, cotangent, dtype)
+    exact = output_and_gradient(lambda x: attend(x, lengths, scale), qkv, cotangent, torch.float64)
+    for backend in ("reference", "cpu"):
+        ours = output_and_gradient(
+            lambda x, backend=backend: fk.packed_attention(x, cu_seqlens, max(lengths), scale=scale, backend=backend),
+            qkv,
+            cotangent,
+            dtype,
+        )
+        assert_accurate(ours[0], plain[0], exact[0])
+        assert_accurate(ours[1], plain[1], exact[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "head_dim"), [(1, 1), (3, 8), (4, 16), (2, 24), (6, 64), (1, 128)])
+def test_accurate_for_any_head(generator, heads, head_dim, dtype):
+    assert_accurate_everywhere(generator, LENGTHS, heads, head_dim, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("players", PLAYERS)
+def test_accurate_for_any_length(generator, players, dtype):
+    assert_accurate_everywhere(generator, (players, players + 1), 2, 16, dtype)
+
+
+def test_scale(generator):
+    assert_accurate_everywhere(generator, LENGTHS, 2, 8, torch.float32, scale=0.7)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_dropping_players_equals_masking_their_keys(generator, backend):
     batch, coalitions, players, prefix, heads, head_dim = 2, 4, 5, 1, 2, 8
     bits = random_bits(batch, coalitions, players, generator)
     tokens = torch.randn(batch, prefix + players, 3 * heads * head_dim, generator=generator, dtype=torch.float64)
-    rows, cu_seqlens, max_seqlen = fk.pack_tokens(tokens, bits, prefix)
-    out = fk.packed_attention(rows.view(-1, 3, heads, head_dim), cu_seqlens, max_seqlen)
-    pooled = fk.segment_sum(out.flatten(1), cu_seqlens, prefix)
+    rows, cu_seqlens, max_seqlen = fk.pack_tokens(tokens, bits, prefix, backend=backend)
+    out = fk.packed_attention(rows.view(-1, 3, heads, head_dim), cu_seqlens, max_seqlen, backend=backend)
+    pooled = fk.segment_sum(out.flatten(1), cu_seqlens, prefix, backend=backend)
 
     present = fk.unpack_bits(bits, players)
     keys = torch.nn.functional.pad(present, (prefix, 0), value=True).view(batch, coalitions, 1, 1, prefix + players)
@@ -19,3 +78,152 @@ def test_dropping_players_equals_masking_their_keys(generator):
     dense = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=keys)
     dense = dense.transpose(2, 3).flatten(3)[:, :, prefix:] * present.unsqueeze(-1)
     torch.testing.assert_close(pooled, dense.sum(2).flatten(0, 1), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_sequences_do_not_see_each_other(generator, backend):
+    qkv, cu_seqlens = rows_and_boundaries(generator)
+    spoiled = qkv.clone()
+    spoiled[5:22] = float("nan")  # the whole third sequence
+    cotangent = torch.randn(len(qkv), 2, 8, generator=generator)
+    clean, same = (
+        output_and_gradient(
+            lambda x: fk.packed_attention(x, cu_seqlens, 50, backend=backend), x, cotangent, torch.float32
+        )
+        for x in (qkv, spoiled)
+    )
+    for one, other in zip(clean, same, strict=True):
+        assert torch.equal(one[:5], other[:5])
+        assert torch.equal(one[22:], other[22:])
+        assert other[5:22].isnan().all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("size", [1e3, 1e15])
+def test_large_scores_do_not_overflow(generator, size, backend):
+    qkv, cu_seqlens = rows_and_boundaries(generator)
+    qkv[:, :2] *= size
+    out, gradient = output_and_gradient(
+        lambda x: fk.packed_attention(x, cu_seqlens, 50, backend=backend), qkv, torch.ones(len(qkv), 2, 8), qkv.dtype
+    )
+    torch.testing.assert_close(out, attend(qkv.double(), LENGTHS).float())
+    assert torch.isfinite(gradient).all()
+
+
+def test_strided_and_expanded_inputs(generator):
+    qkv, cu_seqlens = rows_and_boundaries(generator)
+    strided = torch.stack([qkv, qkv], -1)[..., 0]
+    assert torch.equal(fk.packed_attention(strided, cu_seqlens, 50), fk.packed_attention(qkv, cu_seqlens, 50))
+    x, y = qkv.clone().requires_grad_(), qkv.clone().requires_grad_()
+    fk.packed_attention(x, cu_seqlens, 50).sum().backward()  # an expanded gradient
+    fk.packed_attention(y, cu_seqlens, 50).backward(torch.ones(len(qkv), 2, 8))
+    assert torch.equal(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("lengths", [(), (0,), (0, 0)])
+def test_empty(generator, lengths, backend):
+    qkv, cu_seqlens = rows_and_boundaries(generator, lengths)
+    out = fk.packed_attention(qkv.requires_grad_(), cu_seqlens, 7, backend=backend)
+    assert out.shape == (0, 2, 8)
+    out.sum().backward()
+    assert qkv.grad.shape == qkv.shape
+
+
+def test_gradcheck(generator):
+    qkv, cu_seqlens = rows_and_boundaries(generator, (3, 0, 1, 2), 2, 2, torch.float64)
+    for backend in ("reference", "cpu"):
+        torch.autograd.gradcheck(
+            lambda x, backend=backend: fk.packed_attention(x, cu_seqlens, 3, backend=backend),
+            qkv.clone().requires_grad_(),
+        )
+
+
+def test_opcheck(generator):
+    qkv, cu_seqlens = rows_and_boundaries(generator)
+    torch.library.opcheck(torch.ops.fastshap.packed_attention.default, (qkv.requires_grad_(), cu_seqlens, 50, 0.3))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_compiles_without_graph_breaks(generator, backend):
+    qkv, cu_seqlens = rows_and_boundaries(generator)
+
+    def loss(x):
+        return fk.packed_attention(x, cu_seqlens, 50, backend=backend).square().sum()
+
+    x, y = qkv.clone().requires_grad_(), qkv.clone().requires_grad_()
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(x).backward()
+    loss(y).backward()
+    torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_the_whole_path_compiles_without_graph_breaks(generator):
+    tokens = torch.randn(2, 6, 48, generator=generator)
+    present = torch.rand(2, 1, 5, generator=generator) < 0.5
+    bits = fk.pack_bits(torch.cat([present, ~present], 1))
+
+    def loss(x):
+        rows, cu_seqlens, max_seqlen = fk.pack_tokens(x, bits, 1, paired=True)
+        out = fk.packed_attention(rows.view(-1, 3, 2, 8), cu_seqlens, max_seqlen)
+        return fk.segment_sum(out.flatten(1), cu_seqlens, 1).square().sum()
+
+    x, y = tokens.clone().requires_grad_(), tokens.clone().requires_grad_()
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(x).backward()
+    loss(y).backward()
+    assert torch.equal(x.grad, y.grad)
+
+
+def test_the_number_of_threads_does_not_change_the_bits(generator):
+    qkv, cu_seqlens = rows_and_boundaries(generator, (130, 7, 60) * 5, 3, 24)
+    cotangent = torch.randn(len(qkv), 3, 24, generator=generator)
+
+    def run():
+        return output_and_gradient(lambda x: fk.packed_attention(x, cu_seqlens, 130), qkv, cotangent, torch.float32)
+
+    first, threads = run(), torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("boundaries", [[0, 3], [1, 4], [0, 3, 2, 4], [0, 5, 4], [0, -1, 4]])
+def test_boundaries_are_checked(boundaries, backend):
+    cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
+    with pytest.raises((ValueError, RuntimeError), match=r"packed_attention: argument `cu_seqlens` must .*0 to T = 4"):
+        fk.packed_attention(torch.zeros(4, 3, 2, 8), cu_seqlens, 4, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_max_seqlen_is_checked(generator, backend):
+    qkv, cu_seqlens = rows_and_boundaries(generator)
+    with pytest.raises(
+        (ValueError, RuntimeError), match=r"packed_attention: argument `max_seqlen` must be at least 50"
+    ):
+        fk.packed_attention(qkv, cu_seqlens, 49, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qkv": torch.zeros(4, 3, 8)}, "`qkv` must be a floating-point tensor"),
+        ({"qkv": torch.zeros(4, 2, 2, 8)}, r"\(T, 3, heads, head_dim\)"),
+        ({"qkv": torch.zeros(4, 3, 2, 0)}, "at least one head"),
+        ({"cu_seqlens": torch.zeros(2)}, "`cu_seqlens` must be int32"),
+        ({"max_seqlen": 4.0}, "`max_seqlen`"),
+        ({"scale": "none"}, "`scale`"),
+        ({"backend": "gpu"}, "Choose one of"),
+        ({"qkv": torch.zeros(4, 3, 2, 8, device="meta")}, "on meta like the other arguments"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    arguments = {
+        "qkv": torch.zeros(4, 3, 2, 8),
+        "cu_seqlens": torch.tensor([0, 4], dtype=torch.int32),
+        "max_seqlen": 4,
+    }
+    with pytest.raises((ValueError, TypeError), match=f"packed_attention.*{message}"):
+        fk.packed_attention(**(arguments | change))

@@ -1,0 +1,346 @@
+// packed_attention: one (sequence, head) at a time, so that its keys and values stay in the cache.
+//
+// A head's rows are copied out of the packed batch once, converted to the type that sums run in. Scores exist
+// for one block of queries at a time and lie transposed, (keys, queries): each vector holds one key's scores
+// for neighbouring queries, so a softmax runs down the rows and never across a vector. All products are
+// `multiply` of tile.h.
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <new>
+#include <type_traits>
+#include <vector>
+
+#include "fastshap/sequences.h"
+#include "fastshap/tile.h"
+
+namespace fastshap {
+namespace {
+
+constexpr int64_t kQueries = 48;  // queries in a block, whole vectors: its operands stay in the L1 cache
+
+struct Heads {
+  int64_t heads;
+  int64_t head_dim;
+  double scale;
+};
+
+FASTSHAP_INLINE int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
+
+// Aligned memory that a thread keeps for all its heads, dealt out anew to each in whole vectors.
+template <typename A>
+class Scratch {
+ public:
+  explicit Scratch(int64_t values)
+      : memory_(static_cast<A*>(::operator new(values * sizeof(A), std::align_val_t(64)))),
+        free_(memory_.get()) {}
+  void start() { free_ = memory_.get(); }
+  A* take(int64_t values) {
+    A* taken = free_;
+    free_ += round_up(values, kLanes<A>);
+    return taken;
+  }
+
+ private:
+  struct Release {
+    void operator()(A* memory) const { ::operator delete(memory, std::align_val_t(64)); }
+  };
+  std::unique_ptr<A, Release> memory_;
+  A* free_;
+};
+
+// from (rows, head_dim), rows `stride` apart → to (rows, wide) times `scale`; columns past head_dim are 0.
+template <typename T, typename A>
+FASTSHAP_CLONES void copy_rows(const T* __restrict from, int64_t stride, int64_t rows, int64_t head_dim,
+                               A scale, A* __restrict to, int64_t wide) {
+  for (int64_t row = 0; row < rows; ++row, from += stride, to += wide) {
+    int64_t i = 0;
+    if constexpr (std::is_same_v<T, A>) {
+      for (; i + kLanes<A> <= head_dim; i += kLanes<A>) store(to + i, load(from + i) * scale);
+    }
+    for (; i < head_dim; ++i) to[i] = static_cast<A>(from[i]) * scale;
+    for (; i < wide; ++i) to[i] = 0;
+  }
+}
+
+// from (rows, wide) → to (columns, kQueries). Its rows are filled up with 0 to whole vectors first.
+template <typename A>
+FASTSHAP_CLONES void transpose(A* __restrict from, int64_t wide, int64_t rows, int64_t columns,
+                               A* __restrict to) {
+  const int64_t filled = round_up(rows, kLanes<A>);
+  std::fill(from + rows * wide, from + filled * wide, A(0));
+  for (int64_t row = 0; row < filled; row += 4) {
+    const A *first = from + row * wide, *second = first + wide, *third = second + wide,
+            *fourth = third + wide;
+    for (int64_t i = 0; i < columns; ++i) {
+      A* four = to + i * kQueries + row;
+      four[0] = first[i];
+      four[1] = second[i];
+      four[2] = third[i];
+      four[3] = fourth[i];
+    }
+  }
+}
+
+// from (rows, wide), row r times scale[r], or times `factor` where there is no scale → to (rows, head_dim),
+// rows `stride` apart.
+template <typename T, typename A>
+FASTSHAP_CLONES void write_rows(const A* from, int64_t wide, int64_t rows, int64_t head_dim, A factor,
+                                const A* scale, T* __restrict to, int64_t stride) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const A times = scale ? scale[row] : factor;
+    for (int64_t i = 0; i < head_dim; ++i)
+      to[row * stride + i] = static_cast<T>(from[row * wide + i] * times);
+  }
+}
+
+// Σ body(row) over the rows, in blocks, so that a long sum loses no more digits than PyTorch's.
+template <typename A, typename Body>
+FASTSHAP_INLINE vector_t<A> sum_rows(int64_t rows, Body&& body) {
+  constexpr int64_t kBlock = 32;
+  vector_t<A> total = {};
+  for (int64_t start = 0; start < rows; start += kBlock) {
+    vector_t<A> sum = {};
+    for (int64_t row = start; row < std::min(start + kBlock, rows); ++row) sum += body(row);
+    total += sum;
+  }
+  return total;
+}
+
+// Scores (keys, queries) → exp(score − largest), and for each query the largest and the sum of those.
+template <typename A>
+FASTSHAP_CLONES void exponentiate(A* scores, int64_t keys, int64_t queries, A* largest, A* sum) {
+  for (int64_t query = 0; query < queries; query += kLanes<A>) {
+    A* column = scores + query;
+    vector_t<A> highest = load(column);
+    for (int64_t key = 1; key < keys; ++key) highest = larger<A>(load(column + key * kQueries), highest);
+    store(largest + query, highest);
+    store(sum + query, sum_rows<A>(keys, [&](int64_t key) __attribute__((always_inline)) {
+            const vector_t<A> power = exponential(load(column + key * kQueries) - highest);
+            store(column + key * kQueries, power);
+            return power;
+          }));
+  }
+}
+
+// Scores (keys, queries) and the gradient of the probabilities → probabilities p in place of the scores and,
+// in place of the gradient, that of the scores: p · (gradient − Σ p · gradient).
+template <typename A>
+FASTSHAP_CLONES void differentiate(A* scores, A* gradient, int64_t keys, int64_t queries,
+                                   const A* logsumexp) {
+  for (int64_t query = 0; query < queries; query += kLanes<A>) {
+    A *column = scores + query, *grad = gradient + query;
+    const vector_t<A> normaliser = load(logsumexp + query);
+    const vector_t<A> mean = sum_rows<A>(keys, [&](int64_t key) __attribute__((always_inline)) {
+      const vector_t<A> power = exponential(load(column + key * kQueries) - normaliser);
+      store(column + key * kQueries, power);
+      return power * load(grad + key * kQueries);
+    });
+    for (int64_t at = 0; at < keys * kQueries; at += kQueries) {
+      store(grad + at, load(column + at) * (load(grad + at) - mean));
+    }
+  }
+}
+
+// Pointers to one head of one sequence.
+template <typename T>
+struct Head {
+  const T *query, *key, *value;
+  int64_t length;
+  int64_t stride;  // from one row's query to the next row's
+};
+
+// Asks the cache for one head's share of the next sequence, whose rows are `width` values. A head's own
+// pieces of the rows are too short and too far apart for the processor to see them coming.
+template <typename T>
+void prefetch_next(const T* rows, int64_t width, const int32_t* starts, int64_t sequences, int64_t s,
+                   int64_t head, int64_t heads) {
+  if (s + 1 == sequences) return;
+  const int64_t share = (starts[s + 2] - starts[s + 1]) * width * sizeof(T) / heads;
+  const char* from = reinterpret_cast<const char*>(rows + starts[s + 1] * width) + head * share;
+  for (int64_t i = 0; i < share; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
+template <typename T>
+Head<T> make_head(const Heads& heads, const T* qkv, const int32_t* starts, int64_t sequence, int64_t head) {
+  const int64_t width = heads.heads * heads.head_dim;
+  const T* query = qkv + starts[sequence] * 3 * width + head * heads.head_dim;
+  return {query, query + width, query + 2 * width, starts[sequence + 1] - starts[sequence], 3 * width};
+}
+
+// Values that `attend` takes from its scratch for a head of at most this length.
+template <typename A>
+int64_t forward_scratch(const Heads& heads, int64_t length) {
+  const int64_t wide = round_up(heads.head_dim, kLanes<A>);
+  return 2 * length * wide + kQueries * (3 * wide + length + 2);
+}
+
+// out and logsumexp of one head; their rows are heads · head_dim and heads apart.
+template <typename T, typename A>
+void attend(const Heads& heads, const Head<T>& head, Scratch<A>& scratch, T* out, A* logsumexp) {
+  const int64_t head_dim = heads.head_dim, length = head.length, wide = round_up(head_dim, kLanes<A>);
+  scratch.start();
+  A *key = scratch.take(length * wide), *value = scratch.take(length * wide);
+  A *query = scratch.take(kQueries * wide), *query_columns = scratch.take(kQueries * wide);
+  A *scores = scratch.take(length * kQueries), *result = scratch.take(kQueries * wide);
+  A *largest = scratch.take(kQueries), *sum = scratch.take(kQueries);
+  copy_rows(head.key, head.stride, length, head_dim, A(1), key, wide);
+  copy_rows(head.value, head.stride, length, head_dim, A(1), value, wide);
+  for (int64_t first = 0; first < length; first += kQueries) {
+    const int64_t rows = std::min(kQueries, length - first), queries = round_up(rows, kLanes<A>);
+    copy_rows(head.query + first * head.stride, head.stride, rows, head_dim, A(heads.scale), query, wide);
+    transpose(query, wide, rows, head_dim, query_columns);
+    multiply<A>(length, queries, head_dim, {key, wide, 1}, query_columns, kQueries, false, scores, kQueries);
+    exponentiate(scores, length, queries, largest, sum);
+    multiply<A>(rows, wide, length, {scores, 1, kQueries}, value, wide, false, result, wide);
+    for (int64_t row = 0; row < rows; ++row) {
+      logsumexp[(first + row) * heads.heads] = largest[row] + std::log(sum[row]);
+      sum[row] = 1 / sum[row];
+    }
+    write_rows(result, wide, rows, head_dim, A(1), sum, out + first * heads.heads * head_dim,
+               heads.heads * head_dim);
+  }
+}
+
+// As forward_scratch, for `attend_backward`.
+template <typename A>
+int64_t backward_scratch(const Heads& heads, int64_t length) {
+  const int64_t wide = round_up(heads.head_dim, kLanes<A>);
+  return 4 * length * wide + kQueries * (5 * wide + 2 * length + 1);
+}
+
+// The gradient of one head of qkv, at `grad_qkv` and in rows as far apart as those of the head.
+template <typename T, typename A>
+void attend_backward(const Heads& heads, const Head<T>& head, Scratch<A>& scratch, const T* grad,
+                     const A* logsumexp, T* grad_qkv) {
+  const int64_t head_dim = heads.head_dim, length = head.length, width = heads.heads * head_dim;
+  const int64_t wide = round_up(head_dim, kLanes<A>);
+  scratch.start();
+  A *key = scratch.take(length * wide), *value = scratch.take(length * wide);
+  A *grad_key = scratch.take(length * wide), *grad_value = scratch.take(length * wide);
+  A *query = scratch.take(kQueries * wide), *query_columns = scratch.take(kQueries * wide);
+  A *grad_out = scratch.take(kQueries * wide), *grad_out_columns = scratch.take(kQueries * wide);
+  A *grad_query = scratch.take(kQueries * wide), *normaliser = scratch.take(kQueries);
+  A *scores = scratch.take(length * kQueries), *grad_scores = scratch.take(length * kQueries);
+  copy_rows(head.key, head.stride, length, head_dim, A(1), key, wide);
+  copy_rows(head.value, head.stride, length, head_dim, A(1), value, wide);
+  for (int64_t first = 0; first < length; first += kQueries) {
+    const int64_t rows = std::min(kQueries, length - first), queries = round_up(rows, kLanes<A>);
+    const bool add = first > 0;
+    copy_rows(head.query + first * head.stride, head.stride, rows, head_dim, A(heads.scale), query, wide);
+    copy_rows(grad + first * width, width, rows, head_dim, A(1), grad_out, wide);
+    transpose(query, wide, rows, head_dim, query_columns);
+    transpose(grad_out, wide, rows, head_dim, grad_out_columns);
+    copy_rows(logsumexp + first * heads.heads, heads.heads, rows, 1, A(1), normaliser, 1);
+    std::fill(normaliser + rows, normaliser + queries, A(0));
+    multiply<A>(length, queries, head_dim, {key, wide, 1}, query_columns, kQueries, false, scores, kQueries);
+    multiply<A>(length, queries, head_dim, {value, wide, 1}, grad_out_columns, kQueries, false, grad_scores,
+                kQueries);
+    differentiate(scores, grad_scores, length, queries, normaliser);
+    multiply<A>(rows, wide, length, {grad_scores, 1, kQueries}, key, wide, false, grad_query, wide);
+    multiply<A>(length, wide, rows, {grad_scores, kQueries, 1}, query, wide, add, grad_key, wide);
+    multiply<A>(length, wide, rows, {scores, kQueries, 1}, grad_out, wide, add, grad_value, wide);
+    write_rows<T, A>(grad_query, wide, rows, head_dim, A(heads.scale), nullptr,
+                     grad_qkv + first * head.stride, head.stride);
+  }
+  write_rows<T, A>(grad_key, wide, length, head_dim, A(1), nullptr, grad_qkv + width, head.stride);
+  write_rows<T, A>(grad_value, wide, length, head_dim, A(1), nullptr, grad_qkv + 2 * width, head.stride);
+}
+
+// Calls body(scratch, sequence, head) for every pair, each thread a range of about the same work.
+template <typename A, typename Body>
+void parallel_for_heads(const Heads& heads, const Tensor& cu_seqlens, int64_t scratch_values, Body&& body) {
+  const int32_t* starts = cu_seqlens.const_data_ptr<int32_t>();
+  const int64_t sequences = cu_seqlens.size(0) - 1;
+  // About the cycles that all heads of the sequences before s take; each head has its share of them.
+  std::vector<int64_t> work(sequences + 1, 0);
+  for (int64_t s = 0; s < sequences; ++s) {
+    const int64_t length = starts[s + 1] - starts[s];
+    work[s + 1] = work[s] + heads.heads * (length * (length + 24) * (heads.head_dim + 16) / 8);
+  }
+  torch::stable::parallel_for(0, work[sequences], 32768, [&](int64_t begin, int64_t end) {
+    Scratch<A> scratch(scratch_values);
+    // A head belongs to the thread in whose range its own work begins. Empty sequences have none.
+    int64_t s = std::upper_bound(work.begin(), work.end(), begin) - work.begin() - 1;
+    for (; s < sequences && work[s] < end; ++s) {
+      const int64_t share = (work[s + 1] - work[s]) / heads.heads;
+      for (int64_t head = 0; share > 0 && head < heads.heads; ++head) {
+        const int64_t at = work[s] + head * share;
+        if (at >= begin && at < end) body(scratch, s, head);
+      }
+    }
+  });
+}
+
+Heads make_heads(const char* op, const Tensor& qkv, const Tensor& cu_seqlens, int64_t max_seqlen,
+                 double scale) {
+  STD_TORCH_CHECK(qkv.dim() == 4 && qkv.size(1) == 3, op,
+                  ": argument `qkv` must be (T, 3, heads, head_dim).");
+  check_cu_seqlens(op, cu_seqlens, qkv.size(0));
+  STD_TORCH_CHECK(longest(cu_seqlens) <= max_seqlen, op, ": argument `max_seqlen` must be at least ",
+                  longest(cu_seqlens), ", the longest sequence, but it is ", max_seqlen, ".");
+  return {qkv.size(2), qkv.size(3), scale};
+}
+
+std::tuple<Tensor, Tensor> packed_attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t max_seqlen,
+                                            double scale) {
+  const Tensor rows = torch::stable::contiguous(qkv), boundaries = torch::stable::contiguous(cu_seqlens);
+  const Heads heads = make_heads("packed_attention", rows, boundaries, max_seqlen, scale);
+  const ScalarType precise = qkv.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  Tensor out = torch::stable::empty({qkv.size(0), heads.heads, heads.head_dim}, qkv.scalar_type());
+  Tensor logsumexp = torch::stable::empty({qkv.size(0), heads.heads}, precise);
+  use_huge_pages(out);
+  const int32_t* starts = boundaries.const_data_ptr<int32_t>();
+  const int64_t sequences = boundaries.size(0) - 1, width = heads.heads * heads.head_dim;
+  dispatch_floating(qkv.scalar_type(), "packed_attention", [&]<typename T>() {
+    using A = accumulate_t<T>;
+    const T* from = rows.const_data_ptr<T>();
+    T* to = out.mutable_data_ptr<T>();
+    A* sums = logsumexp.mutable_data_ptr<A>();
+    const int64_t scratch = forward_scratch<A>(heads, longest(boundaries));
+    parallel_for_heads<A>(heads, boundaries, scratch, [&](Scratch<A>& memory, int64_t s, int64_t head) {
+      const int64_t at = starts[s] * heads.heads + head;
+      prefetch_next(from, 3 * width, starts, sequences, s, head, heads.heads);
+      attend(heads, make_head(heads, from, starts, s, head), memory, to + at * heads.head_dim, sums + at);
+    });
+  });
+  return {out, logsumexp};
+}
+
+Tensor packed_attention_backward(const Tensor& grad, const Tensor& qkv, const Tensor& cu_seqlens,
+                                 int64_t max_seqlen, const Tensor& logsumexp, double scale) {
+  const Tensor rows = torch::stable::contiguous(qkv), boundaries = torch::stable::contiguous(cu_seqlens);
+  const Tensor grad_out = torch::stable::contiguous(grad), saved = torch::stable::contiguous(logsumexp);
+  const Heads heads = make_heads("packed_attention_backward", rows, boundaries, max_seqlen, scale);
+  STD_TORCH_CHECK(3 * grad.numel() == qkv.numel() && logsumexp.numel() == qkv.size(0) * heads.heads,
+                  "packed_attention_backward: `grad` and `logsumexp` must fit `qkv`.");
+  Tensor out = torch::stable::empty({qkv.size(0), 3, heads.heads, heads.head_dim}, qkv.scalar_type());
+  use_huge_pages(out);
+  const int32_t* starts = boundaries.const_data_ptr<int32_t>();
+  const int64_t sequences = boundaries.size(0) - 1, width = heads.heads * heads.head_dim;
+  dispatch_floating(qkv.scalar_type(), "packed_attention_backward", [&]<typename T>() {
+    using A = accumulate_t<T>;
+    const T *from = rows.const_data_ptr<T>(), *grad_from = grad_out.const_data_ptr<T>();
+    T* to = out.mutable_data_ptr<T>();
+    const A* sums = saved.const_data_ptr<A>();
+    const int64_t scratch = backward_scratch<A>(heads, longest(boundaries));
+    parallel_for_heads<A>(heads, boundaries, scratch, [&](Scratch<A>& memory, int64_t s, int64_t head) {
+      prefetch_next(from, 3 * width, starts, sequences, s, head, heads.heads);
+      prefetch_next(grad_from, width, starts, sequences, s, head, heads.heads);
+      const Head<T> source = make_head(heads, from, starts, s, head);
+      const int64_t at = starts[s] * heads.heads + head;
+      attend_backward(heads, source, memory, grad_from + at * heads.head_dim, sums + at,
+                      to + (source.query - from));
+    });
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace fastshap
+
+STABLE_TORCH_LIBRARY_IMPL(fastshap, CPU, m) {
+  m.impl("packed_attention", TORCH_BOX(&fastshap::packed_attention));
+  m.impl("packed_attention_backward", TORCH_BOX(&fastshap::packed_attention_backward));
+}

@@ -1,0 +1,183 @@
+import pytest
+import torch
+from accuracy import DTYPES, PLAYERS, assert_accurate, random_bits
+
+import fastshap_kernels as fk
+
+
+def tokens_and_bits(generator, batch=3, coalitions=4, players=12, prefix=1, width=6, dtype=torch.float32):
+    tokens = torch.randn(batch, prefix + players, width, generator=generator, dtype=torch.float64).to(dtype)
+    return tokens, random_bits(batch, coalitions, players, generator)
+
+
+def paired_bits(generator, batch, pairs, players):
+    present = torch.rand(batch, pairs, players, generator=generator) < 0.5
+    return fk.pack_bits(torch.stack([present, ~present], 2).flatten(1, 2))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_definition(generator, backend):
+    tokens, bits = tokens_and_bits(generator, prefix=2)
+    present = fk.unpack_bits(bits, 12)
+    rows, cu_seqlens, max_seqlen = fk.pack_tokens(tokens, bits, 2, backend=backend)
+    assert cu_seqlens.dtype == torch.int32
+    assert max_seqlen == 14
+    sequences = [torch.cat([tokens[b, :2], tokens[b, 2:][present[b, m]]]) for b in range(3) for m in range(4)]
+    assert torch.equal(rows, torch.cat(sequences))
+    assert cu_seqlens.diff().tolist() == [len(sequence) for sequence in sequences]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+@pytest.mark.parametrize("players", PLAYERS)
+def test_backends_agree(generator, players, prefix, dtype):
+    tokens, bits = tokens_and_bits(generator, players=players, prefix=prefix, dtype=dtype)
+    cotangent = torch.randn(12 * (prefix + players), 6, generator=generator, dtype=torch.float64)
+
+    def run(dtype, backend):
+        x = tokens.to(dtype, copy=True).requires_grad_()
+        rows, cu_seqlens, _ = fk.pack_tokens(x, bits, prefix, backend=backend)
+        rows.backward(cotangent[: rows.shape[0]].to(dtype))
+        return rows, cu_seqlens, x.grad
+
+    ours, plain, exact = run(dtype, "cpu"), run(dtype, "reference"), run(torch.float64, "reference")
+    assert torch.equal(ours[0], plain[0])
+    assert torch.equal(ours[1], plain[1])
+    assert_accurate(ours[2], plain[2], exact[2])
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("players", PLAYERS)
+def test_pairs_have_a_size_known_beforehand(generator, players, backend):
+    tokens, bits = torch.randn(2, 3 + players, 4, generator=generator), paired_bits(generator, 2, 3, players)
+    rows, cu_seqlens, _ = fk.pack_tokens(tokens, bits, 3, paired=True, backend=backend)
+    counted, same_cu_seqlens, _ = fk.pack_tokens(tokens, bits, 3, backend=backend)
+    assert rows.shape[0] == 2 * 3 * (players + 2 * 3)
+    assert torch.equal(rows, counted)
+    assert torch.equal(cu_seqlens, same_cu_seqlens)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("present", [True, False])
+def test_a_broken_promise_is_an_error(backend, present):
+    bits = fk.pack_bits(torch.full((2, 2, 5), present))
+    with pytest.raises((ValueError, RuntimeError), match=r"pack_tokens: argument `bits`.*pairs of complements"):
+        fk.pack_tokens(torch.zeros(2, 6, 3), bits, 1, paired=True, backend=backend)
+
+
+def test_bits_past_the_last_player_do_not_count(generator):
+    tokens, bits = tokens_and_bits(generator, players=33)
+    rubbish = bits.clone()
+    rubbish[..., 1] |= -2
+    for backend in ("reference", "cpu"):
+        clean, spoiled = (fk.pack_tokens(tokens, given, 1, backend=backend) for given in (bits, rubbish))
+        assert torch.equal(clean[0], spoiled[0])
+        assert torch.equal(clean[1], spoiled[1])
+
+
+@pytest.mark.parametrize("rubbish", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_absent_tokens_never_reach_the_rows(generator, backend, rubbish):
+    tokens, bits = tokens_and_bits(generator, coalitions=1)
+    absent = ~fk.unpack_bits(bits, 12)[:, 0]
+    spoiled = tokens.clone()
+    spoiled[:, 1:][absent] = rubbish
+    clean, same = (fk.pack_tokens(x, bits, 1, backend=backend)[0] for x in (tokens, spoiled))
+    assert torch.equal(clean, same)
+
+
+def test_strided_and_expanded_inputs(generator):
+    tokens, bits = tokens_and_bits(generator)
+    plain = fk.pack_tokens(tokens, bits, 1)[0]
+    assert torch.equal(fk.pack_tokens(torch.stack([tokens, tokens], -1)[..., 0], bits, 1)[0], plain)
+    assert torch.equal(fk.pack_tokens(tokens, bits.transpose(0, 1).contiguous().transpose(0, 1), 1)[0], plain)
+    x = tokens.clone().requires_grad_()
+    fk.pack_tokens(x, bits, 1)[0].sum().backward()  # an expanded gradient
+    assert torch.equal(x.grad[:, 0], torch.full_like(x.grad[:, 0], 4))
+    assert torch.equal(x.grad[:, 1:, 0], fk.unpack_bits(bits, 12).sum(1).float())
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize(("batch", "coalitions"), [(0, 2), (2, 0)])
+def test_empty(generator, batch, coalitions, paired, backend):
+    tokens, bits = tokens_and_bits(generator, batch=batch, coalitions=coalitions)
+    x = tokens.requires_grad_()
+    rows, cu_seqlens, _ = fk.pack_tokens(x, bits, 1, paired=paired, backend=backend)
+    assert rows.shape == (0, 6)
+    assert cu_seqlens.tolist() == [0]
+    rows.sum().backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))
+
+
+def test_empty_coalition_without_prefix(generator):
+    tokens = torch.randn(1, 3, 2, generator=generator)
+    bits = fk.pack_bits(torch.tensor([[[False] * 3, [True] * 3, [False] * 3]]))
+    rows, cu_seqlens, _ = fk.pack_tokens(tokens, bits, 0)
+    assert torch.equal(rows, tokens[0])
+    assert cu_seqlens.tolist() == [0, 0, 3, 3]
+
+
+def test_gradcheck(generator):
+    tokens, bits = tokens_and_bits(generator, batch=2, coalitions=3, players=4, width=2, dtype=torch.float64)
+    for backend in ("reference", "cpu"):
+        torch.autograd.gradcheck(
+            lambda x, backend=backend: fk.pack_tokens(x, bits, 1, backend=backend)[0], tokens.clone().requires_grad_()
+        )
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_opcheck(generator, paired):
+    x = torch.randn(2, 6, 3, generator=generator).requires_grad_()
+    torch.library.opcheck(torch.ops.fastshap.pack_tokens.default, (x, paired_bits(generator, 2, 2, 5), 1, paired))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_compiles_without_graph_breaks(generator, backend):
+    tokens, bits = torch.randn(2, 6, 3, generator=generator), paired_bits(generator, 2, 2, 5)
+
+    def loss(x):
+        rows, cu_seqlens, _ = fk.pack_tokens(x, bits, 1, paired=True, backend=backend)
+        return (rows.square().sum(1) * torch.arange(rows.shape[0])).sum() + cu_seqlens.sum()
+
+    x, y = tokens.clone().requires_grad_(), tokens.clone().requires_grad_()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(x)
+    compiled.backward()
+    plain = loss(y)
+    plain.backward()
+    assert torch.equal(compiled, plain)
+    assert torch.equal(x.grad, y.grad)
+
+
+def test_five_runs_give_the_same_bits(generator):
+    tokens, bits = tokens_and_bits(generator, batch=4, coalitions=33, players=70, width=40)
+
+    def gradient():
+        x = tokens.clone().requires_grad_()
+        fk.pack_tokens(x, bits, 1)[0].sin().sum().backward()
+        return x.grad
+
+    first = gradient()
+    assert all(torch.equal(gradient(), first) for _ in range(4))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": torch.zeros(2, 6)}, "`tokens` must be a floating-point tensor"),
+        ({"tokens": torch.zeros(2, 6, 3, dtype=torch.int64)}, "`tokens`"),
+        ({"bits": torch.zeros(2, 2, 2, dtype=torch.int32)}, "`bits` must be int32"),
+        ({"bits": torch.zeros(2, 2, 1)}, "sample_coalitions or pack_bits"),
+        ({"bits": torch.zeros(3, 2, 1, dtype=torch.int32)}, "B = 2"),
+        ({"bits": torch.zeros(2, 3, 1, dtype=torch.int32), "paired": True}, "M even"),
+        ({"prefix": -1}, "`prefix`"),
+        ({"prefix": 6}, "At least one token must be a player"),
+        ({"prefix": 1.0}, "`prefix`"),
+        ({"backend": "gpu"}, "Choose one of"),
+        ({"tokens": torch.zeros(2, 6, 3, device="meta")}, "on meta like the other arguments"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    arguments = {"tokens": torch.zeros(2, 6, 3), "bits": torch.zeros(2, 2, 1, dtype=torch.int32), "prefix": 1}
+    with pytest.raises((ValueError, TypeError), match=f"pack_tokens.*{message}"):
+        fk.pack_tokens(**(arguments | change))
