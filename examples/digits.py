@@ -117,7 +117,7 @@ def measure(kind: str, head: str, seed: int, plain: Any, data: Any, test: Any) -
 def draw(models: dict[str, Any], exact: dict[str, Any], test: Any, path: Path) -> None:
     """Image, heat maps of the predicted class and the runner-up, exact values beside ours; a row an image."""
     mpl.use("Agg")
-    shown = range(3)
+    shown = range(min(3, *CHECKED.values()))
     images = torch.stack([test[i][0] for i in shown])
     made = [model.explain(images, target="all") for model in models.values()]
     # In both models patches vote, so v(∅) = 0 and their explanations fit on one page.
@@ -172,9 +172,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--heads", nargs="+", default=["shares"], choices=["shares", "votes"])
+    parser.add_argument("--epochs", type=int, default=TRAINING["epochs"])
+    parser.add_argument("--images", type=int, help=f"test images to check (default {CHECKED})")
     parser.add_argument("--record", type=Path, help="write every run and the means over seeds to this file")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
+    TRAINING["epochs"] = options.epochs
+    if options.images:
+        CHECKED.update(dict.fromkeys(CHECKED, options.images))
 
     data, test = fv.load_dataset("digits", "train"), fv.load_dataset("digits", "test")
     rows, models, exact = [], {}, {}
