@@ -199,7 +199,7 @@ def test_resumed_self_explaining_run_ends_in_the_same_bits(tmp_path, head):
         torch.manual_seed(0)
         arguments = {"patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 2}
         model = SelfExplainingClassifier("vit_tiny_patch16_224", 10, img_size=8, head=head, model_kwargs=arguments)
-        objective = kind(coalitions=2, ramp=(0.1, 0.8))
+        objective = kind(coalitions=2, regression_ramp=(0.1, 0.8), masked_task_ramp=(0.1, 0.8))
         data = Subset(load_dataset("digits", "train", augment=True), range(24))
         result = fit(model, data, objective=objective, epochs=4, batch_size=8, progress=False, **options)
         return model, objective, result
