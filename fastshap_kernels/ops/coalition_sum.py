@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from .. import _backend, _checks
 from ..reference import coalition_sum as reference
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def coalition_sum(features: Tensor, bits: Tensor, *, backend: str | None = None) -> Tensor:
@@ -28,8 +33,85 @@ def coalition_sum(features: Tensor, bits: Tensor, *, backend: str | None = None)
     Deterministic: yes, forward and backward.
     """
     op = "coalition_sum"
-    _checks.check_tensor(op, "features", features, "(B, P, L)", 3)
-    _checks.check_count(op, "features.shape[1]", int(features.shape[1]), 1, _checks.MAX_PLAYERS)
+    check_features(op, "features", features, "(B, P, L)")
     _checks.check_bits(op, bits, features.shape[1], features)
-    _backend.select(op, features.device, backend, compiled=False)
-    return reference.coalition_sum(features, bits, features.dtype)
+    return select_pool(op, features.device, backend)(features, bits, features.dtype)
+
+
+def check_features(op: str, argument: str, features: object, shape: str) -> None:
+    """(B, P, …) of a dtype that can be pooled, with 1 ≤ P ≤ 4096."""
+    tensor = _checks.check_tensor(op, argument, features, shape, 3)
+    if tensor.dtype not in _DTYPES:
+        _checks.fail(op, argument, "float16, bfloat16, float32 or float64", tensor)
+    _checks.check_count(op, f"{argument}.shape[1]", int(tensor.shape[1]), 1, _checks.MAX_PLAYERS)
+
+
+def select_pool(op: str, device: torch.device, backend: str | None) -> reference.Pool:
+    """The coalition_sum that serves `op`; sums in the dtype of the features, in float32 or in float64."""
+    return reference.coalition_sum if _backend.select(op, device, backend) == "reference" else _pool_compiled
+
+
+def _pool_compiled(features: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
+    # The kernel widens half precision only.
+    return CoalitionSum.apply(features.to(dtype) if dtype == torch.float64 else features, bits, dtype)
+
+
+class CoalitionSum(torch.autograd.Function):
+    """Autograd face of `fastshap::coalition_sum`."""
+
+    @staticmethod
+    def forward(features: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.ops.fastshap.coalition_sum(features, bits, dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        features, bits, _ = inputs
+        ctx.save_for_backward(bits)
+        ctx.players = features.shape[1]
+        ctx.dtype = features.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (bits,) = ctx.saved_tensors
+        return torch.ops.fastshap.coalition_sum_backward(grad, bits, ctx.players, ctx.dtype), None, None
+
+
+class CoalitionSumBackward:
+    """The backward pass is linear too: its own gradient is a coalition_sum."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        grad, bits, _, _ = inputs
+        ctx.save_for_backward(bits)
+        ctx.dtype = grad.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (bits,) = ctx.saved_tensors
+        return torch.ops.fastshap.coalition_sum(grad, bits, ctx.dtype), None, None, None
+
+
+torch.library.define("fastshap::coalition_sum", "(Tensor features, Tensor bits, ScalarType dtype) -> Tensor")
+torch.library.define(
+    "fastshap::coalition_sum_backward", "(Tensor grad, Tensor bits, int players, ScalarType dtype) -> Tensor"
+)
+
+
+@torch.library.register_fake("fastshap::coalition_sum")
+def _fake(features: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
+    return features.new_empty((features.shape[0], bits.shape[1], features.shape[2]), dtype=dtype)
+
+
+@torch.library.register_fake("fastshap::coalition_sum_backward")
+def _fake_backward(grad: Tensor, bits: Tensor, players: int, dtype: torch.dtype) -> Tensor:
+    return grad.new_empty((grad.shape[0], players, grad.shape[2]), dtype=dtype)
+
+
+torch.library.register_autograd(
+    "fastshap::coalition_sum", CoalitionSum.backward, setup_context=CoalitionSum.setup_context
+)
+torch.library.register_autograd(
+    "fastshap::coalition_sum_backward",
+    CoalitionSumBackward.backward,
+    setup_context=CoalitionSumBackward.setup_context,
+)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import _backend, _checks
-from ..reference import coalition_sum as reference_sum
+from .. import _checks
 from ..reference import linear_shapley_loss as reference
-from .shapley_regression_loss import check_game
+from .coalition_sum import check_features, select_pool
+from .shapley_regression_loss import prepare_game
 
 
 def linear_shapley_loss(
@@ -60,13 +60,14 @@ def linear_shapley_loss(
     Deterministic: yes, forward and backward.
     """
     op = "linear_shapley_loss"
-    _checks.check_tensor(op, "features", features, "(B, P, L)", 3)
-    _checks.check_count(op, "features.shape[1]", int(features.shape[1]), 1, _checks.MAX_PLAYERS)
+    check_features(op, "features", features, "(B, P, L)")
     _check_head(op, features, weight, bias)
     _checks.check_bits(op, bits, features.shape[1], features)
-    game = check_game(op, features, weight.shape[0], bits, values, null, grand, weights, normalization, reduction)
-    _backend.select(op, features.device, backend, compiled=False)
-    return reference.linear_shapley_loss(features, weight, bias, bits, *game, reduction, reference_sum.coalition_sum)
+    target, gain, weights = prepare_game(
+        op, features, weight.shape[0], bits, values, null, grand, weights, normalization, reduction
+    )
+    pool = select_pool(op, features.device, backend)
+    return reference.linear_shapley_loss(features, weight, bias, bits, target, gain, weights, reduction, pool)
 
 
 def _check_head(op: str, features: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -1,14 +1,17 @@
-"""Squared error of Shapley values as a linear model of the game."""
+"""Squared error of Shapley values as a linear model of the game.
+
+There is no kernel here beyond coalition_sum's, which reads φ once, and in the backward pass writes its gradient once;
+what is left is (B, M, K), small beside φ's (B, P, K).
+"""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import _backend, _checks
+from .. import _checks
 from ..reference import shapley_regression_loss as reference
+from .coalition_sum import check_features, select_pool
 
 NORMALIZATIONS = ("none", "additive")
 REDUCTIONS = ("mean", "sum", "none")
@@ -57,24 +60,16 @@ def shapley_regression_loss(
     Source: Jethani et al., FastSHAP, ICLR 2022 (weighted least squares, additive efficient normalisation).
     """
     op = "shapley_regression_loss"
-    _checks.check_tensor(op, "phi", phi, "(B, P, K)", 3)
-    _checks.check_count(op, "phi.shape[1]", int(phi.shape[1]), 1, _checks.MAX_PLAYERS)
+    check_features(op, "phi", phi, "(B, P, K)")
     _checks.check_bits(op, bits, phi.shape[1], phi)
-    game = check_game(op, phi, phi.shape[2], bits, values, null, grand, weights, normalization, reduction)
-    _backend.select(op, phi.device, backend, compiled=False)
-    return reference.shapley_regression_loss(phi, bits, *game, reduction)
+    target, gain, weights = prepare_game(
+        op, phi, phi.shape[2], bits, values, null, grand, weights, normalization, reduction
+    )
+    pool = select_pool(op, phi.device, backend)
+    return reference.shapley_regression_loss(phi, bits, target, gain, weights, reduction, pool)
 
 
-class Game(NamedTuple):
-    """What the Shapley values are fitted to, in the dtype of the loss."""
-
-    values: Tensor  # (B, M, K)
-    null: Tensor  # (B or 1, 1, K)
-    grand: Tensor | None  # (B, 1, K); None without normalisation
-    weights: Tensor | None  # (B, M)
-
-
-def check_game(
+def prepare_game(
     op: str,
     like: Tensor,
     classes: int,
@@ -85,33 +80,35 @@ def check_game(
     weights: Tensor | None,
     normalization: str,
     reduction: str,
-) -> Game:
-    """Checks the arguments that both regression losses share; `like` is (B, P, …)."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Checks what both losses share; returns values − null, grand − null (B, 1, K) if asked for, and the weights.
+
+    `like` (B, P, …) is what the Shapley values come from. The dtype is that of the loss.
+    """
     batch, coalitions = bits.shape[:2]
-    _check(op, "values", values, like, (batch, coalitions, classes), "(B, M, K)")
-    dtype = torch.promote_types(torch.promote_types(like.dtype, values.dtype), torch.float32)
     if normalization not in NORMALIZATIONS:
         _checks.fail(op, "normalization", "one of " + ", ".join(NORMALIZATIONS), normalization)
     if reduction not in REDUCTIONS:
         _checks.fail(op, "reduction", "one of " + ", ".join(REDUCTIONS), reduction)
-    if normalization == "additive" and grand is None:
-        _checks.fail(op, "grand", 'v(N) as (B, K) for normalization="additive"', grand)
-    if null is None:
-        null = values.new_zeros(classes)
-    elif isinstance(null, Tensor) and null.ndim == 1:
-        _check(op, "null", null, like, (classes,), "(K,) or (B, K)")
-    else:
-        _check(op, "null", null, like, (batch, classes), "(K,) or (B, K)")
-    if grand is not None:
-        _check(op, "grand", grand, like, (batch, classes), "(B, K)")
+    _check(op, "values", values, like, (batch, coalitions, classes), "(B, M, K)")
+    dtype = torch.promote_types(torch.promote_types(like.dtype, values.dtype), torch.float32)
+    target = values.to(dtype)
+    if null is not None:
+        shared = isinstance(null, Tensor) and null.ndim == 1
+        _check(op, "null", null, like, (classes,) if shared else (batch, classes), "(K,) or (B, K)")
+        null = null.to(dtype).unsqueeze(-2)
+        target = target - null
     if weights is not None:
         _check(op, "weights", weights, like, (batch, coalitions), "(B, M)")
-    return Game(
-        values.to(dtype),
-        null.to(dtype).unsqueeze(-2).expand(batch if null.ndim == 2 else 1, 1, classes),
-        grand.to(dtype).unsqueeze(1) if grand is not None and normalization == "additive" else None,
-        weights.to(dtype) if weights is not None else None,
-    )
+        weights = weights.to(dtype)
+    if grand is not None:
+        _check(op, "grand", grand, like, (batch, classes), "(B, K)")
+    if normalization == "none":
+        return target, None, weights
+    if grand is None:
+        _checks.fail(op, "grand", 'v(N) as (B, K) for normalization="additive"', grand)
+    gain = grand.to(dtype).unsqueeze(1)
+    return target, gain if null is None else gain - null, weights
 
 
 def _check(op: str, argument: str, value: object, like: Tensor, shape: tuple[int, ...], meaning: str) -> None:

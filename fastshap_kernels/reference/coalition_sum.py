@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .pack_bits import unpack_bits
+
+#: Any backend's coalition_sum: features (B, P, L), bits (B, M, W), dtype of the sums → (B, M, L).
+Pool = Callable[[Tensor, Tensor, torch.dtype], Tensor]
 
 
 def coalition_sum(features: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from .pack_bits import unpack_bits
-from .shapley_regression_loss import reduce
+from .coalition_sum import Pool
+from .shapley_regression_loss import pool_with_total, sizes, squared_error
 
 
 def linear_shapley_loss(
@@ -16,29 +14,29 @@ def linear_shapley_loss(
     weight: Tensor,
     bias: Tensor | None,
     bits: Tensor,
-    values: Tensor,
-    null: Tensor,
-    grand: Tensor | None,
+    target: Tensor,
+    gain: Tensor | None,
     weights: Tensor | None,
     reduction: str,
-    pool: Callable[[Tensor, Tensor, torch.dtype], Tensor],
+    pool: Pool,
 ) -> Tensor:
-    """features (B, P, L), weight (K, L), bias (K,), bits (B, M, W), values (B, M, K), null (B, 1, K) → loss.
+    """features (B, P, L), weight (K, L), bias (K,), bits (B, M, W), target (B, M, K) = values − null → loss.
 
-    Σ_{p∈S} (W e_p + b) = W (Σ_{p∈S} e_p) + |S| b: the features are pooled first, by `pool`, a coalition_sum.
-    `grand` (B, 1, K) asks for the additive normalisation: W (Σ_{p∈S} e_p − |S|/P Σ_p e_p) + |S|/P (grand − null).
+    Σ_{p∈S} (W e_p + b) = W Σ_{p∈S} e_p + |S| b. With `gain` (B, 1, K) = grand − null, the additive normalisation,
+    Σ_{p∈S} φ'_p = W (Σ_{p∈S} e_p − |S|/P Σ_p e_p) + |S|/P gain.
     """
-    players = features.shape[1]
-    size = unpack_bits(bits, players).sum(-1, keepdim=True).to(values.dtype)
-    pooled = pool(features, bits, values.dtype)
-    residual = values - null
-    if grand is not None:
-        share = size / players
-        pooled = pooled - share * features.sum(1, keepdim=True, dtype=values.dtype)
-        residual = residual - share * (grand - null)
-    elif bias is not None:
-        residual = residual - size * bias.to(values.dtype)
-    # Autocast would round the votes to half precision.
+    players, dtype = features.shape[1], target.dtype
+    if gain is None:
+        pooled = pool(features, bits, dtype)
+        constant = None if bias is None else sizes(bits, players, dtype) * bias.to(dtype)
+    else:
+        share = sizes(bits, players, dtype) / players
+        pooled, total = pool_with_total(features, bits, dtype, pool)
+        pooled = pooled - share * total
+        constant = share * gain
+    # Autocast would round the predictions to half precision.
     with torch.autocast(features.device.type, enabled=False):
-        residual = residual - torch.nn.functional.linear(pooled, weight.to(values.dtype))
-    return reduce(residual, weights, reduction)
+        predicted = torch.nn.functional.linear(pooled, weight.to(dtype))
+    if constant is not None:
+        predicted = predicted + constant
+    return squared_error(predicted, target, weights, reduction)

@@ -2,35 +2,54 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from .coalition_sum import coalition_sum
+from .coalition_sum import Pool
+from .pack_bits import pack_bits, unpack_bits
 
 
 def shapley_regression_loss(
     phi: Tensor,
     bits: Tensor,
-    values: Tensor,
-    null: Tensor,
-    grand: Tensor | None,
+    target: Tensor,
+    gain: Tensor | None,
     weights: Tensor | None,
     reduction: str,
+    pool: Pool,
 ) -> Tensor:
-    """phi (B, P, K), bits (B, M, W), values (B, M, K), null (B, 1, K), weights (B, M) → loss.
+    """phi (B, P, K), bits (B, M, W), target (B, M, K) = values − null, weights (B, M) → loss.
 
-    `grand` (B, 1, K) asks for the additive normalisation; None for none.
+    `gain` (B, 1, K) = grand − null asks for the additive normalisation, which gives each player an equal part of
+    what the Shapley values miss: Σ_{p∈S} φ'_p = Σ_{p∈S} φ_p + |S|/P (gain − Σ_p φ_p).
     """
-    phi = phi.to(values.dtype)
-    if grand is not None:
-        phi = phi + (grand - null - phi.sum(1, keepdim=True)) / phi.shape[1]
-    return reduce(values - null - coalition_sum(phi, bits, values.dtype), weights, reduction)
+    if gain is None:
+        return squared_error(pool(phi, bits, target.dtype), target, weights, reduction)
+    predicted, total = pool_with_total(phi, bits, target.dtype, pool)
+    predicted = predicted + sizes(bits, phi.shape[1], target.dtype) / phi.shape[1] * (gain - total)
+    return squared_error(predicted, target, weights, reduction)
 
 
-def reduce(residual: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
-    """The loss of residual (B, M, K): () for "mean" and "sum", (B, M) for "none"."""
-    squares = residual.square()
+def pool_with_total(features: Tensor, bits: Tensor, dtype: torch.dtype, pool: Pool) -> tuple[Tensor, Tensor]:
+    """The sums over the coalitions (B, M, L) and over all players (B, 1, L), from one pass over the features."""
+    everyone = pack_bits(torch.ones(features.shape[1], dtype=torch.bool, device=bits.device))
+    bits = torch.cat([bits, everyone.expand(bits.shape[0], 1, -1)], 1)
+    pooled = pool(features, bits, dtype)
+    return pooled[:, :-1], pooled[:, -1:]
+
+
+def sizes(bits: Tensor, players: int, dtype: torch.dtype) -> Tensor:
+    """|S| of each coalition, (B, M, 1)."""
+    return unpack_bits(bits, players).sum(-1, keepdim=True).to(dtype)
+
+
+def squared_error(predicted: Tensor, target: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
+    """predicted, target (B, M, K), weights (B, M) → (), or (B, M) for reduction "none"."""
+    if weights is None and reduction != "none":
+        return torch.nn.functional.mse_loss(predicted, target, reduction=reduction)
+    errors = torch.nn.functional.mse_loss(predicted, target, reduction="none")
     if weights is not None:
-        squares = squares * weights.unsqueeze(-1)
+        errors = errors * weights.unsqueeze(-1)
     if reduction == "none":
-        return squares.mean(-1)
-    return squares.mean() if reduction == "mean" else squares.sum()
+        return errors.mean(-1)
+    return errors.mean() if reduction == "mean" else errors.sum()
