@@ -154,15 +154,30 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     print("ms: one image, every class explained.\n")
 
 
-def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over the seeds, per model and head."""
+def record(row: dict[str, Any], path: Path) -> None:
+    """Puts one run into the file of a model, in the place of an earlier run of its head and seed."""
+    setup = {"training": TRAINING, "objective": OBJECTIVE, "model": MODELS[row["model"]]}
+    setup = json.loads(json.dumps(setup))  # tuples as they are read back
+    known = json.loads(path.read_text()) if path.exists() else {"setup": setup, "runs": []}
+    # Runs of another recipe don't belong beside this one.
+    others = known["runs"] if known["setup"] == setup else []
+    runs = [run for run in others if (run["head"], run["seed"]) != (row["head"], row["seed"])] + [row]
+    runs.sort(key=lambda run: (run["head"], run["seed"]))
+    machine = {"processor": platform.machine(), "threads": torch.get_num_threads()}
+    path.write_text(
+        json.dumps({"machine": machine, "setup": setup, "means": means(runs), "runs": runs}, indent=1) + "\n"
+    )
+
+
+def means(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over the seeds, per head."""
     names = ("accuracy", "plain_accuracy", "r2_exact", "correlation", "seconds_training", "ms_per_explanation")
-    groups = dict.fromkeys((row["model"], row["head"]) for row in rows)
+    heads = sorted({run["head"] for run in runs})
+    groups = [[run for run in runs if run["head"] == head] for head in heads]
     return [
-        {"model": kind, "head": head, "seeds": len(group)}
-        | {name: statistics.fmean(row[name] for row in group) for name in names}
-        for kind, head in groups
-        if (group := [row for row in rows if (row["model"], row["head"]) == (kind, head)])
+        {"model": group[0]["model"], "head": group[0]["head"], "seeds": len(group)}
+        | {name: statistics.fmean(run[name] for run in group) for name in names}
+        for group in groups
     ]
 
 
@@ -190,17 +205,13 @@ def main() -> None:
                 figures, model, truth = measure(kind, head, seed, plain, data, test)
                 rows.append({"model": kind, **figures})
                 print(f"    {describe(rows[-1])}", flush=True)
+                if options.record:
+                    record(rows[-1], options.record)
                 if kind not in models:
                     models[kind], exact[kind] = model, truth
     draw(models, exact, test, options.output / "explanations.png")
     first = {kind: next(row for row in rows if row["model"] == kind) for kind in options.models}
     (options.output / "report.json").write_text(json.dumps({"models": first}, indent=1) + "\n")
-    if options.record:
-        built = {kind: MODELS[kind] for kind in options.models}
-        setup = {"training": TRAINING, "objective": OBJECTIVE, "models": built}
-        machine = {"processor": platform.machine(), "threads": torch.get_num_threads()}
-        record = {"machine": machine, "setup": setup, "means": summarise(rows), "runs": rows}
-        options.record.write_text(json.dumps(record, indent=1) + "\n")
     print_table(rows)
     print(f"report and pictures: {options.output}")
 
