@@ -1,28 +1,236 @@
 import pytest
 import torch
-from accuracy import random_bits
+from accuracy import DTYPES, PLAYERS, assert_accurate, random_bits
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fastshap_kernels as fk
 
+BACKENDS = ("reference", "cpu")
+REDUCTIONS = ("mean", "sum", "none")
+NORMALIZATIONS = ("none", "additive")
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("normalization", ["none", "additive"])
-def test_equals_the_loss_of_explicit_shapley_values(generator, normalization, reduction):
+
+def make_arguments(generator, batch=3, coalitions=5, players=33, width=67, classes=9, dtype=torch.float64):
+    """features, weight, bias, bits, values, null, grand, weights."""
+
     def random(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    bits = random_bits(2, 3, 33, generator)
-    head = features, weight, bias = random(2, 33, 5), random(4, 5), random(4)
-    game = [random(2, 3, 4), random(4), random(2, 4), random(2, 3)]
-    switches = {"normalization": normalization, "reduction": reduction}
-    linear = fk.linear_shapley_loss(*head, bits, *game, **switches)
+    # A small weight: float16 holds the square of what 1025 players add up to.
+    head = random(batch, players, width), 0.1 * random(classes, width), random(classes)
+    bits = random_bits(batch, coalitions, players, generator)
+    game = random(batch, coalitions, classes), random(batch, classes), random(batch, classes), random(batch, coalitions)
+    return *head, bits, *game
+
+
+def explicit_loss(features, weight, bias, *game, **switches):
+    return fk.shapley_regression_loss(torch.nn.functional.linear(features, weight, bias), *game, **switches)
+
+
+def loss_and_gradients(op, arguments, dtype, **switches):
+    inputs = [x if x.dtype == torch.int32 else x.to(dtype).detach().requires_grad_() for x in arguments]
+    loss = op(*inputs, **switches)
+    leaves = [x for x in inputs if x.requires_grad]
+    return [loss.detach(), *torch.autograd.grad(loss.sum(), leaves, materialize_grads=True)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_equals_the_loss_of_explicit_shapley_values(generator, normalization, reduction, backend):
+    arguments = make_arguments(generator)
+    switches = {"normalization": normalization, "reduction": reduction, "backend": backend}
+    linear = loss_and_gradients(fk.linear_shapley_loss, arguments, torch.float64, **switches)
+    explicit = loss_and_gradients(explicit_loss, arguments, torch.float64, **switches)
+    # The bias cancels in the additive normalisation: its gradient is 0 but for rounding at this scale.
+    scale = max(float(x.abs().max()) for x in explicit)
+    assert all(torch.allclose(x, y, rtol=1e-12, atol=1e-12 * scale) for x, y in zip(linear, explicit, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_bias_is_a_bias_of_zero(generator, backend):
+    features, weight, _, bits, *game = make_arguments(generator)
+    zero = torch.zeros(9, dtype=torch.float64)
+    plain = fk.linear_shapley_loss(features, weight, None, bits, *game, backend=backend)
+    assert torch.allclose(plain, fk.linear_shapley_loss(features, weight, zero, bits, *game, backend=backend))
+
+
+# Normalised, a single player's value is given, and its gradient 0 but for rounding: no scale to compare on.
+@pytest.mark.parametrize(
+    ("players", "normalization"), [*[(p, "none") for p in PLAYERS], *[(p, "additive") for p in PLAYERS if p > 1]]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backends_agree(generator, players, normalization, dtype):
+    features, weight, _, *rest = make_arguments(generator, players=players)
+    given = [x if x.dtype == torch.int32 else x.to(dtype) for x in (features, weight, *rest)]
+
+    def results(dtype, backend):
+        # Without a bias, whose gradient is rounding alone where it cancels; and each coalition's loss by itself, as
+        # one number may be right by luck.
+        def of_head(features, weight, *game, **switches):
+            return fk.linear_shapley_loss(features, weight, None, *game, reduction="none", **switches)
+
+        return loss_and_gradients(of_head, given, dtype, normalization=normalization, backend=backend)
+
+    cases = [(dtype, "cpu"), (dtype, "reference"), (torch.float64, "reference")]
+    for ours, plain, exact in zip(*[results(*case) for case in cases], strict=True):
+        assert_accurate(ours, plain, exact)
+
+
+class LargestOutput(TorchDispatchMode):
+    """The largest number of elements that any tensor made inside the block has."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.numel = max([self.numel, *[x.numel() for x in made]])
+        return out
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_shapley_values_are_never_made(generator, normalization, backend):
+    batch, coalitions, players, width, classes = 2, 3, 64, 8, 500
+    arguments = make_arguments(generator, batch, coalitions, players, width, classes)
+    with LargestOutput() as seen:
+        loss_and_gradients(explicit_loss, arguments, torch.float64, normalization=normalization, backend=backend)
+    assert seen.numel >= batch * players * classes
+    with LargestOutput() as seen:
+        loss_and_gradients(
+            fk.linear_shapley_loss, arguments, torch.float64, normalization=normalization, backend=backend
+        )
+    assert seen.numel <= max(classes * width, batch * coalitions * classes, batch * players * width)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_additive_game_has_no_loss_and_no_gradient_at_the_truth(generator, normalization, backend):
+    features, weight, bias, bits, _, null, _, weights = make_arguments(generator)
     phi = torch.nn.functional.linear(features, weight, bias)
-    explicit = fk.shapley_regression_loss(phi, bits, *game, **switches)
-    assert torch.allclose(linear, explicit, rtol=1e-12, atol=1e-12)
+    values, grand = null.unsqueeze(1) + fk.coalition_sum(phi, bits), null + phi.sum(1)
+    head = [x.requires_grad_() for x in (features, weight, bias)]
+    switches = {"normalization": normalization, "backend": backend}
+    loss = fk.linear_shapley_loss(*head, bits, values, null, grand, weights, **switches)
+    gradients = torch.autograd.grad(loss, head, materialize_grads=True)
+    assert abs(loss.item()) <= 1e-10
+    assert all(gradient.abs().max() <= 1e-10 for gradient in gradients)
+
+
+def test_half_precision_is_pooled_and_compared_in_float32(generator):
+    arguments = make_arguments(generator, dtype=torch.bfloat16)
+    wide = [x if x.dtype == torch.int32 else x.float() for x in arguments]
+    for backend in BACKENDS:
+        loss = fk.linear_shapley_loss(*arguments, backend=backend)
+        assert loss.dtype == torch.float32
+        assert torch.allclose(loss, fk.linear_shapley_loss(*wide, backend=backend), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_autocast_does_not_round(generator, normalization, backend):
+    arguments = make_arguments(generator, dtype=torch.float32)
+    switches = {"normalization": normalization, "backend": backend}
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = fk.linear_shapley_loss(*arguments, **switches)
+    assert torch.equal(loss, fk.linear_shapley_loss(*arguments, **switches))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_and_expanded_inputs(generator, backend):
+    arguments = make_arguments(generator, dtype=torch.float32)
+    expected = loss_and_gradients(fk.linear_shapley_loss, arguments, torch.float32, backend=backend)
+    strided = [torch.stack([x, x], -1)[..., 0] for x in arguments]
+    ours = loss_and_gradients(fk.linear_shapley_loss, strided, torch.float32, backend=backend)
+    assert all(torch.allclose(x, y, rtol=1e-4, atol=1e-5) for x, y in zip(ours, expected, strict=True))
+    one = arguments[0][:1]
+    expanded = fk.linear_shapley_loss(one.expand(3, -1, -1), *arguments[1:], backend=backend)
+    assert torch.equal(expanded, fk.linear_shapley_loss(one.repeat(3, 1, 1), *arguments[1:], backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize(("batch", "coalitions"), [(0, 3), (2, 0)])
+def test_empty(generator, batch, coalitions, normalization, backend):
+    arguments = make_arguments(generator, batch, coalitions)
+    switches = {"normalization": normalization, "backend": backend}
+    assert fk.linear_shapley_loss(*arguments, reduction="none", **switches).shape == (batch, coalitions)
+    assert fk.linear_shapley_loss(*arguments, **switches).isnan()
+    results = loss_and_gradients(fk.linear_shapley_loss, arguments, torch.float64, reduction="sum", **switches)
+    assert all(torch.equal(x, torch.zeros_like(x)) for x in results)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_gradcheck(generator, normalization, backend):
+    *head, bits, values, null, grand, weights = make_arguments(generator, 2, 2, 3, 2, 2)
+    game = [values, null, grand, weights]
+    switches = {"normalization": normalization, "reduction": "none", "backend": backend}
+
+    def op(*inputs):
+        return fk.linear_shapley_loss(*inputs[:3], bits, *inputs[3:], **switches)
+
     inputs = [*head, *game]
-    gradients = zip(
-        torch.autograd.grad(linear.sum(), inputs, materialize_grads=True),
-        torch.autograd.grad(explicit.sum(), inputs, materialize_grads=True),
-        strict=True,
-    )
-    assert all(torch.allclose(ours, plain, rtol=1e-12, atol=1e-12) for ours, plain in gradients)
+    without_effect = 5 if normalization == "none" else 2  # grand, and the bias
+    for i, x in enumerate(inputs):
+        x.requires_grad_(i != without_effect)
+    torch.autograd.gradcheck(op, inputs)
+    torch.autograd.gradgradcheck(op, inputs)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_compiles_without_graph_breaks(generator, normalization):
+    features, weight, *game = make_arguments(generator, dtype=torch.float32)
+
+    def gradients(run):
+        inputs = [x.clone().requires_grad_() for x in (features, weight)]
+        return torch.autograd.grad(run(*inputs), inputs)
+
+    def loss(features, weight):
+        return fk.linear_shapley_loss(features, weight, *game, normalization=normalization)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert all(torch.allclose(x, y) for x, y in zip(gradients(compiled), gradients(loss), strict=True))
+
+
+def test_five_runs_give_the_same_bits(generator):
+    arguments = make_arguments(generator, width=200, dtype=torch.float32)
+    first = loss_and_gradients(fk.linear_shapley_loss, arguments, torch.float32)
+    for _ in range(4):
+        again = loss_and_gradients(fk.linear_shapley_loss, arguments, torch.float32)
+        assert all(torch.equal(x, y) for x, y in zip(again, first, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": torch.zeros(3, 33)}, r"`features` must be a floating-point tensor \(B, P, L\)"),
+        ({"features": torch.zeros(3, 33, 6, device="meta")}, "on meta like the other arguments"),
+        ({"weight": torch.zeros(4)}, r"`weight` must be a floating-point tensor \(K, L\)"),
+        ({"weight": torch.zeros(4, 7)}, r"\(K, L\) with L = 6 like `features`"),
+        ({"bias": torch.zeros(1, 4)}, r"`bias` must be a floating-point tensor \(K,\)"),
+        ({"bias": torch.zeros(6)}, r"\(K,\) with K = 4 like `weight`"),
+        ({"bits": torch.zeros(3, 5, 1, dtype=torch.int32)}, r"`bits` must be int32 \(B, M, 2\) for 33 players"),
+        ({"bits": torch.zeros(2, 5, 2, dtype=torch.int32)}, "B = 3"),
+        ({"values": torch.zeros(3, 5, 6)}, r"`values` must be \(B, M, K\) = \(3, 5, 4\)"),
+        ({"null": torch.zeros(3)}, r"`null` must be \(K,\) or \(B, K\) = \(4,\)"),
+        ({"grand": torch.zeros(3, 5)}, r"`grand` must be \(B, K\) = \(3, 4\)"),
+        ({"normalization": "additive"}, r"`grand` must be v\(N\)"),
+        ({"weights": torch.zeros(5)}, r"`weights` must be a floating-point tensor \(B, M\)"),
+        ({"normalization": "efficient"}, "`normalization` must be one of none, additive"),
+        ({"reduction": "max"}, "`reduction` must be one of mean, sum, none"),
+        ({"backend": "gpu"}, "Choose one of"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    arguments = {
+        "features": torch.zeros(3, 33, 6),
+        "weight": torch.zeros(4, 6),
+        "bias": None,
+        "bits": torch.zeros(3, 5, 2, dtype=torch.int32),
+        "values": torch.zeros(3, 5, 4),
+    }
+    with pytest.raises((ValueError, TypeError), match=f"linear_shapley_loss.*{message}"):
+        fk.linear_shapley_loss(**(arguments | change))
