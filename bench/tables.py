@@ -38,6 +38,7 @@ def digits_table(results: list[dict[str, Any]]) -> str:
         [
             names[r["model"]],
             f"`{r['head']}`",
+            str(r["seeds"]),
             f"{r['plain_accuracy']:.2f} %",
             f"{r['accuracy']:.2f} %",
             f"{r['r2_exact']:.3f}",
@@ -46,11 +47,18 @@ def digits_table(results: list[dict[str, Any]]) -> str:
         ]
         for r in means
     ]
-    header = ["digits", "head", "plain accuracy", "accuracy", "R², all classes", "correlation, predicted class", "ms"]
-    seeds = means[0]["seeds"]
+    header = [
+        "digits",
+        "head",
+        "seeds",
+        "plain accuracy",
+        "accuracy",
+        "R², all classes",
+        "correlation, predicted class",
+        "ms",
+    ]
     return (
-        table(header, rows)
-        + f"\n\nMeans over {seeds} seeds; R² and correlation against the exact Shapley values of test "
+        table(header, rows) + "\n\nMeans over the seeds; R² and correlation against the exact Shapley values of test "
         "images (65 536 coalitions each); ms for one image, all classes, on the CPU. Made by `make bench-digits`."
     )
 

@@ -57,7 +57,9 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 #: The recipe, the same for plain and self-explaining models.
 TRAINING = {"epochs": 100, "batch_size": 64, "lr": 2e-3, "weight_decay": 0.05, "warmup_epochs": 5, "clip_grad": 1.0}
-OBJECTIVE = {"coalitions": 4, "regression_weight": 3.0, "regression_ramp": (0.0, 0.5), "masked_task_weight": 1.0}
+OBJECTIVE = {"coalitions": 4, "regression_ramp": (0.0, 0.5), "masked_task_weight": 1.0}
+#: λ. The votes are the logits, so that their regression moves the game itself: 3 collapses the CNN's.
+REGRESSION_WEIGHT = {"vit": {"shares": 3.0, "votes": 3.0}, "cnn": {"shares": 3.0, "votes": 1.0}}
 #: Images whose exact values are computed: 65 536 masked forward passes each.
 CHECKED = {"vit": 20, "cnn": 10}
 
@@ -71,7 +73,9 @@ def build(kind: str, head: str, seed: int) -> fv.SelfExplainingClassifier:
 def train(kind: str, head: str | None, seed: int, data: Any, test: Any) -> tuple[fv.SelfExplainingClassifier, Any]:
     """Trains one model; without a head, the plain one: the same backbone on the task alone."""
     model = build(kind, head or "shares", seed)
-    objective = fv.ShapleyObjective(**OBJECTIVE, seed=seed) if head else fv.TaskObjective()
+    objective: Any = fv.TaskObjective()
+    if head:
+        objective = fv.ShapleyObjective(**OBJECTIVE, regression_weight=REGRESSION_WEIGHT[kind][head], seed=seed)
     print(f"training the {'plain' if head is None else head} {kind}, seed {seed}", flush=True)
     result = fv.fit(model if head else model.backbone, data, test, objective=objective, seed=seed, **TRAINING)
     return model.eval(), result
@@ -156,7 +160,13 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def record(row: dict[str, Any], path: Path) -> None:
     """Puts one run into the file of a model, in the place of an earlier run of its head and seed."""
-    setup = {"training": TRAINING, "objective": OBJECTIVE, "model": MODELS[row["model"]]}
+    kind = row["model"]
+    setup = {
+        "training": TRAINING,
+        "objective": OBJECTIVE,
+        "regression_weight": REGRESSION_WEIGHT[kind],
+        "model": MODELS[kind],
+    }
     setup = json.loads(json.dumps(setup))  # tuples as they are read back
     known = json.loads(path.read_text()) if path.exists() else {"setup": setup, "runs": []}
     # Runs of another recipe don't belong beside this one.
