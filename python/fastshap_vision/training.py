@@ -41,6 +41,9 @@ STEPS_BETWEEN_READS = 100
 # A game whose values vary this much less than in the run's best epoch, for so many epochs, is played no more.
 COLLAPSED_SPREAD = 0.01
 COLLAPSED_EPOCHS = 3
+# Values that still differ by under a thousandth of a logit after this many epochs leave nothing to explain.
+STILLBORN_SPREAD = 1e-3
+STILLBORN_EPOCHS = 10
 
 
 class TrainingError(RuntimeError):
@@ -369,9 +372,11 @@ def _check_game(history: list[dict[str, Any]], num_classes: int | None) -> None:
     spreads = [row["spread"] for row in history if row["spread"] is not None]
     chance = 0.0 if num_classes is None else 100 / num_classes
     lately = history[-COLLAPSED_EPOCHS:]
+    # A game that never came to life has no larger spread behind it.
+    smallest = max(COLLAPSED_SPREAD * max(spreads, default=0.0), STILLBORN_SPREAD * (len(spreads) > STILLBORN_EPOCHS))
     if len(spreads) <= COLLAPSED_EPOCHS or any(
         row["spread"] is None
-        or row["spread"] >= COLLAPSED_SPREAD * max(spreads)
+        or row["spread"] >= smallest
         or (row["eval_accuracy"] is not None and chance > 0 and row["eval_accuracy"] > chance + (100 - chance) / 10)
         for row in lately
     ):

@@ -336,6 +336,11 @@ def test_collapsed_game_stops_the_run(tmp_path):
         fit(NoisyNet(), blobs(), objective=CountingObjective(spread=collapse), epochs=4, batch_size=8)
 
 
+def test_a_game_that_never_came_to_life_stops_the_run():
+    with pytest.raises(TrainingError, match="collapsed in epoch 9"):
+        fit(NoisyNet(), blobs(), objective=CountingObjective(spread=lambda progress: 1e-4), epochs=12, batch_size=8)
+
+
 def test_no_game_collapsed_while_the_classifier_works_or_for_an_epoch():
     _, result = train(objective=CountingObjective(spread=lambda progress: 2.0 if progress < 0.25 else 0.01), lr=0.05)
     assert result.accuracy > 80
