@@ -9,7 +9,6 @@
 #include <cmath>
 #include <memory>
 #include <new>
-#include <type_traits>
 #include <vector>
 
 #include "fastshap/sequences.h"
@@ -18,7 +17,7 @@
 namespace fastshap {
 namespace {
 
-constexpr int64_t kQueries = 48;  // queries in a block, whole vectors: its operands stay in the L1 cache
+constexpr int64_t kQueries = 48;  // queries in a block, whole panels: its operands stay in the L1 cache
 
 struct Heads {
   int64_t heads;
@@ -28,7 +27,7 @@ struct Heads {
 
 FASTSHAP_INLINE int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 
-// Aligned memory that a thread keeps for all its heads, dealt out anew to each in whole vectors.
+// Aligned memory that a thread keeps for all its heads, dealt out anew to each in whole panels.
 template <typename A>
 class Scratch {
  public:
@@ -38,7 +37,7 @@ class Scratch {
   void start() { free_ = memory_.get(); }
   A* take(int64_t values) {
     A* taken = free_;
-    free_ += round_up(values, kLanes<A>);
+    free_ += round_up(values, kPanel<A>);
     return taken;
   }
 
@@ -56,19 +55,20 @@ FASTSHAP_CLONES void copy_rows(const T* __restrict from, int64_t stride, int64_t
                                A scale, A* __restrict to, int64_t wide) {
   for (int64_t row = 0; row < rows; ++row, from += stride, to += wide) {
     int64_t i = 0;
-    if constexpr (std::is_same_v<T, A>) {
-      for (; i + kLanes<A> <= head_dim; i += kLanes<A>) store(to + i, load(from + i) * scale);
+    for (; i + kPanel<A> <= head_dim; i += kPanel<A>) {
+      // A constant count: without it the loop's preparations cost more than a short row.
+      for (int64_t j = 0; j < kPanel<A>; ++j) to[i + j] = static_cast<A>(from[i + j]) * scale;
     }
     for (; i < head_dim; ++i) to[i] = static_cast<A>(from[i]) * scale;
     for (; i < wide; ++i) to[i] = 0;
   }
 }
 
-// from (rows, wide) → to (columns, kQueries). Its rows are filled up with 0 to whole vectors first.
+// from (rows, wide) → to (columns, kQueries). Its rows are filled up with 0 to whole panels first.
 template <typename A>
 FASTSHAP_CLONES void transpose(A* __restrict from, int64_t wide, int64_t rows, int64_t columns,
                                A* __restrict to) {
-  const int64_t filled = round_up(rows, kLanes<A>);
+  const int64_t filled = round_up(rows, kPanel<A>);
   std::fill(from + rows * wide, from + filled * wide, A(0));
   for (int64_t row = 0; row < filled; row += 4) {
     const A *first = from + row * wide, *second = first + wide, *third = second + wide,
@@ -96,12 +96,12 @@ FASTSHAP_CLONES void write_rows(const A* from, int64_t wide, int64_t rows, int64
 }
 
 // Σ body(row) over the rows, in blocks, so that a long sum loses no more digits than PyTorch's.
-template <typename A, typename Body>
-FASTSHAP_INLINE vector_t<A> sum_rows(int64_t rows, Body&& body) {
+template <typename V, typename Body>
+FASTSHAP_INLINE V sum_rows(int64_t rows, const Body& body) {
   constexpr int64_t kBlock = 32;
-  vector_t<A> total = {};
+  V total = {};
   for (int64_t start = 0; start < rows; start += kBlock) {
-    vector_t<A> sum = {};
+    V sum = {};
     for (int64_t row = start; row < std::min(start + kBlock, rows); ++row) sum += body(row);
     total += sum;
   }
@@ -110,37 +110,44 @@ FASTSHAP_INLINE vector_t<A> sum_rows(int64_t rows, Body&& body) {
 
 // Scores (keys, queries) → exp(score − largest), and for each query the largest and the sum of those.
 template <typename A>
-FASTSHAP_CLONES void exponentiate(A* scores, int64_t keys, int64_t queries, A* largest, A* sum) {
-  for (int64_t query = 0; query < queries; query += kLanes<A>) {
-    A* column = scores + query;
-    vector_t<A> highest = load(column);
-    for (int64_t key = 1; key < keys; ++key) highest = larger<A>(load(column + key * kQueries), highest);
-    store(largest + query, highest);
-    store(sum + query, sum_rows<A>(keys, [&](int64_t key) __attribute__((always_inline)) {
-            const vector_t<A> power = exponential(load(column + key * kQueries) - highest);
-            store(column + key * kQueries, power);
-            return power;
-          }));
-  }
+void exponentiate(A* scores, int64_t keys, int64_t queries, A* largest, A* sum) {
+  with_vectors([&]<int64_t kBytes>() FASTSHAP_INLINE_BODY {
+    using V = vector_t<A, kBytes>;
+    for (int64_t query = 0; query < queries; query += kLanes<A, kBytes>) {
+      A* column = scores + query;
+      V highest = load<kBytes>(column);
+      for (int64_t key = 1; key < keys; ++key) {
+        highest = larger<V>(load<kBytes>(column + key * kQueries), highest);
+      }
+      store(largest + query, highest);
+      store(sum + query, sum_rows<V>(keys, [&](int64_t key) FASTSHAP_INLINE_BODY {
+              const V power = exponential<kBytes>(load<kBytes>(column + key * kQueries) - highest, A(0));
+              store(column + key * kQueries, power);
+              return power;
+            }));
+    }
+  });
 }
 
 // Scores (keys, queries) and the gradient of the probabilities → probabilities p in place of the scores and,
 // in place of the gradient, that of the scores: p · (gradient − Σ p · gradient).
 template <typename A>
-FASTSHAP_CLONES void differentiate(A* scores, A* gradient, int64_t keys, int64_t queries,
-                                   const A* logsumexp) {
-  for (int64_t query = 0; query < queries; query += kLanes<A>) {
-    A *column = scores + query, *grad = gradient + query;
-    const vector_t<A> normaliser = load(logsumexp + query);
-    const vector_t<A> mean = sum_rows<A>(keys, [&](int64_t key) __attribute__((always_inline)) {
-      const vector_t<A> power = exponential(load(column + key * kQueries) - normaliser);
-      store(column + key * kQueries, power);
-      return power * load(grad + key * kQueries);
-    });
-    for (int64_t at = 0; at < keys * kQueries; at += kQueries) {
-      store(grad + at, load(column + at) * (load(grad + at) - mean));
+void differentiate(A* scores, A* gradient, int64_t keys, int64_t queries, const A* logsumexp) {
+  with_vectors([&]<int64_t kBytes>() FASTSHAP_INLINE_BODY {
+    using V = vector_t<A, kBytes>;
+    for (int64_t query = 0; query < queries; query += kLanes<A, kBytes>) {
+      A *column = scores + query, *grad = gradient + query;
+      const V normaliser = load<kBytes>(logsumexp + query);
+      const V mean = sum_rows<V>(keys, [&](int64_t key) FASTSHAP_INLINE_BODY {
+        const V power = exponential<kBytes>(load<kBytes>(column + key * kQueries) - normaliser, A(0));
+        store(column + key * kQueries, power);
+        return power * load<kBytes>(grad + key * kQueries);
+      });
+      for (int64_t at = 0; at < keys * kQueries; at += kQueries) {
+        store(grad + at, load<kBytes>(column + at) * (load<kBytes>(grad + at) - mean));
+      }
     }
-  }
+  });
 }
 
 // Pointers to one head of one sequence.
@@ -172,14 +179,14 @@ Head<T> make_head(const Heads& heads, const T* qkv, const int32_t* starts, int64
 // Values that `attend` takes from its scratch for a head of at most this length.
 template <typename A>
 int64_t forward_scratch(const Heads& heads, int64_t length) {
-  const int64_t wide = round_up(heads.head_dim, kLanes<A>);
+  const int64_t wide = round_up(heads.head_dim, kPanel<A>);
   return 2 * length * wide + kQueries * (3 * wide + length + 2);
 }
 
 // out and logsumexp of one head; their rows are heads · head_dim and heads apart.
 template <typename T, typename A>
 void attend(const Heads& heads, const Head<T>& head, Scratch<A>& scratch, T* out, A* logsumexp) {
-  const int64_t head_dim = heads.head_dim, length = head.length, wide = round_up(head_dim, kLanes<A>);
+  const int64_t head_dim = heads.head_dim, length = head.length, wide = round_up(head_dim, kPanel<A>);
   scratch.start();
   A *key = scratch.take(length * wide), *value = scratch.take(length * wide);
   A *query = scratch.take(kQueries * wide), *query_columns = scratch.take(kQueries * wide);
@@ -188,7 +195,7 @@ void attend(const Heads& heads, const Head<T>& head, Scratch<A>& scratch, T* out
   copy_rows(head.key, head.stride, length, head_dim, A(1), key, wide);
   copy_rows(head.value, head.stride, length, head_dim, A(1), value, wide);
   for (int64_t first = 0; first < length; first += kQueries) {
-    const int64_t rows = std::min(kQueries, length - first), queries = round_up(rows, kLanes<A>);
+    const int64_t rows = std::min(kQueries, length - first), queries = round_up(rows, kPanel<A>);
     copy_rows(head.query + first * head.stride, head.stride, rows, head_dim, A(heads.scale), query, wide);
     transpose(query, wide, rows, head_dim, query_columns);
     multiply<A>(length, queries, head_dim, {key, wide, 1}, query_columns, kQueries, false, scores, kQueries);
@@ -206,7 +213,7 @@ void attend(const Heads& heads, const Head<T>& head, Scratch<A>& scratch, T* out
 // As forward_scratch, for `attend_backward`.
 template <typename A>
 int64_t backward_scratch(const Heads& heads, int64_t length) {
-  const int64_t wide = round_up(heads.head_dim, kLanes<A>);
+  const int64_t wide = round_up(heads.head_dim, kPanel<A>);
   return 4 * length * wide + kQueries * (5 * wide + 2 * length + 1);
 }
 
@@ -215,7 +222,7 @@ template <typename T, typename A>
 void attend_backward(const Heads& heads, const Head<T>& head, Scratch<A>& scratch, const T* grad,
                      const A* logsumexp, T* grad_qkv) {
   const int64_t head_dim = heads.head_dim, length = head.length, width = heads.heads * head_dim;
-  const int64_t wide = round_up(head_dim, kLanes<A>);
+  const int64_t wide = round_up(head_dim, kPanel<A>);
   scratch.start();
   A *key = scratch.take(length * wide), *value = scratch.take(length * wide);
   A *grad_key = scratch.take(length * wide), *grad_value = scratch.take(length * wide);
@@ -226,7 +233,7 @@ void attend_backward(const Heads& heads, const Head<T>& head, Scratch<A>& scratc
   copy_rows(head.key, head.stride, length, head_dim, A(1), key, wide);
   copy_rows(head.value, head.stride, length, head_dim, A(1), value, wide);
   for (int64_t first = 0; first < length; first += kQueries) {
-    const int64_t rows = std::min(kQueries, length - first), queries = round_up(rows, kLanes<A>);
+    const int64_t rows = std::min(kQueries, length - first), queries = round_up(rows, kPanel<A>);
     const bool add = first > 0;
     copy_rows(head.query + first * head.stride, head.stride, rows, head_dim, A(heads.scale), query, wide);
     copy_rows(grad + first * width, width, rows, head_dim, A(1), grad_out, wide);

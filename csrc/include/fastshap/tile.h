@@ -1,7 +1,9 @@
-// Vectors of 64 bytes and the small matrix product of which packed attention is made.
+// Vectors as wide as the processor's, and the small matrix product of which packed attention is made.
 //
-// GCC's vector extension, since it compiles to whatever registers a clone has: one of AVX-512, two of AVX2,
-// four of SSE. Everything here is inlined into functions that carry FASTSHAP_CLONES.
+// The vectors are GCC's generic ones. One wider than the registers would go through memory (64 bytes ran six
+// times slower with AVX2, 32 bytes thirty times slower with SSE), so their width is a template parameter:
+// code that uses them is a body of `with_vectors`, not one of FASTSHAP_CLONES. Memory is laid out in panels
+// of 64 bytes, whole vectors at any width.
 #pragma once
 
 #include <cmath>
@@ -12,63 +14,87 @@
 namespace fastshap {
 
 template <typename A>
-struct Vector;
-template <>
-struct Vector<float> {
-  typedef float type __attribute__((vector_size(64)));
-  typedef int32_t integer __attribute__((vector_size(64)));
-};
-template <>
-struct Vector<double> {
-  typedef double type __attribute__((vector_size(64)));
-  typedef int64_t integer __attribute__((vector_size(64)));
-};
-template <typename A>
-using vector_t = typename Vector<A>::type;
-template <typename A>
-constexpr int64_t kLanes = 64 / sizeof(A);
+constexpr int64_t kPanel = 64 / sizeof(A);  // values
+template <typename A, int64_t kBytes>
+constexpr int64_t kLanes = kBytes / sizeof(A);
 
-template <typename A>
-FASTSHAP_INLINE vector_t<A> load(const A* from) {
-  vector_t<A> vector;
-  std::memcpy(&vector, from, sizeof(vector));
+template <typename A, int64_t kBytes>
+struct Vector {
+  typedef A type __attribute__((vector_size(kBytes)));
+};
+template <typename A, int64_t kBytes>
+using vector_t = typename Vector<A, kBytes>::type;
+
+#define FASTSHAP_INLINE_BODY __attribute__((always_inline))
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+template <typename Body>
+__attribute__((target("arch=x86-64-v4"))) void run_v4(const Body& body) {
+  body.template operator()<64>();
+}
+template <typename Body>
+__attribute__((target("arch=x86-64-v3"))) void run_v3(const Body& body) {
+  body.template operator()<32>();
+}
+#endif
+
+// Calls body.operator()<bytes>(), compiled for the widest registers of this processor. The body must be
+// FASTSHAP_INLINE_BODY, or it would not be compiled for them.
+template <typename Body>
+FASTSHAP_INLINE void with_vectors(const Body& body) {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  static const int level = __builtin_cpu_supports("x86-64-v4")   ? 4
+                           : __builtin_cpu_supports("x86-64-v3") ? 3
+                                                                 : 2;
+  if (level == 4) return run_v4(body);
+  if (level == 3) return run_v3(body);
+#endif
+  body.template operator()<16>();
+}
+
+template <int64_t kBytes, typename A>
+FASTSHAP_INLINE vector_t<A, kBytes> load(const A* from) {
+  vector_t<A, kBytes> vector;
+  std::memcpy(&vector, from, kBytes);
   return vector;
 }
 
-template <typename A>
-FASTSHAP_INLINE void store(A* to, vector_t<A> vector) {
+template <typename V, typename A>
+FASTSHAP_INLINE void store(A* to, V vector) {
   std::memcpy(to, &vector, sizeof(vector));
 }
 
-template <typename A>
-FASTSHAP_INLINE vector_t<A> larger(vector_t<A> a, vector_t<A> b) {
+template <typename V>
+FASTSHAP_INLINE V larger(V a, V b) {
   return a > b ? a : b;
 }
 
 // exp(x) for x ≤ 0 to about one unit in the last place; NaN stays NaN, below −87 the result is 0.
 // exp(x) = 2^n · e^r with n = round(x / ln 2): adding 1.5 · 2^23 rounds, and leaves n in the low bits.
-FASTSHAP_INLINE vector_t<float> exponential(vector_t<float> x) {
-  using integers = Vector<float>::integer;
+template <int64_t kBytes>
+FASTSHAP_INLINE vector_t<float, kBytes> exponential(vector_t<float, kBytes> x, float) {
   constexpr float kRound = 12582912.0f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  const vector_t<float> shifted = x * 1.44269504088896341f + kRound;
-  const vector_t<float> whole = shifted - kRound;
-  const vector_t<float> r = x - whole * kLn2High - whole * kLn2Low;
-  vector_t<float> power = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  using V = vector_t<float, kBytes>;
+  const V shifted = x * 1.44269504088896341f + kRound;
+  const V whole = shifted - kRound;
+  const V r = x - whole * kLn2High - whole * kLn2Low;
+  V power = r * 1.9875691500e-4f + 1.3981999507e-3f;
   power = power * r + 8.3334519073e-3f;
   power = power * r + 4.1665795894e-2f;
   power = power * r + 1.6666665459e-1f;
   power = power * r + 5.0000001201e-1f;
   power = power * r * r + r + 1.0f;
-  integers exponent, bits;
-  std::memcpy(&exponent, &shifted, sizeof(exponent));
-  std::memcpy(&bits, &power, sizeof(bits));
+  vector_t<int32_t, kBytes> exponent, bits;
+  std::memcpy(&exponent, &shifted, kBytes);
+  std::memcpy(&bits, &power, kBytes);
   bits += exponent << 23;
-  std::memcpy(&power, &bits, sizeof(power));
-  return x < -87.0f ? vector_t<float>{} : power;
+  std::memcpy(&power, &bits, kBytes);
+  return x < -87.0f ? V{} : power;
 }
 
-FASTSHAP_INLINE vector_t<double> exponential(vector_t<double> x) {
-  for (int64_t i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+template <int64_t kBytes>
+FASTSHAP_INLINE vector_t<double, kBytes> exponential(vector_t<double, kBytes> x, double) {
+  for (int64_t i = 0; i < kLanes<double, kBytes>; ++i) x[i] = std::exp(x[i]);
   return x;
 }
 
@@ -80,55 +106,60 @@ struct Strided {
 };
 
 // Sums of at most kDepth products each are added up, so that a long sum loses no more digits than PyTorch's.
-template <int64_t kRows, typename A>
+template <int64_t kBytes, int64_t kRows, typename A>
 FASTSHAP_INLINE void multiply_tile(int64_t depth, Strided<A> a, const A* b, int64_t b_row, bool accumulate,
                                    A* c, int64_t c_row) {
-  constexpr int64_t kDepth = 128;
+  constexpr int64_t kDepth = 128, kVectors = 64 / kBytes, kStep = kLanes<A, kBytes>;
   for (int64_t start = 0; start < depth; start += kDepth) {
     const int64_t end = start + kDepth < depth ? start + kDepth : depth;
-    vector_t<A> sum[kRows] = {};
+    vector_t<A, kBytes> sum[kRows][kVectors] = {};
     for (int64_t k = start; k < end; ++k) {
-      const vector_t<A> right = load(b + k * b_row);
+      vector_t<A, kBytes> right[kVectors];
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < kVectors; ++j) right[j] = load<kBytes>(b + k * b_row + j * kStep);
 #pragma GCC unroll 6
-      for (int64_t i = 0; i < kRows; ++i) sum[i] += a.data[i * a.row + k * a.column] * right;
+      for (int64_t i = 0; i < kRows; ++i) {
+        const A left = a.data[i * a.row + k * a.column];
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < kVectors; ++j) sum[i][j] += left * right[j];
+      }
     }
     const bool add = accumulate || start > 0;
-    for (int64_t i = 0; i < kRows; ++i) store(c + i * c_row, add ? sum[i] + load(c + i * c_row) : sum[i]);
+#pragma GCC unroll 6
+    for (int64_t i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < kVectors; ++j) {
+        A* to = c + i * c_row + j * kStep;
+        store(to, add ? sum[i][j] + load<kBytes>(to) : sum[i][j]);
+      }
+    }
   }
 }
 
-template <int64_t kRows, typename A>
-FASTSHAP_INLINE void multiply_tiles(int64_t columns, int64_t depth, Strided<A> a, const A* b, int64_t b_row,
-                                    bool accumulate, A* c, int64_t c_row) {
-  for (int64_t column = 0; column < columns; column += kLanes<A>) {
-    multiply_tile<kRows>(depth, a, b + column, b_row, accumulate, c + column, c_row);
+template <int64_t kBytes, int64_t kRows, typename A>
+FASTSHAP_INLINE void multiply_rows(int64_t rows, int64_t columns, int64_t depth, Strided<A> a, const A* b,
+                                   int64_t b_row, bool accumulate, A* c, int64_t c_row) {
+  for (; rows >= kRows; rows -= kRows, a.data += kRows * a.row, c += kRows * c_row) {
+    for (int64_t column = 0; column < columns; column += kPanel<A>) {
+      multiply_tile<kBytes, kRows>(depth, a, b + column, b_row, accumulate, c + column, c_row);
+    }
+  }
+  if constexpr (kRows > 1) {
+    multiply_rows<kBytes, kRows - 1>(rows, columns, depth, a, b, b_row, accumulate, c, c_row);
   }
 }
 
-// c (rows × columns) = a (rows × depth) · b (depth × columns), or added to c. Columns are whole vectors;
+// c (rows × columns) = a (rows × depth) · b (depth × columns), or added to c. Columns are whole panels;
 // rows of b and of c are b_row and c_row apart.
 //
-// Six rows at a time: with AVX2 their twelve sums, a row of b and an element of a just fit the sixteen
-// registers.
+// A tile of c is a panel of six rows, or of three where a panel is four vectors: with a row of b and an
+// element of a, its twelve sums then just fit the sixteen registers of AVX2 and SSE.
 template <typename A>
-FASTSHAP_CLONES void multiply(int64_t rows, int64_t columns, int64_t depth, Strided<A> a, const A* b,
-                              int64_t b_row, bool accumulate, A* c, int64_t c_row) {
-  constexpr int64_t kRows = 6;
-  for (; rows >= kRows; rows -= kRows, a.data += kRows * a.row, c += kRows * c_row) {
-    multiply_tiles<kRows>(columns, depth, a, b, b_row, accumulate, c, c_row);
-  }
-  switch (rows) {
-    case 5:
-      return multiply_tiles<5>(columns, depth, a, b, b_row, accumulate, c, c_row);
-    case 4:
-      return multiply_tiles<4>(columns, depth, a, b, b_row, accumulate, c, c_row);
-    case 3:
-      return multiply_tiles<3>(columns, depth, a, b, b_row, accumulate, c, c_row);
-    case 2:
-      return multiply_tiles<2>(columns, depth, a, b, b_row, accumulate, c, c_row);
-    case 1:
-      return multiply_tiles<1>(columns, depth, a, b, b_row, accumulate, c, c_row);
-  }
+void multiply(int64_t rows, int64_t columns, int64_t depth, Strided<A> a, const A* b, int64_t b_row,
+              bool accumulate, A* c, int64_t c_row) {
+  with_vectors([&]<int64_t kBytes>() FASTSHAP_INLINE_BODY {
+    multiply_rows<kBytes, kBytes == 16 ? 3 : 6>(rows, columns, depth, a, b, b_row, accumulate, c, c_row);
+  });
 }
 
 }  // namespace fastshap
