@@ -121,7 +121,7 @@ FASTSHAP_CLONES void pool_tile(const Layout& layout, const From* features, int64
     copy_run(sums + m * layout.tile, out + m * layout.features, count);
 }
 
-// One tile of an image: out[p] = Σ_m grad[m] where player p is in coalition m. `kind` is (P, groups), `sums`
+// One tile of an image: out[p] = Σ_m grad[m] where player p is in coalition m. `kind` is (groups, P), `sums`
 // (groups, kinds, tile), zero.
 template <typename From, typename To>
 FASTSHAP_CLONES void scatter_tile(const Layout& layout, const From* grad, const uint8_t* kind, int64_t count,
@@ -141,7 +141,7 @@ FASTSHAP_CLONES void scatter_tile(const Layout& layout, const From* grad, const 
     for (int64_t start = 0; start < count; start += width) {
       Strip<Sum> strip;
       for (int64_t g = 0; g < layout.groups; ++g) {
-        strip.add(sums + (g * kinds + kind[player * layout.groups + g]) * layout.tile + start);
+        strip.add(sums + (g * kinds + kind[g * layout.players + player]) * layout.tile + start);
       }
       To* to = out + player * layout.features + start;
       const int64_t values = std::min(width, count - start);
@@ -188,20 +188,17 @@ void pool_images(const Layout& layout, const Tensor& features, const Tensor& bit
   });
 }
 
-// The kind of each player in each group: (B, P, groups).
-std::vector<uint8_t> find_kinds(const Layout& layout, const int32_t* bits) {
-  const int64_t bit_words = words(layout.players);
-  std::vector<uint8_t> kind(layout.images * layout.players * layout.groups);
-  torch::stable::parallel_for(0, layout.images, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * layout.coalitions; i < end * layout.coalitions; ++i) {
-      const int64_t image = i / layout.coalitions, m = i % layout.coalitions;
-      uint8_t* of_group = kind.data() + image * layout.players * layout.groups + m / group;
-      for (int64_t player = 0; player < layout.players; ++player) {
-        of_group[player * layout.groups] |= uint8_t(is_present(bits + i * bit_words, player)) << (m % group);
-      }
+// kind[b, g, p] = which coalitions of group g player p is in.
+FASTSHAP_CLONES void find_kinds(const Layout& layout, const int32_t* bits, uint8_t* kind) {
+  for (int64_t i = 0; i < layout.images * layout.coalitions; ++i) {
+    const int64_t image = i / layout.coalitions, m = i % layout.coalitions;
+    uint8_t* of_group = kind + (image * layout.groups + m / group) * layout.players;
+    for (int64_t first = 0; first < layout.players; first += word) {
+      const uint32_t present = static_cast<uint32_t>(*bits++);
+      const int64_t players = std::min(word, layout.players - first);
+      for (int64_t p = 0; p < players; ++p) of_group[first + p] |= (present >> p & 1u) << (m % group);
     }
-  });
-  return kind;
+  }
 }
 
 template <typename From, typename To>
@@ -209,11 +206,12 @@ void scatter_images(const Layout& layout, const Tensor& grad, const Tensor& bits
   using Sum = accumulate_t<From>;
   const From* grad_data = grad.const_data_ptr<From>();
   To* out_data = out.mutable_data_ptr<To>();
-  const std::vector<uint8_t> kind = find_kinds(layout, bits.const_data_ptr<int32_t>());
+  std::vector<uint8_t> kind(layout.images * layout.groups * layout.players);
+  find_kinds(layout, bits.const_data_ptr<int32_t>(), kind.data());
   for_each_tile<Sum>(layout, layout.groups * kinds,
                      [&](int64_t image, int64_t start, int64_t count, Sum* sums) {
                        scatter_tile(layout, grad_data + image * layout.coalitions * layout.features + start,
-                                    kind.data() + image * layout.players * layout.groups, count,
+                                    kind.data() + image * layout.groups * layout.players, count,
                                     out_data + image * layout.players * layout.features + start, sums);
                      });
 }
