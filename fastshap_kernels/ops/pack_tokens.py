@@ -34,7 +34,8 @@ def pack_tokens(
 
     Raises:
         ValueError: if shapes, dtypes or devices do not match, or, on the CPU, if `paired` is not true of the bits.
-        RuntimeError: if an explicitly chosen backend can't serve the call.
+        RuntimeError: if an explicitly chosen backend can't serve the call; and from the compiled backend, for wrong
+            numbers in an argument of the right shape.
 
     Deterministic: yes, forward and backward.
     """

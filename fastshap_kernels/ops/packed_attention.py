@@ -32,7 +32,8 @@ def packed_attention(
     Raises:
         ValueError: if shapes, dtypes or devices do not match, or, on the CPU, if `cu_seqlens` does not rise from
             0 to T or a sequence is longer than `max_seqlen`.
-        RuntimeError: if an explicitly chosen backend can't serve the call.
+        RuntimeError: if an explicitly chosen backend can't serve the call; and from the compiled backend, for wrong
+            numbers in an argument of the right shape.
 
     Deterministic: yes, forward and backward.
     """

@@ -28,7 +28,8 @@ def segment_sum(rows: Tensor, cu_seqlens: Tensor, prefix: int = 0, *, backend: s
     Raises:
         ValueError: if shapes, dtypes or devices do not match, or, on the CPU, if `cu_seqlens` does not rise from
             0 to T.
-        RuntimeError: if an explicitly chosen backend can't serve the call.
+        RuntimeError: if an explicitly chosen backend can't serve the call; and from the compiled backend, for wrong
+            numbers in an argument of the right shape.
 
     Deterministic: yes, forward and backward.
     """
