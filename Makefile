@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*/*.cpp csrc/include/fastshap/*.h)
 
-.PHONY: env build demo test test-slow lint format bench bench-digits bench-digits-vit bench-digits-cnn clean
+.PHONY: env build demo test test-slow lint format bench bench-digits clean
 
 env: $(INSTALLED)
 
@@ -51,16 +51,13 @@ bench: $(INSTALLED)
 	FASTSHAP_BENCH_WRITE=1 $(BIN)/python -m pytest bench
 	$(BIN)/python bench/tables.py
 
-# Both models at once, a core each.
 bench-digits: $(INSTALLED)
-	$(MAKE) -j2 bench-digits-vit bench-digits-cnn
+	for model in vit cnn; do \
+		record="--models $$model --output runs/digits-$$model --record bench/results/digits_$$model.json"; \
+		$(BIN)/python examples/digits.py $$record --seeds 0 1 2 && \
+		$(BIN)/python examples/digits.py $$record --heads votes & \
+	done; wait
 	$(BIN)/python bench/tables.py
-
-bench-digits-vit bench-digits-cnn: bench-digits-%: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python examples/digits.py --models $* --seeds 0 1 2 --output runs/digits-$* \
-		--record bench/results/digits_$*.json
-	OMP_NUM_THREADS=1 $(BIN)/python examples/digits.py --models $* --heads votes --output runs/digits-$* \
-		--record bench/results/digits_$*.json
 
 clean:
 	rm -rf build dist runs *.egg-info fastshap_kernels/*.so

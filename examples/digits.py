@@ -14,8 +14,10 @@ import json
 import platform
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import timm
@@ -62,6 +64,8 @@ OBJECTIVE = {"coalitions": 4, "regression_ramp": (0.0, 0.5), "masked_task_weight
 REGRESSION_WEIGHT = {"vit": {"shares": 3.0, "votes": 3.0}, "cnn": {"shares": 3.0, "votes": 0.3}}
 #: Images whose exact values are computed: 65 536 masked forward passes each.
 CHECKED = {"vit": 20, "cnn": 10}
+#: Images of each model in the picture.
+SHOWN = 3
 
 
 def build(kind: str, head: str, seed: int) -> fv.SelfExplainingClassifier:
@@ -77,7 +81,9 @@ def train(kind: str, head: str | None, seed: int, data: Any, test: Any) -> tuple
     if head:
         objective = fv.ShapleyObjective(**OBJECTIVE, regression_weight=REGRESSION_WEIGHT[kind][head], seed=seed)
     print(f"training the {'plain' if head is None else head} {kind}, seed {seed}", flush=True)
-    result = fv.fit(model if head else model.backbone, data, test, objective=objective, seed=seed, **TRAINING)
+    result = fv.fit(
+        model if head else model.backbone, data, test, objective=objective, seed=seed, progress=False, **TRAINING
+    )
     return model.eval(), result
 
 
@@ -118,12 +124,41 @@ def measure(kind: str, head: str, seed: int, plain: Any, data: Any, test: Any) -
     return figures, model, exact
 
 
-def draw(models: dict[str, Any], exact: dict[str, Any], test: Any, path: Path) -> None:
+class Run(NamedTuple):
+    """All that one model's process sends back."""
+
+    rows: list[dict[str, Any]]
+    explanation: fv.Explanation  # of the first model trained, for the first images
+    exact: torch.Tensor  # (B, P, K)
+
+
+def run_model(kind: str, options: argparse.Namespace) -> Run:
+    """Every seed and head of one model, on one core."""
+    torch.set_num_threads(1)
+    TRAINING["epochs"] = options.epochs
+    if options.images:
+        CHECKED[kind] = options.images
+    data, test = fv.load_dataset("digits", "train"), fv.load_dataset("digits", "test")
+    rows: list[dict[str, Any]] = []
+    for seed in options.seeds:
+        _, plain = train(kind, None, seed, data, test)
+        for head in options.heads:
+            figures, model, exact = measure(kind, head, seed, plain, data, test)
+            rows.append({"model": kind, **figures})
+            print(f"    {kind}: {describe(rows[-1])}", flush=True)
+            if options.record:
+                record(rows[-1], options.record)
+            if len(rows) == 1:
+                images = torch.stack([test[i][0] for i in range(min(SHOWN, CHECKED[kind]))])
+                shown = model.explain(images, target="all"), exact.phi[: len(images)]
+    return Run(rows, *shown)
+
+
+def draw(runs: list[Run], path: Path) -> None:
     """Image, heat maps of the predicted class and the runner-up, exact values beside ours; a row an image."""
     mpl.use("Agg")
-    shown = range(min(3, *CHECKED.values()))
-    images = torch.stack([test[i][0] for i in shown])
-    made = [model.explain(images, target="all") for model in models.values()]
+    test = fv.load_dataset("digits", "test")
+    made = [run.explanation for run in runs]
     # In both models patches vote, so v(∅) = 0 and their explanations fit on one page.
     page = fv.Explanation(
         values=torch.cat([one.values for one in made]),
@@ -132,8 +167,8 @@ def draw(models: dict[str, Any], exact: dict[str, Any], test: Any, path: Path) -
         grid=made[0].grid,
         null=made[0].null,
     )
-    truth = torch.cat([exact[kind].phi[: len(shown)] for kind in models])
-    figure, _ = explanation_page(torch.cat([images] * len(models)), page, truth, test.classes)
+    images = torch.stack([test[i][0] for one in made for i in range(len(one))])
+    figure, _ = explanation_page(images, page, torch.cat([run.exact for run in runs]), test.classes)
     figure.savefig(path)
 
 
@@ -202,25 +237,13 @@ def main() -> None:
     parser.add_argument("--record", type=Path, help="write every run and the means over seeds to this file")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    TRAINING["epochs"] = options.epochs
-    if options.images:
-        CHECKED.update(dict.fromkeys(CHECKED, options.images))
 
-    data, test = fv.load_dataset("digits", "train"), fv.load_dataset("digits", "test")
-    rows, models, exact = [], {}, {}
-    for kind in options.models:
-        for seed in options.seeds:
-            _, plain = train(kind, None, seed, data, test)
-            for head in options.heads:
-                figures, model, truth = measure(kind, head, seed, plain, data, test)
-                rows.append({"model": kind, **figures})
-                print(f"    {describe(rows[-1])}", flush=True)
-                if options.record:
-                    record(rows[-1], options.record)
-                if kind not in models:
-                    models[kind], exact[kind] = model, truth
-    draw(models, exact, test, options.output / "explanations.png")
-    first = {kind: next(row for row in rows if row["model"] == kind) for kind in options.models}
+    # A core for each model: networks as small as these gain nothing from two.
+    with ProcessPoolExecutor(len(options.models), get_context("spawn")) as pool:
+        runs = list(pool.map(run_model, options.models, [options] * len(options.models)))
+    rows = [row for run in runs for row in run.rows]
+    draw(runs, options.output / "explanations.png")
+    first = {run.rows[0]["model"]: run.rows[0] for run in runs}
     (options.output / "report.json").write_text(json.dumps({"models": first}, indent=1) + "\n")
     print_table(rows)
     print(f"report and pictures: {options.output}")
