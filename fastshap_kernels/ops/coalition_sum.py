@@ -48,10 +48,10 @@ def check_features(op: str, argument: str, features: object, shape: str) -> None
 
 def select_pool(op: str, device: torch.device, backend: str | None) -> reference.Pool:
     """The coalition_sum that serves `op`; sums in the dtype of the features, in float32 or in float64."""
-    return reference.coalition_sum if _backend.select(op, device, backend) == "reference" else _pool_compiled
+    return reference.coalition_sum if _backend.select(op, device, backend) == "reference" else pool_compiled
 
 
-def _pool_compiled(features: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
+def pool_compiled(features: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     # The kernel widens half precision only.
     return CoalitionSum.apply(features.to(dtype) if dtype == torch.float64 else features, bits, dtype)
 

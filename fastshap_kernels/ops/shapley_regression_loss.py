@@ -1,17 +1,21 @@
 """Squared error of Shapley values as a linear model of the game.
 
-There is no kernel here beyond coalition_sum's, which reads φ once, and in the backward pass writes its gradient once;
-what is left is (B, M, K), small beside φ's (B, P, K).
+The kernel is coalition_sum's, with the residual taken while the sums are in the cache; the gradient is coalition_sum's
+too. The additive normalisation needs the sum over all players first: it is coalition_sum and plain operations on
+(B, M, K), small beside φ's (B, P, K).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _backend, _checks
+from ..reference import coalition_sum as reference_sum
 from ..reference import shapley_regression_loss as reference
-from .coalition_sum import check_features, select_pool
+from .coalition_sum import check_features, pool_compiled
 
 NORMALIZATIONS = ("none", "additive")
 REDUCTIONS = ("mean", "sum", "none")
@@ -65,8 +69,64 @@ def shapley_regression_loss(
     target, gain, weights = prepare_game(
         op, phi, phi.shape[2], bits, values, null, grand, weights, normalization, reduction
     )
-    pool = select_pool(op, phi.device, backend)
+    if _backend.select(op, phi.device, backend) == "reference":
+        pool = reference_sum.coalition_sum
+    elif gain is not None:
+        pool = pool_compiled
+    else:
+        phi = phi.to(target.dtype) if target.dtype == torch.float64 else phi  # the kernel widens half precision only
+        _, errors = ShapleyRegressionLoss.apply(phi, bits, target)
+        return reference.reduce(errors, phi.shape[2], weights, reduction)
     return reference.shapley_regression_loss(phi, bits, target, gain, weights, reduction, pool)
+
+
+class ShapleyRegressionLoss(torch.autograd.Function):
+    """Autograd face of `fastshap::shapley_regression_loss`."""
+
+    @staticmethod
+    def forward(phi: Tensor, bits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.fastshap.shapley_regression_loss(phi, bits, target)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        phi, bits, _ = inputs
+        ctx.save_for_backward(bits, output[0])
+        ctx.players = phi.shape[1]
+        ctx.dtype = phi.dtype
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_residual: Tensor | None, grad_errors: Tensor | None) -> tuple[Tensor | None, ...]:
+        bits, residual = ctx.saved_tensors
+        grad = grad_residual
+        if grad_errors is not None:
+            of_errors = residual * (2 * grad_errors).unsqueeze(-1)
+            grad = of_errors if grad is None else grad + of_errors
+        if grad is None:
+            return None, None, None
+        grad_phi = grad_target = None
+        if ctx.needs_input_grad[0]:
+            grad_phi = torch.ops.fastshap.coalition_sum_backward(grad, bits, ctx.players, ctx.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_target = -grad
+        return grad_phi, None, grad_target
+
+
+torch.library.define(
+    "fastshap::shapley_regression_loss", "(Tensor phi, Tensor bits, Tensor target) -> (Tensor residual, Tensor errors)"
+)
+
+
+@torch.library.register_fake("fastshap::shapley_regression_loss")
+def _fake(phi: Tensor, bits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    return target.new_empty(target.shape), target.new_empty(target.shape[:2])
+
+
+torch.library.register_autograd(
+    "fastshap::shapley_regression_loss",
+    ShapleyRegressionLoss.backward,
+    setup_context=ShapleyRegressionLoss.setup_context,
+)
 
 
 def prepare_game(

@@ -44,12 +44,17 @@ def sizes(bits: Tensor, players: int, dtype: torch.dtype) -> Tensor:
 
 
 def squared_error(predicted: Tensor, target: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
-    """predicted, target (B, M, K), weights (B, M) → (), or (B, M) for reduction "none"."""
+    """predicted, target (B, M, K), weights (B, M) → the loss."""
     if weights is None and reduction != "none":
-        return torch.nn.functional.mse_loss(predicted, target, reduction=reduction)
-    errors = torch.nn.functional.mse_loss(predicted, target, reduction="none")
+        return torch.nn.functional.mse_loss(predicted, target, reduction=reduction)  # in fewer passes over memory
+    errors = torch.nn.functional.mse_loss(predicted, target, reduction="none").sum(-1)
+    return reduce(errors, target.shape[2], weights, reduction)
+
+
+def reduce(errors: Tensor, classes: int, weights: Tensor | None, reduction: str) -> Tensor:
+    """errors (B, M), summed over K classes, weights (B, M) → (), or (B, M) for reduction "none"."""
     if weights is not None:
-        errors = errors * weights.unsqueeze(-1)
-    if reduction == "none":
-        return errors.mean(-1)
-    return errors.mean() if reduction == "mean" else errors.sum()
+        errors = errors * weights
+    if reduction == "sum":
+        return errors.sum()
+    return errors.mean() / classes if reduction == "mean" else errors / classes

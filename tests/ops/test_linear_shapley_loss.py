@@ -20,8 +20,9 @@ def make_arguments(generator, batch=3, coalitions=5, players=33, width=67, class
     # A small weight: float16 holds the square of what 1025 players add up to.
     head = random(batch, players, width), 0.1 * random(classes, width), random(classes)
     bits = random_bits(batch, coalitions, players, generator)
-    game = random(batch, coalitions, classes), random(batch, classes), random(batch, classes), random(batch, coalitions)
-    return *head, bits, *game
+    game = random(batch, coalitions, classes), random(batch, classes), random(batch, classes)
+    weights = random(batch, coalitions).abs()
+    return *head, bits, *game, weights
 
 
 def explicit_loss(features, weight, bias, *game, **switches):
@@ -62,12 +63,12 @@ def test_no_bias_is_a_bias_of_zero(generator, backend):
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_backends_agree(generator, players, normalization, dtype):
-    features, weight, _, *rest = make_arguments(generator, players=players)
+    features, weight, _, *rest = make_arguments(generator, coalitions=40, players=players)
     given = [x if x.dtype == torch.int32 else x.to(dtype) for x in (features, weight, *rest)]
 
     def results(dtype, backend):
-        # Without a bias, whose gradient is rounding alone where it cancels; and each coalition's loss by itself, as
-        # one number may be right by luck.
+        # Without a bias, whose gradient is rounding alone where it cancels; and many coalitions' losses, each by
+        # itself: one number may be right by luck.
         def of_head(features, weight, *game, **switches):
             return fk.linear_shapley_loss(features, weight, None, *game, reduction="none", **switches)
 

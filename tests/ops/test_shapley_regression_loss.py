@@ -16,8 +16,9 @@ def make_game(generator, batch=3, coalitions=5, players=33, classes=67, dtype=to
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
     bits = random_bits(batch, coalitions, players, generator)
-    game = random(batch, coalitions, classes), random(batch, classes), random(batch, classes), random(batch, coalitions)
-    return random(batch, players, classes), bits, *game
+    game = random(batch, coalitions, classes), random(batch, classes), random(batch, classes)
+    weights = random(batch, coalitions).abs()
+    return random(batch, players, classes), bits, *game, weights
 
 
 def definition(phi, bits, values, null, grand, weights, normalization, reduction):
@@ -71,7 +72,10 @@ def loss_and_gradients(game, dtype, normalization, backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_backends_agree(generator, players, dtype, normalization):
     # The same numbers in every dtype, so that only the arithmetic differs.
-    game = [x if x.dtype == torch.int32 else x.to(dtype) for x in make_game(generator, players=players, classes=9)]
+    game = [
+        x if x.dtype == torch.int32 else x.to(dtype)
+        for x in make_game(generator, coalitions=40, players=players, classes=9)
+    ]
     cases = [(dtype, "cpu"), (dtype, "reference"), (torch.float64, "reference")]
     for ours, plain, exact in zip(*[loss_and_gradients(game, t, normalization, b) for t, b in cases], strict=True):
         assert_accurate(ours, plain, exact)
@@ -184,6 +188,13 @@ def test_gradcheck(generator, normalization, backend):
         inputs[2] = inputs[2].detach()  # grand has no effect
     torch.autograd.gradcheck(op, inputs)
     torch.autograd.gradgradcheck(op, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_opcheck(generator, dtype):
+    phi, bits, target, *_ = make_game(generator, dtype=dtype)
+    target = target.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+    torch.library.opcheck(torch.ops.fastshap.shapley_regression_loss.default, (phi.requires_grad_(), bits, target))
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
