@@ -51,12 +51,10 @@ bench: $(INSTALLED)
 	FASTSHAP_BENCH_WRITE=1 $(BIN)/python -m pytest bench
 	$(BIN)/python bench/tables.py
 
+RECORD := $(BIN)/python examples/digits.py --models {} --output runs/digits-{} --record bench/results/digits_{}.json
+
 bench-digits: $(INSTALLED)
-	for model in vit cnn; do \
-		record="--models $$model --output runs/digits-$$model --record bench/results/digits_$$model.json"; \
-		$(BIN)/python examples/digits.py $$record --seeds 0 1 2 && \
-		$(BIN)/python examples/digits.py $$record --heads votes & \
-	done; wait
+	printf 'vit\ncnn\n' | xargs -P 2 -I{} sh -c '$(RECORD) --seeds 0 1 2 && $(RECORD) --heads votes'
 	$(BIN)/python bench/tables.py
 
 clean:
