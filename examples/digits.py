@@ -60,7 +60,7 @@ MODELS: dict[str, dict[str, Any]] = {
 #: The recipe, the same for plain and self-explaining models.
 TRAINING = {"epochs": 100, "batch_size": 64, "lr": 2e-3, "weight_decay": 0.05, "warmup_epochs": 5, "clip_grad": 1.0}
 OBJECTIVE = {"coalitions": 4, "regression_ramp": (0.0, 0.5), "masked_task_weight": 1.0}
-#: λ. The votes are the logits, so that their regression moves the game itself: 1 and 3 collapse that of the CNN.
+#: λ. The votes are the logits, so that their regression moves the game itself: the CNN's collapsed with 1 and with 3.
 REGRESSION_WEIGHT = {"vit": {"shares": 3.0, "votes": 3.0}, "cnn": {"shares": 3.0, "votes": 0.3}}
 #: Images whose exact values are computed: 65 536 masked forward passes each.
 CHECKED = {"vit": 20, "cnn": 10}
