@@ -1,6 +1,7 @@
 # make env    create .venv and install everything into it
 # make demo   train, explain and check a ViT and a CNN on digits: runs/demo/
-# make test   the tests            make test-slow  the slow ones
+# make test   the tests, Triton's kernels in its interpreter and the CUDA ones on the processor included
+# make test-slow  the slow ones
 # make lint   ruff, mypy, clang-format
 # make bench  every op beside plain PyTorch, written to bench/results/
 # make bench-digits  three seeds of the demo, both heads, written to bench/results/
@@ -10,9 +11,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-NATIVE := $(wildcard csrc/*/*.cpp csrc/include/fastshap/*.h)
+NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/include/fastshap/*.h tests/emulation/fastshap/*.h)
+EMULATED := $(CURDIR)/build/_C_cuda_emulated.so
 
-.PHONY: env build demo test test-slow lint format bench bench-digits clean
+# Where there is no device, compiling for it is left to `make gate`.
+export FASTSHAP_SKIP_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,1)
+
+.PHONY: env build demo test test-main test-triton test-cuda test-slow lint format bench bench-digits clean
 
 env: $(INSTALLED)
 
@@ -30,8 +35,21 @@ build: $(INSTALLED)
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py --output runs/demo
 
-test: $(INSTALLED)
+test: test-main test-triton test-cuda
+
+test-main: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+# The ops' tests once more, with Triton's kernels in its interpreter. kernel_shap has no kernels.
+test-triton: $(INSTALLED)
+	FASTSHAP_BACKEND=triton TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops -m "not slow and not gpu" \
+		--ignore=tests/ops/test_kernel_shap.py
+
+# And with the CUDA kernels on the processor. packed_attention has none.
+test-cuda: $(INSTALLED)
+	$(BIN)/python tests/emulation/build.py $(EMULATED)
+	FASTSHAP_BACKEND=cuda FASTSHAP_EMULATE_CUDA=$(EMULATED) $(BIN)/python -m pytest tests/ops \
+		-m "not slow and not gpu" --ignore=tests/ops/test_kernel_shap.py --ignore=tests/ops/test_packed_attention.py
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m "slow and not gpu"

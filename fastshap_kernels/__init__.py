@@ -1,5 +1,6 @@
 """Ops for Shapley-value explanations of vision models: sampling, masking, packing, attention, losses, exact values."""
 
+from . import triton as _triton  # noqa: F401 (registers its operators)
 from ._backend import use_backend
 from .ops.coalition_sum import coalition_sum
 from .ops.exact_shapley import exact_shapley

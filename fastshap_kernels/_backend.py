@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 
 from . import _native
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+#: Backends that may serve a device without being asked for; an op's own list says which of them comes first.
+_AUTOMATIC = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+
+#: Whether Triton's interpreter runs its kernels on CPU tensors, for tests; Triton reads it when it is imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _logger = logging.getLogger("fastshap_kernels")
 _logged: set[str] = set()
@@ -45,7 +52,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Serves every op called in this thread inside the block with one backend.
 
     Args:
-        name: "reference" or "cpu".
+        name: "reference", "cpu", "triton" or "cuda".
 
     Raises:
         ValueError: for a name that is no backend. An op that the backend can't serve raises when it is called:
@@ -58,17 +65,33 @@ def use_backend(name: str) -> Iterator[None]:
         _choice.name = previous
 
 
+def _find_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed. Install it with: pip install triton"
+    return None
+
+
+_triton_problem = _find_triton()
+
+
 def problem(backend: str, device: torch.device) -> str | None:
     """Why `backend` can't serve tensors on `device`; None when it can."""
     if backend == "reference":
         return None
-    if device.type != "cpu":
-        return f"it serves CPU tensors, and these are on {device}"
-    return _native.cpu_problem
+    served = {"cpu": "CPU", "triton": "CUDA", "cuda": "CUDA"}[backend]
+    on_host = (backend == "triton" and INTERPRETED) or (backend == "cuda" and _native.EMULATED)
+    if device.type != ("cpu" if on_host else served.lower()):
+        return f"it serves {served} tensors, and these are on {device}"
+    return {"cpu": _native.cpu_problem, "triton": _triton_problem, "cuda": _native.cuda_problem}[backend]
 
 
 def select(
-    op: str, device: torch.device, backend: str | None, *, compiled: bool = True, unsupported: str | None = None
+    op: str,
+    device: torch.device,
+    backend: str | None,
+    kernels: tuple[str, ...],
+    *,
+    unsupported: Mapping[str, str] | None = None,
 ) -> str:
     """The backend that serves this call: the argument, then `use_backend`, then the environment, then the best.
 
@@ -76,23 +99,44 @@ def select(
         op: name of the op, for messages.
         device: where its tensors are.
         backend: the caller's `backend=` argument.
-        compiled: whether the op has a `cpu` backend at all.
-        unsupported: why the `cpu` backend can't serve these arguments (a dtype, say); None when it can.
+        kernels: the backends that the op has besides the reference, the best first.
+        unsupported: backends that can't serve these arguments (a dtype, say), and why.
 
     Raises:
         RuntimeError: when an explicitly chosen backend can't serve the call.
     """
+    unsupported = unsupported or {}
     chosen = _known(backend, f"{op}: argument `backend`") if backend is not None else _choice.name
     if chosen == "reference":
         return "reference"
-    reason = problem("cpu", device) or unsupported if compiled else "this op has no such backend"
-    if reason is None:
-        return "cpu"
-    if chosen == "cpu":
-        raise RuntimeError(f"{op}: the backend 'cpu' can't serve this call: {reason}. Available: reference.")
-    if compiled and not torch.compiler.is_compiling():
-        _log_once(f"{op} runs on 'reference': {reason}")
-    return "reference"
+    if chosen is not None:
+        reason = _reason(chosen, device, kernels, unsupported)
+        if reason is None:
+            return chosen
+        others = [name for name in kernels if _reason(name, device, kernels, unsupported) is None]
+        available = ", ".join(["reference", *others])
+        raise RuntimeError(f"{op}: the backend {chosen!r} can't serve this call: {reason}. Available: {available}.")
+    skipped = {}
+    for name in kernels:
+        if name in _AUTOMATIC.get(device.type, ()):
+            skipped[name] = _reason(name, device, kernels, unsupported)
+            if skipped[name] is None:
+                break
+    served_by = next((name for name, reason in skipped.items() if reason is None), "reference")
+    if not torch.compiler.is_compiling():
+        for name, reason in skipped.items():
+            if reason is not None:
+                _log_once(f"{op} runs on {served_by!r}, not on {name!r}: {reason}")
+        if kernels and not skipped:
+            _log_once(f"{op} runs on 'reference': no other backend serves tensors on {device.type}")
+    return served_by
+
+
+def _reason(name: str, device: torch.device, kernels: tuple[str, ...], unsupported: Mapping[str, str]) -> str | None:
+    """Why the backend can't serve the call; None when it can."""
+    if name not in kernels:
+        return "this op has no such backend"
+    return problem(name, device) or unsupported.get(name)
 
 
 def _log_once(message: str) -> None:

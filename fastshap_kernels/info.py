@@ -29,12 +29,14 @@ def _versions() -> list[list[str]]:
         ["python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"],
         ["torch", torch.__version__],
         ["timm", _installed_version("timm")],
+        ["triton", _installed_version("triton")],
+        ["CUDA device", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"],
         ["processor", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"],
     ]
 
 
 def _installed_version(distribution: str) -> str:
-    # Read from its metadata: importing timm takes seconds.
+    # Read from its metadata: importing timm or Triton takes seconds.
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -42,11 +44,14 @@ def _installed_version(distribution: str) -> str:
 
 
 def _backends() -> list[list[str]]:
-    rows = [["backend", "on CPU tensors"]]
-    for name in _backend.BACKENDS:
-        reason = _backend.problem(name, torch.device("cpu"))
+    rows = [["backend", "here"]]
+    for name, place in (("reference", "cpu"), ("cpu", "cpu"), ("triton", "cuda"), ("cuda", "cuda")):
+        reason = _backend.problem(name, torch.device(place))
+        if reason is None and place == "cuda" and not torch.cuda.is_available():
+            reason = "torch sees no CUDA device"
         rows.append([name, "available" if reason is None else f"not available: {reason}"])
-    rows.append(["cpu built by", _native.build_info() or "nothing that this torch can load"])
+    for name in ("cpu", "cuda"):
+        rows.append([f"{name} built by", _native.build_info(f"_C_{name}.so") or "nothing that this torch can load"])
     rows.append(["FASTSHAP_BACKEND", os.environ.get("FASTSHAP_BACKEND") or "not set: the best backend for each call"])
     return rows
 
@@ -56,12 +61,9 @@ def _ops() -> list[list[str]]:
     for name in fastshap_kernels.__all__:
         function = getattr(fastshap_kernels, name)
         if inspect.isfunction(function) and function.__module__.startswith("fastshap_kernels.ops."):
-            rows.append([name, "yes", "yes" if _has_cpu_kernel(name) else "-"])
+            kernels = getattr(inspect.getmodule(function), "_KERNELS", ())
+            rows.append([name, "yes", *("yes" if backend in kernels else "-" for backend in _backend.BACKENDS[1:])])
     return rows
-
-
-def _has_cpu_kernel(op: str) -> bool:
-    return hasattr(torch.ops.fastshap, op) and torch._C._dispatch_has_kernel_for_dispatch_key(f"fastshap::{op}", "CPU")
 
 
 def _table(rows: list[list[str]]) -> str:

@@ -1,8 +1,16 @@
-"""How close is close enough: a kernel may err at most twice as much as plain PyTorch in the same dtype."""
+"""The backend under test, and how close is close enough: twice the error of plain PyTorch in the same dtype."""
+
+import os
 
 import torch
 
-from fastshap_kernels import pack_bits
+from fastshap_kernels import _library, pack_bits
+
+#: What these tests hold against the reference: FASTSHAP_BACKEND, which also serves the calls that name no backend.
+BACKEND = os.environ.get("FASTSHAP_BACKEND", "cpu")
+BACKENDS = ("reference", BACKEND)
+#: Its raw operators.
+KERNELS = _library.kernels(_library.namespace(BACKEND))
 
 PLAYERS = (1, 2, 31, 32, 33, 64, 196, 1025)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

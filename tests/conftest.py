@@ -1,6 +1,13 @@
 import pytest
 import torch
 
+from fastshap_kernels import _backend
+
+if _backend.INTERPRETED:
+    import triton_interpreter
+
+    triton_interpreter.install()
+
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory():

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastshap_kernels as fk
 from fastshap_kernels import _backend
 
+CPU, CUDA, META = torch.device("cpu"), torch.device("cuda:0"), torch.device("meta")
+KERNELS = ("cuda", "triton", "cpu")
 VALUES = torch.arange(8.0).unsqueeze(1)
 
 
@@ -46,8 +48,8 @@ def test_the_best_backend_is_the_default():
     assert served_by() == "cpu"
 
 
-@pytest.mark.parametrize("outer", fk._backend.BACKENDS)
-@pytest.mark.parametrize("inner", fk._backend.BACKENDS)
+@pytest.mark.parametrize("outer", ["reference", "cpu"])
+@pytest.mark.parametrize("inner", ["reference", "cpu"])
 def test_the_argument_wins_over_use_backend_and_the_inner_block_over_the_outer(outer, inner):
     with fk.use_backend(outer):
         assert served_by() == outer
@@ -102,13 +104,15 @@ def test_an_unknown_name_in_the_environment_stops_the_import():
     assert process.returncode == 1
     message = (
         "ValueError: the environment variable FASTSHAP_BACKEND names the backend 'gpu', which does not exist. "
-        "Choose one of reference, cpu."
+        "Choose one of reference, cpu, triton, cuda."
     )
     assert process.stderr.strip().endswith(message)
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match=r"use_backend names the backend 'gpu'.*Choose one of reference, cpu"):
+    with pytest.raises(
+        ValueError, match=r"use_backend names the backend 'gpu'.*Choose one of reference, cpu, triton, cuda"
+    ):
         fk.use_backend("gpu").__enter__()
     with pytest.raises(ValueError, match=r"exact_shapley: argument `backend` names the backend 'CPU'"):
         fk.exact_shapley(VALUES, backend="CPU")
@@ -116,23 +120,46 @@ def test_unknown_names_are_refused():
 
 @pytest.mark.parametrize("explicit", ["argument", "use_backend"])
 @pytest.mark.parametrize(
-    ("arguments", "reason"),
+    ("arguments", "chosen", "reason", "available"),
     [
-        ({"device": torch.device("meta")}, "it serves CPU tensors, and these are on meta"),
-        ({"unsupported": "no float8"}, "no float8"),
-        ({"compiled": False}, "this op has no such backend"),
+        ({"device": META}, "cpu", "it serves CPU tensors, and these are on meta", "reference"),
+        ({"device": CUDA}, "cpu", "it serves CPU tensors, and these are on cuda:0", "reference"),
+        ({}, "triton", "it serves CUDA tensors, and these are on cpu", "reference, cpu"),
+        ({}, "cuda", "it serves CUDA tensors, and these are on cpu", "reference, cpu"),
+        ({"unsupported": {"cpu": "no float8"}}, "cpu", "no float8", "reference"),
+        ({"kernels": ("triton",)}, "cpu", "this op has no such backend", "reference"),
+        ({"kernels": ()}, "triton", "this op has no such backend", "reference"),
     ],
 )
-def test_an_explicit_choice_never_falls_back(arguments, reason, explicit):
-    arguments = {"device": torch.device("cpu"), "backend": None} | arguments
-    assert _backend.select("an_op", **arguments) == "reference"
-    message = f"an_op: the backend 'cpu' can't serve this call: {reason}. Available: reference."
+def test_an_explicit_choice_never_falls_back(arguments, chosen, reason, available, explicit):
+    arguments = {"device": CPU, "backend": None, "kernels": KERNELS} | arguments
+    message = f"an_op: the backend '{chosen}' can't serve this call: {reason}. Available: {available}."
     if explicit == "argument":
         with pytest.raises(RuntimeError, match=message):
-            _backend.select("an_op", **arguments | {"backend": "cpu"})
+            _backend.select("an_op", **arguments | {"backend": chosen})
     else:
-        with fk.use_backend("cpu"), pytest.raises(RuntimeError, match=message):
+        with fk.use_backend(chosen), pytest.raises(RuntimeError, match=message):
             _backend.select("an_op", **arguments)
+
+
+def test_the_best_backend_that_serves_the_device_is_chosen(monkeypatch, logged):
+    monkeypatch.setattr(_backend._native, "cuda_problem", None)
+    monkeypatch.setattr(_backend, "_triton_problem", None)
+    assert _backend.select("an_op", CPU, None, KERNELS) == "cpu"
+    assert _backend.select("an_op", CUDA, None, KERNELS) == "cuda"
+    assert _backend.select("an_op", CUDA, None, ("triton", "cuda")) == "triton"
+    assert logged.messages == []
+    assert _backend.select("an_op", CUDA, None, KERNELS, unsupported={"cuda": "no float64"}) == "triton"
+    monkeypatch.setattr(_backend._native, "cuda_problem", "not built")
+    assert _backend.select("an_op", CUDA, None, KERNELS) == "triton"
+    monkeypatch.setattr(_backend, "_triton_problem", "not installed")
+    assert _backend.select("an_op", CUDA, None, KERNELS) == "reference"
+    assert logged.messages == [
+        "an_op runs on 'triton', not on 'cuda': no float64",
+        "an_op runs on 'triton', not on 'cuda': not built",
+        "an_op runs on 'reference', not on 'cuda': not built",
+        "an_op runs on 'reference', not on 'triton': not installed",
+    ]
 
 
 def test_an_op_falls_back_only_by_itself():
@@ -143,19 +170,17 @@ def test_an_op_falls_back_only_by_itself():
 
 
 def test_an_automatic_fallback_is_logged_once_for_each_reason(logged):
-    cpu, meta = torch.device("cpu"), torch.device("meta")
     for _ in range(3):
-        assert _backend.select("an_op", cpu, None, unsupported="no float8") == "reference"
-        assert _backend.select("an_op", meta, None) == "reference"
+        assert _backend.select("an_op", CPU, None, KERNELS, unsupported={"cpu": "no float8"}) == "reference"
+        assert _backend.select("an_op", META, None, KERNELS) == "reference"
     assert logged.messages == [
-        "an_op runs on 'reference': no float8",
-        "an_op runs on 'reference': it serves CPU tensors, and these are on meta",
+        "an_op runs on 'reference', not on 'cpu': no float8",
+        "an_op runs on 'reference': no other backend serves tensors on meta",
     ]
 
 
 def test_nothing_is_logged_for_a_choice_or_the_best_or_the_only_backend(logged):
-    cpu = torch.device("cpu")
-    _backend.select("an_op", cpu, None)
-    _backend.select("an_op", cpu, None, compiled=False)
-    _backend.select("an_op", cpu, "reference", unsupported="no float8")
+    _backend.select("an_op", CPU, None, KERNELS)
+    _backend.select("an_op", CPU, None, ())
+    _backend.select("an_op", CPU, "reference", KERNELS, unsupported={"cpu": "no float8"})
     assert logged.messages == []

@@ -5,11 +5,11 @@ from math import comb, factorial
 
 import pytest
 import torch
+from accuracy import BACKENDS
 
 import fastshap_kernels as fk
 
 TOLERANCE = 1e-10
-BACKENDS = ("reference", "cpu")
 
 
 def all_coalitions(players):

@@ -23,18 +23,6 @@ struct Layout {
   int64_t bit_words;     // 32-bit words a coalition
 };
 
-bool is_channels_last(const Tensor& t) {
-  return t.stride(1) == 1 && t.stride(3) == t.size(1) && t.stride(2) == t.size(3) * t.size(1) &&
-         t.stride(0) == t.size(2) * t.size(3) * t.size(1);
-}
-
-// The format that the reference keeps: contiguous where the tensor is, then channels_last, else a contiguous
-// copy.
-MemoryFormat memory_format(const Tensor& images) {
-  return !images.is_contiguous() && is_channels_last(images) ? MemoryFormat::ChannelsLast
-                                                             : MemoryFormat::Contiguous;
-}
-
 Layout make_layout(const Tensor& like, const Tensor& bits, int64_t grid_rows, int64_t grid_columns,
                    MemoryFormat format) {
   const int64_t channels = like.size(1), height = like.size(2), width = like.size(3);

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backend, _checks
+from .. import _backend, _checks, _library
 from ..reference import coalition_sum as reference
 
+_KERNELS = ("cuda", "triton", "cpu")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -21,7 +22,7 @@ def coalition_sum(features: Tensor, bits: Tensor, *, backend: str | None = None)
     Args:
         features (float16, bfloat16, float32, float64): (B, P, L), finite; 1 ≤ P ≤ 4096.
         bits (int32): (B, M, ceil(P / 32)) coalitions of the P players.
-        backend: "reference" or "cpu"; default the best available.
+        backend: "reference", "cpu", "triton" or "cuda"; default the best available.
 
     Returns:
         (B, M, L) in the dtype of `features`; the empty coalition's sum is 0. Gradients flow to `features`.
@@ -48,24 +49,30 @@ def check_features(op: str, argument: str, features: object, shape: str) -> None
 
 def select_pool(op: str, device: torch.device, backend: str | None) -> reference.Pool:
     """The coalition_sum that serves `op`; sums in the dtype of the features, in float32 or in float64."""
-    return reference.coalition_sum if _backend.select(op, device, backend) == "reference" else pool_compiled
+    served_by = _backend.select(op, device, backend, _KERNELS)
+    return reference.coalition_sum if served_by == "reference" else pool_with(_library.namespace(served_by))
 
 
-def pool_compiled(features: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
-    # The kernel widens half precision only.
-    return CoalitionSum.apply(features.to(dtype) if dtype == torch.float64 else features, bits, dtype)
+def pool_with(namespace: str) -> reference.Pool:
+    """The coalition_sum of a namespace's kernels."""
+
+    def pool(features: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
+        # The kernels widen half precision only.
+        return CoalitionSum.apply(features.to(dtype) if dtype == torch.float64 else features, bits, dtype, namespace)
+
+    return pool
 
 
 class CoalitionSum(torch.autograd.Function):
     """Autograd face of `fastshap::coalition_sum`."""
 
     @staticmethod
-    def forward(features: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
-        return torch.ops.fastshap.coalition_sum(features, bits, dtype)
+    def forward(features: Tensor, bits: Tensor, dtype: torch.dtype, namespace: str) -> Tensor:
+        return _library.kernels(namespace).coalition_sum(features, bits, dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        features, bits, _ = inputs
+        features, bits, _, ctx.namespace = inputs
         ctx.save_for_backward(bits)
         ctx.players = features.shape[1]
         ctx.dtype = features.dtype
@@ -73,7 +80,8 @@ class CoalitionSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (bits,) = ctx.saved_tensors
-        return torch.ops.fastshap.coalition_sum_backward(grad, bits, ctx.players, ctx.dtype), None, None
+        kernels = _library.kernels(ctx.namespace)
+        return kernels.coalition_sum_backward(grad, bits, ctx.players, ctx.dtype), None, None, None
 
 
 class CoalitionSumBackward:
@@ -81,37 +89,31 @@ class CoalitionSumBackward:
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        grad, bits, _, _ = inputs
+        grad, bits, _, _, ctx.namespace = inputs
         ctx.save_for_backward(bits)
         ctx.dtype = grad.dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (bits,) = ctx.saved_tensors
-        return torch.ops.fastshap.coalition_sum(grad, bits, ctx.dtype), None, None, None
+        return _library.kernels(ctx.namespace).coalition_sum(grad, bits, ctx.dtype), None, None, None, None
 
 
-torch.library.define("fastshap::coalition_sum", "(Tensor features, Tensor bits, ScalarType dtype) -> Tensor")
-torch.library.define(
-    "fastshap::coalition_sum_backward", "(Tensor grad, Tensor bits, int players, ScalarType dtype) -> Tensor"
+@_library.define(
+    "coalition_sum",
+    "(Tensor features, Tensor bits, ScalarType dtype) -> Tensor",
 )
-
-
-@torch.library.register_fake("fastshap::coalition_sum")
 def _fake(features: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     return features.new_empty((features.shape[0], bits.shape[1], features.shape[2]), dtype=dtype)
 
 
-@torch.library.register_fake("fastshap::coalition_sum_backward")
+@_library.define(
+    "coalition_sum_backward",
+    "(Tensor grad, Tensor bits, int players, ScalarType dtype) -> Tensor",
+)
 def _fake_backward(grad: Tensor, bits: Tensor, players: int, dtype: torch.dtype) -> Tensor:
     return grad.new_empty((grad.shape[0], players, grad.shape[2]), dtype=dtype)
 
 
-torch.library.register_autograd(
-    "fastshap::coalition_sum", CoalitionSum.backward, setup_context=CoalitionSum.setup_context
-)
-torch.library.register_autograd(
-    "fastshap::coalition_sum_backward",
-    CoalitionSumBackward.backward,
-    setup_context=CoalitionSumBackward.setup_context,
-)
+_library.register_autograd("coalition_sum", CoalitionSum)
+_library.register_autograd("coalition_sum_backward", CoalitionSumBackward)

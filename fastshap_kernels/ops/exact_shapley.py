@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backend, _checks
+from .. import _backend, _checks, _library
 from ..reference import exact_shapley as reference
 
+_KERNELS = ("cuda", "triton", "cpu")
 _MAX_PLAYERS = 20
 
 
@@ -21,7 +22,7 @@ def exact_shapley(values: Tensor, *, backend: str | None = None) -> Tensor:
     Args:
         values (float16, bfloat16, float32, float64): (..., 2^P, K), v(S) for every coalition and class, 1 ≤ P ≤ 20;
             player p is present in the coalitions whose index has bit p set: index 0 is v(∅), the last one v(N).
-        backend: "reference" or "cpu"; default the best available.
+        backend: "reference", "cpu", "triton" or "cuda"; default the best available.
 
     Returns:
         (..., P, K) Shapley values in the dtype of `values`. Every dtype is summed in float64 and rounded once,
@@ -37,9 +38,10 @@ def exact_shapley(values: Tensor, *, backend: str | None = None) -> Tensor:
     """
     op = "exact_shapley"
     _check_values(op, values)
-    if _backend.select(op, values.device, backend) == "reference":
+    served_by = _backend.select(op, values.device, backend, _KERNELS)
+    if served_by == "reference":
         return reference.exact_shapley(values)
-    return ExactShapley.apply(values)
+    return ExactShapley.apply(values, _library.namespace(served_by))
 
 
 def _check_values(op: str, values: object) -> None:
@@ -63,27 +65,25 @@ class ExactShapley(torch.autograd.Function):
     """Autograd face of `fastshap::exact_shapley`."""
 
     @staticmethod
-    def forward(values: Tensor) -> Tensor:
-        return torch.ops.fastshap.exact_shapley(values)
+    def forward(values: Tensor, namespace: str) -> Tensor:
+        return _library.kernels(namespace).exact_shapley(values)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.players = reference.players_of(inputs[0])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # The map is linear and its gradient rare: the transposed product of the reference will do.
-        return (reference.coefficients(ctx.players, grad.device).T @ grad.double()).to(grad.dtype)
+        return (reference.coefficients(ctx.players, grad.device).T @ grad.double()).to(grad.dtype), None
 
 
-torch.library.define("fastshap::exact_shapley", "(Tensor values) -> Tensor")
-
-
-@torch.library.register_fake("fastshap::exact_shapley")
+@_library.define(
+    "exact_shapley",
+    "(Tensor values) -> Tensor",
+)
 def _fake(values: Tensor) -> Tensor:
     return values.new_empty((*values.shape[:-2], reference.players_of(values), values.shape[-1]))
 
 
-torch.library.register_autograd(
-    "fastshap::exact_shapley", ExactShapley.backward, setup_context=ExactShapley.setup_context
-)
+_library.register_autograd("exact_shapley", ExactShapley)

@@ -54,7 +54,7 @@ def kernel_shap(
     Raises:
         ValueError: if shapes or dtypes do not match, or the coalitions of an image do not determine its Shapley
             values (inside torch.compile that image is NaN instead).
-        RuntimeError: if the backend "cpu" was chosen.
+        RuntimeError: if another backend was chosen.
 
     Deterministic: yes.
 
@@ -64,7 +64,7 @@ def kernel_shap(
     op = "kernel_shap"
     _check_arguments(op, bits, values, null, grand, players)
     weights = _normalized_weights(op, weights, values)
-    _backend.select(op, values.device, backend, compiled=False)
+    _backend.select(op, values.device, backend, ())
     phi, standard_error, is_regular = reference.kernel_shap(
         bits,
         values.double(),

@@ -48,7 +48,7 @@ def linear_shapley_loss(
         normalization: "none" or "additive".
         reduction: "mean" over B, M and K (NaN where there is nothing to average, as in PyTorch), "sum", or "none":
             (B, M), the mean over K.
-        backend: "reference" or "cpu"; default the best available.
+        backend: "reference", "cpu", "triton" or "cuda"; default the best available.
 
     Returns:
         the loss, () or (B, M), float32 or float64. Gradients flow to every floating argument.

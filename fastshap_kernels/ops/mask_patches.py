@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backend, _checks
+from .. import _backend, _checks, _library
 from ..reference import mask_patches as reference
 
+_KERNELS = ("cuda", "triton", "cpu")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -34,7 +35,7 @@ def mask_patches(
         grid: (h, w), patches per column and per row; h divides H, w divides W.
         baseline: a number, or a tensor (C,), (C, H, W) or (B, C, H, W) in the unit of `images`.
         dtype: dtype of the result; default that of `images`.
-        backend: "reference" or "cpu"; default the best available.
+        backend: "reference", "cpu", "triton" or "cuda"; default the best available.
 
     Returns:
         (B·M, C, H, W) in the memory format of `images`: the coalitions of image b are rows b·M … b·M + M − 1.
@@ -55,10 +56,12 @@ def mask_patches(
         _checks.fail(op, "dtype", "float16, bfloat16, float32 or float64", dtype)
     baseline_images = _expand_baseline(images, baseline)
     convertible = dtype == images.dtype or images.dtype == torch.float32
-    unsupported = None if convertible else f"it converts float32 only, and `images` is {images.dtype}"
-    if _backend.select(op, images.device, backend, unsupported=unsupported) == "reference":
+    reason = f"it converts float32 only, and `images` is {images.dtype}"
+    unsupported = {} if convertible else dict.fromkeys(_KERNELS, reason)
+    served_by = _backend.select(op, images.device, backend, _KERNELS, unsupported=unsupported)
+    if served_by == "reference":
         return reference.mask_patches(images, bits, baseline_images, (grid[0], grid[1]), dtype)
-    return MaskPatches.apply(images, bits, baseline_images, grid[0], grid[1], dtype)
+    return MaskPatches.apply(images, bits, baseline_images, grid[0], grid[1], dtype, _library.namespace(served_by))
 
 
 def _check_grid(images: Tensor, grid: object) -> None:
@@ -102,12 +105,14 @@ class MaskPatches(torch.autograd.Function):
     """Autograd face of `fastshap::mask_patches`."""
 
     @staticmethod
-    def forward(images: Tensor, bits: Tensor, baseline: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        return torch.ops.fastshap.mask_patches(images, bits, baseline, rows, columns, dtype)
+    def forward(
+        images: Tensor, bits: Tensor, baseline: Tensor, rows: int, columns: int, dtype: torch.dtype, namespace: str
+    ) -> Tensor:
+        return _library.kernels(namespace).mask_patches(images, bits, baseline, rows, columns, dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        images, bits, baseline, rows, columns, _ = inputs
+        images, bits, baseline, rows, columns, _, ctx.namespace = inputs
         ctx.save_for_backward(bits)
         ctx.grid = (rows, columns)
         ctx.dtype = images.dtype
@@ -116,36 +121,33 @@ class MaskPatches(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (bits,) = ctx.saved_tensors
+        kernels = _library.kernels(ctx.namespace)
         grad_images = grad_baseline = None
         if ctx.needs_input_grad[0]:
-            grad_images = torch.ops.fastshap.mask_patches_backward(grad, bits, *ctx.grid, True, ctx.dtype)
+            grad_images = kernels.mask_patches_backward(grad, bits, *ctx.grid, True, ctx.dtype)
         if ctx.needs_input_grad[2]:
-            grad_baseline = torch.ops.fastshap.mask_patches_backward(grad, bits, *ctx.grid, False, ctx.dtype)
+            grad_baseline = kernels.mask_patches_backward(grad, bits, *ctx.grid, False, ctx.dtype)
             if ctx.shared_baseline:
                 grad_baseline = grad_baseline.sum(0, keepdim=True)
-        return grad_images, None, grad_baseline, None, None, None
+        return grad_images, None, grad_baseline, None, None, None, None
 
 
-torch.library.define(
-    "fastshap::mask_patches",
+@_library.define(
+    "mask_patches",
     "(Tensor images, Tensor bits, Tensor baseline, int rows, int columns, ScalarType dtype) -> Tensor",
 )
-torch.library.define(
-    "fastshap::mask_patches_backward",
-    "(Tensor grad, Tensor bits, int rows, int columns, bool present, ScalarType dtype) -> Tensor",
-)
-
-
-@torch.library.register_fake("fastshap::mask_patches")
 def _fake(images: Tensor, bits: Tensor, baseline: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     shape = (images.shape[0] * bits.shape[1], *images.shape[1:])
     return torch.empty(shape, dtype=dtype, device=images.device, memory_format=reference.memory_format(images))
 
 
-@torch.library.register_fake("fastshap::mask_patches_backward")
+@_library.define(
+    "mask_patches_backward",
+    "(Tensor grad, Tensor bits, int rows, int columns, bool present, ScalarType dtype) -> Tensor",
+)
 def _fake_backward(grad: Tensor, bits: Tensor, rows: int, columns: int, present: bool, dtype: torch.dtype) -> Tensor:
     shape = (bits.shape[0], *grad.shape[1:])
     return torch.empty(shape, dtype=dtype, device=grad.device, memory_format=reference.memory_format(grad))
 
 
-torch.library.register_autograd("fastshap::mask_patches", MaskPatches.backward, setup_context=MaskPatches.setup_context)
+_library.register_autograd("mask_patches", MaskPatches)

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backend, _checks
+from .. import _backend, _checks, _library
 from ..reference import pack_tokens as reference
+
+_KERNELS = ("cuda", "triton", "cpu")
 
 
 def pack_tokens(
@@ -26,7 +28,7 @@ def pack_tokens(
         paired: a promise that coalitions 2j and 2j + 1 of an image are complements (M even). The number of rows,
             T = B · (M / 2) · (P + 2Q), then follows from the shapes: no wait for the device, and
             torch.compile(fullgraph=True) works. Without it T is counted from the bits.
-        backend: "reference" or "cpu"; default the best available.
+        backend: "reference", "cpu", "triton" or "cuda"; default the best available.
 
     Returns:
         rows (T, D), cu_seqlens int32 (B·M + 1) with the first row of each sequence and T at its end, and
@@ -48,10 +50,11 @@ def pack_tokens(
     _checks.check_bits(op, bits, players, tokens)
     if paired and bits.shape[1] % 2:
         _checks.fail(op, "bits", "pairs of complements (M even), since `paired` is True", bits)
-    if _backend.select(op, tokens.device, backend) == "reference":
+    served_by = _backend.select(op, tokens.device, backend, _KERNELS)
+    if served_by == "reference":
         rows, cu_seqlens = _reference(tokens, bits, prefix, paired)
     else:
-        rows, cu_seqlens = PackTokens.apply(tokens, bits, prefix, paired)
+        rows, cu_seqlens = PackTokens.apply(tokens, bits, prefix, paired, _library.namespace(served_by))
     return rows, cu_seqlens, length
 
 
@@ -80,12 +83,12 @@ class PackTokens(torch.autograd.Function):
     """Autograd face of `fastshap::pack_tokens`."""
 
     @staticmethod
-    def forward(tokens: Tensor, bits: Tensor, prefix: int, paired: bool) -> tuple[Tensor, Tensor]:
-        return torch.ops.fastshap.pack_tokens(tokens, bits, prefix, paired)
+    def forward(tokens: Tensor, bits: Tensor, prefix: int, paired: bool, namespace: str) -> tuple[Tensor, Tensor]:
+        return _library.kernels(namespace).pack_tokens(tokens, bits, prefix, paired)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        tokens, bits, prefix, _ = inputs
+        tokens, bits, prefix, _, ctx.namespace = inputs
         ctx.save_for_backward(bits, output[1])
         ctx.mark_non_differentiable(output[1])
         ctx.prefix = prefix
@@ -94,27 +97,27 @@ class PackTokens(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         bits, cu_seqlens = ctx.saved_tensors
-        return torch.ops.fastshap.pack_tokens_backward(grad, bits, cu_seqlens, ctx.prefix, ctx.length), None, None, None
+        kernels = _library.kernels(ctx.namespace)
+        grad_tokens = kernels.pack_tokens_backward(grad, bits, cu_seqlens, ctx.prefix, ctx.length)
+        return grad_tokens, None, None, None, None
 
 
-torch.library.define(
-    "fastshap::pack_tokens", "(Tensor tokens, Tensor bits, int prefix, bool paired) -> (Tensor rows, Tensor cu_seqlens)"
+@_library.define(
+    "pack_tokens",
+    "(Tensor tokens, Tensor bits, int prefix, bool paired) -> (Tensor rows, Tensor cu_seqlens)",
 )
-torch.library.define(
-    "fastshap::pack_tokens_backward", "(Tensor grad, Tensor bits, Tensor cu_seqlens, int prefix, int length) -> Tensor"
-)
-
-
-@torch.library.register_fake("fastshap::pack_tokens")
 def _fake(tokens: Tensor, bits: Tensor, prefix: int, paired: bool) -> tuple[Tensor, Tensor]:
     total = _paired_total(bits, tokens.shape[1], prefix) if paired else torch.library.get_ctx().new_dynamic_size()
     cu_seqlens = bits.new_empty(bits.shape[0] * bits.shape[1] + 1)
     return tokens.new_empty(total, tokens.shape[2]), cu_seqlens
 
 
-@torch.library.register_fake("fastshap::pack_tokens_backward")
+@_library.define(
+    "pack_tokens_backward",
+    "(Tensor grad, Tensor bits, Tensor cu_seqlens, int prefix, int length) -> Tensor",
+)
 def _fake_backward(grad: Tensor, bits: Tensor, cu_seqlens: Tensor, prefix: int, length: int) -> Tensor:
     return grad.new_empty(bits.shape[0], length, grad.shape[1])
 
 
-torch.library.register_autograd("fastshap::pack_tokens", PackTokens.backward, setup_context=PackTokens.setup_context)
+_library.register_autograd("pack_tokens", PackTokens)

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backend, _checks
+from .. import _backend, _checks, _library
 from ..reference import packed_attention as reference
+
+_KERNELS = ("triton", "cpu")
 
 
 def packed_attention(
@@ -24,7 +26,7 @@ def packed_attention(
         cu_seqlens (int32): (S + 1) first row of each sequence, and T at its end; sequences may be empty.
         max_seqlen: no sequence is longer; an upper bound will do.
         scale: default head_dim^(−1/2).
-        backend: "reference" or "cpu"; default the best available.
+        backend: "reference", "cpu", "triton" or "cuda"; default the best available.
 
     Returns:
         (T, heads, head_dim). Gradients flow to `qkv`.
@@ -47,22 +49,25 @@ def packed_attention(
         scale = float(qkv.shape[3]) ** -0.5
     elif isinstance(scale, bool) or not isinstance(scale, int | float):
         _checks.fail(op, "scale", "a number", scale)
-    if _backend.select(op, qkv.device, backend) == "reference":
+    served_by = _backend.select(op, qkv.device, backend, _KERNELS)
+    if served_by == "reference":
         _checks.check_boundaries(op, cu_seqlens, int(qkv.shape[0]), max_seqlen)
         return reference.packed_attention(qkv, cu_seqlens, max_seqlen, float(scale))
-    return PackedAttention.apply(qkv, cu_seqlens, max_seqlen, float(scale))[0]
+    return PackedAttention.apply(qkv, cu_seqlens, max_seqlen, float(scale), _library.namespace(served_by))[0]
 
 
 class PackedAttention(torch.autograd.Function):
     """Autograd face of `fastshap::packed_attention`."""
 
     @staticmethod
-    def forward(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> tuple[Tensor, Tensor]:
-        return torch.ops.fastshap.packed_attention(qkv, cu_seqlens, max_seqlen, scale)
+    def forward(
+        qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, namespace: str
+    ) -> tuple[Tensor, Tensor]:
+        return _library.kernels(namespace).packed_attention(qkv, cu_seqlens, max_seqlen, scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        qkv, cu_seqlens, max_seqlen, scale = inputs
+        qkv, cu_seqlens, max_seqlen, scale, ctx.namespace = inputs
         ctx.save_for_backward(qkv, cu_seqlens, output[1])
         ctx.mark_non_differentiable(output[1])
         ctx.max_seqlen = max_seqlen
@@ -71,36 +76,30 @@ class PackedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         qkv, cu_seqlens, logsumexp = ctx.saved_tensors
-        grad_qkv = torch.ops.fastshap.packed_attention_backward(
+        grad_qkv = _library.kernels(ctx.namespace).packed_attention_backward(
             grad, qkv, cu_seqlens, ctx.max_seqlen, logsumexp, ctx.scale
         )
-        return grad_qkv, None, None, None
+        return grad_qkv, None, None, None, None
 
 
-torch.library.define(
-    "fastshap::packed_attention",
+@_library.define(
+    "packed_attention",
     "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale) -> (Tensor out, Tensor logsumexp)",
 )
-torch.library.define(
-    "fastshap::packed_attention_backward",
-    "(Tensor grad, Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, Tensor logsumexp, float scale) -> Tensor",
-)
-
-
-@torch.library.register_fake("fastshap::packed_attention")
 def _fake(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> tuple[Tensor, Tensor]:
     total, _, heads, head_dim = qkv.shape
     precise = torch.promote_types(qkv.dtype, torch.float32)
     return qkv.new_empty(total, heads, head_dim), qkv.new_empty(total, heads, dtype=precise)
 
 
-@torch.library.register_fake("fastshap::packed_attention_backward")
+@_library.define(
+    "packed_attention_backward",
+    "(Tensor grad, Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, Tensor logsumexp, float scale) -> Tensor",
+)
 def _fake_backward(
     grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, logsumexp: Tensor, scale: float
 ) -> Tensor:
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 
-torch.library.register_autograd(
-    "fastshap::packed_attention", PackedAttention.backward, setup_context=PackedAttention.setup_context
-)
+_library.register_autograd("packed_attention", PackedAttention)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _backend, _checks
+from .. import _backend, _checks, _library
 from ..reference import sample_coalitions as reference
 
+_KERNELS = ("cuda", "triton", "cpu")
 _SIZES = ("shapley", "uniform")
 _tables: dict[tuple[int, str, torch.device], Tensor] = {}
 
@@ -45,7 +46,7 @@ def sample_coalitions(
             one is alone when M is odd. Each has the same distribution as an unpaired one.
         sizes: "shapley", p(s) ∝ 1 / (s(P − s)), or "uniform", each size from 1 to P − 1 alike.
         device: where the result lies; default the current default device.
-        backend: "reference" or "cpu"; default the best available.
+        backend: "reference", "cpu", "triton" or "cuda"; default the best available.
 
     Returns:
         int32 (B, M, ceil(P / 32)), player p being bit p % 32 of word p // 32; unused high bits are 0. No gradient.
@@ -66,11 +67,13 @@ def sample_coalitions(
     if sizes not in _SIZES:
         _checks.fail(op, "sizes", '"shapley" or "uniform"', sizes)
     thresholds = _size_thresholds(players, sizes, _resolve_device(device))
-    if _backend.select(op, thresholds.device, backend) == "reference":
+    served_by = _backend.select(op, thresholds.device, backend, _KERNELS)
+    if served_by == "reference":
         return reference.sample_coalitions(thresholds, batch, coalitions, players, seed, offset, paired)
     # The dispatcher's whole numbers are signed: the kernel reads the same 64 bits unsigned.
     signed_seed = seed - 2**64 if seed >= 2**63 else seed
-    return torch.ops.fastshap.sample_coalitions(thresholds, batch, coalitions, players, signed_seed, offset, paired)
+    kernels = _library.kernels(_library.namespace(served_by))
+    return kernels.sample_coalitions(thresholds, batch, coalitions, players, signed_seed, offset, paired)
 
 
 def _check_counts(batch: int, coalitions: int, players: int, seed: int, offset: int) -> None:
@@ -115,13 +118,12 @@ _size_thresholds._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # The table of thresholds is a tensor so that it, and nothing else, says which device's kernel is meant.
-torch.library.define(
-    "fastshap::sample_coalitions",
+
+
+@_library.define(
+    "sample_coalitions",
     "(Tensor thresholds, SymInt batch, SymInt coalitions, int players, int seed, SymInt offset, bool paired) -> Tensor",
 )
-
-
-@torch.library.register_fake("fastshap::sample_coalitions")
 def _fake(
     thresholds: Tensor, batch: int, coalitions: int, players: int, seed: int, offset: int, paired: bool
 ) -> Tensor:

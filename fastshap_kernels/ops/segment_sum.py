@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backend, _checks
+from .. import _backend, _checks, _library
 from ..reference import segment_sum as reference
+
+_KERNELS = ("cuda", "triton", "cpu")
 
 
 def segment_sum(rows: Tensor, cu_seqlens: Tensor, prefix: int = 0, *, backend: str | None = None) -> Tensor:
@@ -20,7 +22,7 @@ def segment_sum(rows: Tensor, cu_seqlens: Tensor, prefix: int = 0, *, backend: s
         rows (float16, bfloat16, float32, float64): (T, D) packed sequences.
         cu_seqlens (int32): (S + 1) first row of each sequence, and T at its end.
         prefix: Q ≥ 0, rows at the start of each sequence that are left out.
-        backend: "reference" or "cpu"; default the best available.
+        backend: "reference", "cpu", "triton" or "cuda"; default the best available.
 
     Returns:
         (S, D) in the dtype of `rows`, summed in float32 (float64 for float64). Gradients flow to `rows`.
@@ -37,22 +39,23 @@ def segment_sum(rows: Tensor, cu_seqlens: Tensor, prefix: int = 0, *, backend: s
     _checks.check_tensor(op, "rows", rows, "(T, D)", 2)
     _checks.check_count(op, "prefix", prefix, 0, 2**31 - 1)
     _checks.check_cu_seqlens(op, cu_seqlens, rows)
-    if _backend.select(op, rows.device, backend) == "reference":
+    served_by = _backend.select(op, rows.device, backend, _KERNELS)
+    if served_by == "reference":
         _checks.check_boundaries(op, cu_seqlens, int(rows.shape[0]))
         return reference.segment_sum(rows, cu_seqlens, prefix)
-    return SegmentSum.apply(rows, cu_seqlens, prefix)
+    return SegmentSum.apply(rows, cu_seqlens, prefix, _library.namespace(served_by))
 
 
 class SegmentSum(torch.autograd.Function):
     """Autograd face of `fastshap::segment_sum`."""
 
     @staticmethod
-    def forward(rows: Tensor, cu_seqlens: Tensor, prefix: int) -> Tensor:
-        return torch.ops.fastshap.segment_sum(rows, cu_seqlens, prefix)
+    def forward(rows: Tensor, cu_seqlens: Tensor, prefix: int, namespace: str) -> Tensor:
+        return _library.kernels(namespace).segment_sum(rows, cu_seqlens, prefix)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        rows, cu_seqlens, prefix = inputs
+        rows, cu_seqlens, prefix, ctx.namespace = inputs
         ctx.save_for_backward(cu_seqlens)
         ctx.prefix = prefix
         ctx.total = rows.shape[0]
@@ -60,23 +63,24 @@ class SegmentSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (cu_seqlens,) = ctx.saved_tensors
-        return torch.ops.fastshap.segment_sum_backward(grad, cu_seqlens, ctx.prefix, ctx.total), None, None
+        kernels = _library.kernels(ctx.namespace)
+        return kernels.segment_sum_backward(grad, cu_seqlens, ctx.prefix, ctx.total), None, None, None
 
 
-torch.library.define("fastshap::segment_sum", "(Tensor rows, Tensor cu_seqlens, int prefix) -> Tensor")
-torch.library.define(
-    "fastshap::segment_sum_backward", "(Tensor grad, Tensor cu_seqlens, int prefix, SymInt total) -> Tensor"
+@_library.define(
+    "segment_sum",
+    "(Tensor rows, Tensor cu_seqlens, int prefix) -> Tensor",
 )
-
-
-@torch.library.register_fake("fastshap::segment_sum")
 def _fake(rows: Tensor, cu_seqlens: Tensor, prefix: int) -> Tensor:
     return rows.new_empty(cu_seqlens.shape[0] - 1, rows.shape[1])
 
 
-@torch.library.register_fake("fastshap::segment_sum_backward")
+@_library.define(
+    "segment_sum_backward",
+    "(Tensor grad, Tensor cu_seqlens, int prefix, SymInt total) -> Tensor",
+)
 def _fake_backward(grad: Tensor, cu_seqlens: Tensor, prefix: int, total: int) -> Tensor:
     return grad.new_empty(total, grad.shape[1])
 
 
-torch.library.register_autograd("fastshap::segment_sum", SegmentSum.backward, setup_context=SegmentSum.setup_context)
+_library.register_autograd("segment_sum", SegmentSum)

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backend, _checks
+from .. import _backend, _checks, _library
 from ..reference import coalition_sum as reference_sum
 from ..reference import shapley_regression_loss as reference
-from .coalition_sum import check_features, pool_compiled
+from .coalition_sum import check_features, pool_with
 
+_KERNELS = ("cuda", "triton", "cpu")
 NORMALIZATIONS = ("none", "additive")
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -51,7 +52,7 @@ def shapley_regression_loss(
         normalization: "none" or "additive".
         reduction: "mean" over B, M and K (NaN where there is nothing to average, as in PyTorch), "sum", or "none":
             (B, M), the mean over K.
-        backend: "reference" or "cpu"; default the best available.
+        backend: "reference", "cpu", "triton" or "cuda"; default the best available.
 
     Returns:
         the loss, () or (B, M), float32 or float64. Gradients flow to every floating argument.
@@ -69,13 +70,14 @@ def shapley_regression_loss(
     target, gain, weights = prepare_game(
         op, phi, phi.shape[2], bits, values, null, grand, weights, normalization, reduction
     )
-    if _backend.select(op, phi.device, backend) == "reference":
-        pool = reference_sum.coalition_sum
+    served_by = _backend.select(op, phi.device, backend, _KERNELS)
+    if served_by == "reference":
+        pool: reference_sum.Pool = reference_sum.coalition_sum
     elif gain is not None:
-        pool = pool_compiled
+        pool = pool_with(_library.namespace(served_by))
     else:
-        phi = phi.to(target.dtype) if target.dtype == torch.float64 else phi  # the kernel widens half precision only
-        _, errors = ShapleyRegressionLoss.apply(phi, bits, target)
+        phi = phi.to(target.dtype) if target.dtype == torch.float64 else phi  # the kernels widen half precision only
+        _, errors = ShapleyRegressionLoss.apply(phi, bits, target, _library.namespace(served_by))
         return reference.reduce(errors, phi.shape[2], weights, reduction)
     return reference.shapley_regression_loss(phi, bits, target, gain, weights, reduction, pool)
 
@@ -84,12 +86,12 @@ class ShapleyRegressionLoss(torch.autograd.Function):
     """Autograd face of `fastshap::shapley_regression_loss`."""
 
     @staticmethod
-    def forward(phi: Tensor, bits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ops.fastshap.shapley_regression_loss(phi, bits, target)
+    def forward(phi: Tensor, bits: Tensor, target: Tensor, namespace: str) -> tuple[Tensor, Tensor]:
+        return _library.kernels(namespace).shapley_regression_loss(phi, bits, target)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-        phi, bits, _ = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        phi, bits, _, ctx.namespace = inputs
         ctx.save_for_backward(bits, output[0])
         ctx.players = phi.shape[1]
         ctx.dtype = phi.dtype
@@ -103,30 +105,24 @@ class ShapleyRegressionLoss(torch.autograd.Function):
             of_errors = residual * (2 * grad_errors).unsqueeze(-1)
             grad = of_errors if grad is None else grad + of_errors
         if grad is None:
-            return None, None, None
+            return None, None, None, None
         grad_phi = grad_target = None
         if ctx.needs_input_grad[0]:
-            grad_phi = torch.ops.fastshap.coalition_sum_backward(grad, bits, ctx.players, ctx.dtype)
+            grad_phi = _library.kernels(ctx.namespace).coalition_sum_backward(grad, bits, ctx.players, ctx.dtype)
         if ctx.needs_input_grad[2]:
             grad_target = -grad
-        return grad_phi, None, grad_target
+        return grad_phi, None, grad_target, None
 
 
-torch.library.define(
-    "fastshap::shapley_regression_loss", "(Tensor phi, Tensor bits, Tensor target) -> (Tensor residual, Tensor errors)"
+@_library.define(
+    "shapley_regression_loss",
+    "(Tensor phi, Tensor bits, Tensor target) -> (Tensor residual, Tensor errors)",
 )
-
-
-@torch.library.register_fake("fastshap::shapley_regression_loss")
 def _fake(phi: Tensor, bits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return target.new_empty(target.shape), target.new_empty(target.shape[:2])
 
 
-torch.library.register_autograd(
-    "fastshap::shapley_regression_loss",
-    ShapleyRegressionLoss.backward,
-    setup_context=ShapleyRegressionLoss.setup_context,
-)
+_library.register_autograd("shapley_regression_loss", ShapleyRegressionLoss)
 
 
 def prepare_game(

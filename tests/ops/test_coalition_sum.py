@@ -1,10 +1,8 @@
 import pytest
 import torch
-from accuracy import DTYPES, PLAYERS, assert_accurate, random_bits
+from accuracy import BACKEND, BACKENDS, DTYPES, KERNELS, PLAYERS, assert_accurate, random_bits
 
 import fastshap_kernels as fk
-
-BACKENDS = ("reference", "cpu")
 
 
 def features_and_bits(generator, batch=3, coalitions=5, players=33, width=67, dtype=torch.float32):
@@ -34,7 +32,7 @@ def gradient(features, bits, cotangent, backend):
 def test_backends_agree(generator, players, dtype):
     features, bits = features_and_bits(generator, players=players)
     cotangent = torch.randn(3, 5, 67, generator=generator)
-    cases = [(dtype, "cpu"), (dtype, "reference"), (torch.float64, "reference")]
+    cases = [(dtype, BACKEND), (dtype, "reference"), (torch.float64, "reference")]
     assert_accurate(*[fk.coalition_sum(features.to(t), bits, backend=backend) for t, backend in cases])
     assert_accurate(*[gradient(features.to(t), bits, cotangent.to(t), backend) for t, backend in cases])
 
@@ -44,7 +42,7 @@ def test_backends_agree(generator, players, dtype):
 def test_sizes(generator, coalitions, width):
     features, bits = features_and_bits(generator, coalitions=coalitions, width=width)
     cotangent = torch.randn(3, coalitions, width, generator=generator)
-    cases = [(torch.float32, "cpu"), (torch.float32, "reference"), (torch.float64, "reference")]
+    cases = [(torch.float32, BACKEND), (torch.float32, "reference"), (torch.float64, "reference")]
     assert_accurate(*[fk.coalition_sum(features.to(t), bits, backend=backend) for t, backend in cases])
     assert_accurate(*[gradient(features.to(t), bits, cotangent.to(t), backend) for t, backend in cases])
 
@@ -131,9 +129,9 @@ def test_autocast_does_not_round(generator, backend):
 )
 def test_opcheck(generator, dtype, sums):
     features, bits = features_and_bits(generator, dtype=dtype)
-    torch.library.opcheck(torch.ops.fastshap.coalition_sum.default, (features.requires_grad_(), bits, sums))
+    torch.library.opcheck(KERNELS.coalition_sum.default, (features.requires_grad_(), bits, sums))
     grad = torch.randn(3, 5, 67, generator=generator, dtype=torch.float64).to(sums).requires_grad_()
-    torch.library.opcheck(torch.ops.fastshap.coalition_sum_backward.default, (grad, bits, 33, dtype))
+    torch.library.opcheck(KERNELS.coalition_sum_backward.default, (grad, bits, 33, dtype))
 
 
 def test_compiles_without_graph_breaks(generator):
@@ -153,7 +151,7 @@ def test_runs_and_thread_counts_give_the_same_bits(generator):
     cotangent = torch.randn(4, 33, 300, generator=generator)
 
     def results():
-        return fk.coalition_sum(features, bits), gradient(features, bits, cotangent, "cpu")
+        return fk.coalition_sum(features, bits), gradient(features, bits, cotangent, BACKEND)
 
     first = results()
     threads = torch.get_num_threads()

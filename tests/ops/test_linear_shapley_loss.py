@@ -1,12 +1,11 @@
 import pytest
 import torch
-from accuracy import DTYPES, PLAYERS, assert_accurate, random_bits
+from accuracy import BACKEND, BACKENDS, DTYPES, PLAYERS, assert_accurate, random_bits
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastshap_kernels as fk
 
-BACKENDS = ("reference", "cpu")
 REDUCTIONS = ("mean", "sum", "none")
 NORMALIZATIONS = ("none", "additive")
 
@@ -74,7 +73,7 @@ def test_backends_agree(generator, players, normalization, dtype):
 
         return loss_and_gradients(of_head, given, dtype, normalization=normalization, backend=backend)
 
-    cases = [(dtype, "cpu"), (dtype, "reference"), (torch.float64, "reference")]
+    cases = [(dtype, BACKEND), (dtype, "reference"), (torch.float64, "reference")]
     for ours, plain, exact in zip(*[results(*case) for case in cases], strict=True):
         assert_accurate(ours, plain, exact)
 

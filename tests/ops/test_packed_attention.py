@@ -1,6 +1,6 @@
 import pytest
 import torch
-from accuracy import DTYPES, PLAYERS, assert_accurate, random_bits
+from accuracy import BACKENDS, DTYPES, KERNELS, PLAYERS, assert_accurate, random_bits
 
 import fastshap_kernels as fk
 
@@ -35,7 +35,7 @@ def assert_accurate_everywhere(generator, lengths, heads, head_dim, dtype, scale
     cotangent = torch.randn(len(qkv), heads, head_dim, generator=generator, dtype=torch.float64).to(dtype)
     plain = output_and_gradient(lambda x: attend(x, lengths, scale), qkv, cotangent, dtype)
     exact = output_and_gradient(lambda x: attend(x, lengths, scale), qkv, cotangent, torch.float64)
-    for backend in ("reference", "cpu"):
+    for backend in BACKENDS:
         ours = output_and_gradient(
             lambda x, backend=backend: fk.packed_attention(x, cu_seqlens, max(lengths), scale=scale, backend=backend),
             qkv,
@@ -62,7 +62,7 @@ def test_scale(generator):
     assert_accurate_everywhere(generator, LENGTHS, 2, 8, torch.float32, scale=0.7)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_dropping_players_equals_masking_their_keys(generator, backend):
     batch, coalitions, players, prefix, heads, head_dim = 2, 4, 5, 1, 2, 8
     bits = random_bits(batch, coalitions, players, generator)
@@ -80,7 +80,7 @@ def test_dropping_players_equals_masking_their_keys(generator, backend):
     torch.testing.assert_close(pooled, dense.sum(2).flatten(0, 1), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_sequences_do_not_see_each_other(generator, backend):
     qkv, cu_seqlens = rows_and_boundaries(generator)
     spoiled = qkv.clone()
@@ -98,7 +98,7 @@ def test_sequences_do_not_see_each_other(generator, backend):
         assert other[5:22].isnan().all()
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [1e3, 1e15])
 def test_large_scores_do_not_overflow(generator, size, backend):
     qkv, cu_seqlens = rows_and_boundaries(generator)
@@ -120,7 +120,7 @@ def test_strided_and_expanded_inputs(generator):
     assert torch.equal(x.grad, y.grad)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0)])
 def test_empty(generator, lengths, backend):
     qkv, cu_seqlens = rows_and_boundaries(generator, lengths)
@@ -132,7 +132,7 @@ def test_empty(generator, lengths, backend):
 
 def test_gradcheck(generator):
     qkv, cu_seqlens = rows_and_boundaries(generator, (3, 0, 1, 2), 2, 2, torch.float64)
-    for backend in ("reference", "cpu"):
+    for backend in BACKENDS:
         torch.autograd.gradcheck(
             lambda x, backend=backend: fk.packed_attention(x, cu_seqlens, 3, backend=backend),
             qkv.clone().requires_grad_(),
@@ -141,10 +141,10 @@ def test_gradcheck(generator):
 
 def test_opcheck(generator):
     qkv, cu_seqlens = rows_and_boundaries(generator)
-    torch.library.opcheck(torch.ops.fastshap.packed_attention.default, (qkv.requires_grad_(), cu_seqlens, 50, 0.3))
+    torch.library.opcheck(KERNELS.packed_attention.default, (qkv.requires_grad_(), cu_seqlens, 50, 0.3))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_without_graph_breaks(generator, backend):
     qkv, cu_seqlens = rows_and_boundaries(generator)
 
@@ -189,7 +189,7 @@ def test_the_number_of_threads_does_not_change_the_bits(generator):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("boundaries", [[0, 3], [1, 4], [0, 3, 2, 4], [0, 5, 4], [0, -1, 4]])
 def test_boundaries_are_checked(boundaries, backend):
     cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
@@ -197,7 +197,7 @@ def test_boundaries_are_checked(boundaries, backend):
         fk.packed_attention(torch.zeros(4, 3, 2, 8), cu_seqlens, 4, backend=backend)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_max_seqlen_is_checked(generator, backend):
     qkv, cu_seqlens = rows_and_boundaries(generator)
     with pytest.raises(

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from accuracy import DTYPES, assert_accurate
+from accuracy import BACKEND, BACKENDS, DTYPES, KERNELS, assert_accurate
 
 import fastshap_kernels as fk
 
@@ -12,7 +12,7 @@ def rows_and_boundaries(generator, lengths=LENGTHS, width=5, dtype=torch.float32
     return torch.randn(sum(lengths), width, generator=generator, dtype=torch.float64).to(dtype), cu_seqlens
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("prefix", [0, 1, 5])
 @pytest.mark.parametrize("width", [1, 5, 130])
 def test_definition(generator, width, prefix, backend):
@@ -38,7 +38,7 @@ def test_backends_agree(generator, width, prefix, dtype):
     def plain(x):
         return torch.stack([sequence[prefix:].sum(0) for sequence in x.split(lengths)])
 
-    ours = run(dtype, lambda x: fk.segment_sum(x, cu_seqlens, prefix, backend="cpu"))
+    ours = run(dtype, lambda x: fk.segment_sum(x, cu_seqlens, prefix, backend=BACKEND))
     summed, reference = (
         run(dtype, plain),
         run(dtype, lambda x: fk.segment_sum(x, cu_seqlens, prefix, backend="reference")),
@@ -49,7 +49,7 @@ def test_backends_agree(generator, width, prefix, dtype):
 
 
 @pytest.mark.parametrize("rubbish", [float("nan"), float("inf"), 1e30])
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_prefix_rows_are_left_out_not_multiplied(generator, backend, rubbish):
     rows, cu_seqlens = rows_and_boundaries(generator)
     spoiled = rows.clone()
@@ -67,7 +67,7 @@ def test_strided_and_expanded_inputs(generator):
     assert torch.equal(x.grad, torch.ones_like(x))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0)])
 def test_empty(generator, lengths, backend):
     rows, cu_seqlens = rows_and_boundaries(generator, lengths)
@@ -79,7 +79,7 @@ def test_empty(generator, lengths, backend):
 
 def test_gradcheck(generator):
     rows, cu_seqlens = rows_and_boundaries(generator, (2, 0, 3), 2, torch.float64)
-    for backend in ("reference", "cpu"):
+    for backend in BACKENDS:
         torch.autograd.gradcheck(
             lambda x, backend=backend: fk.segment_sum(x, cu_seqlens, 1, backend=backend), rows.clone().requires_grad_()
         )
@@ -87,10 +87,10 @@ def test_gradcheck(generator):
 
 def test_opcheck(generator):
     rows, cu_seqlens = rows_and_boundaries(generator)
-    torch.library.opcheck(torch.ops.fastshap.segment_sum.default, (rows.requires_grad_(), cu_seqlens, 1))
+    torch.library.opcheck(KERNELS.segment_sum.default, (rows.requires_grad_(), cu_seqlens, 1))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_without_graph_breaks(generator, backend):
     rows, cu_seqlens = rows_and_boundaries(generator)
 
@@ -109,7 +109,7 @@ def test_five_runs_give_the_same_bits(generator):
     assert all(torch.equal(fk.segment_sum(rows, cu_seqlens, 1), first) for _ in range(4))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("boundaries", [[0, 3], [1, 4], [0, 3, 2, 4], [0, 5, 4], [0, -1, 4]])
 def test_boundaries_are_checked(boundaries, backend):
     cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)

@@ -1,10 +1,9 @@
 import pytest
 import torch
-from accuracy import DTYPES, PLAYERS, assert_accurate, random_bits
+from accuracy import BACKEND, BACKENDS, DTYPES, KERNELS, PLAYERS, assert_accurate, random_bits
 
 import fastshap_kernels as fk
 
-BACKENDS = ("reference", "cpu")
 REDUCTIONS = ("mean", "sum", "none")
 NORMALIZATIONS = ("none", "additive")
 
@@ -76,7 +75,7 @@ def test_backends_agree(generator, players, dtype, normalization):
         x if x.dtype == torch.int32 else x.to(dtype)
         for x in make_game(generator, coalitions=40, players=players, classes=9)
     ]
-    cases = [(dtype, "cpu"), (dtype, "reference"), (torch.float64, "reference")]
+    cases = [(dtype, BACKEND), (dtype, "reference"), (torch.float64, "reference")]
     for ours, plain, exact in zip(*[loss_and_gradients(game, t, normalization, b) for t, b in cases], strict=True):
         assert_accurate(ours, plain, exact)
 
@@ -194,7 +193,7 @@ def test_gradcheck(generator, normalization, backend):
 def test_opcheck(generator, dtype):
     phi, bits, target, *_ = make_game(generator, dtype=dtype)
     target = target.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
-    torch.library.opcheck(torch.ops.fastshap.shapley_regression_loss.default, (phi.requires_grad_(), bits, target))
+    torch.library.opcheck(KERNELS.shapley_regression_loss.default, (phi.requires_grad_(), bits, target))
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
@@ -212,9 +211,9 @@ def test_compiles_without_graph_breaks(generator, normalization):
 
 def test_five_runs_give_the_same_bits(generator):
     game = make_game(generator, classes=1100, dtype=torch.float32)
-    first = loss_and_gradients(game, torch.float32, "additive", "cpu")
+    first = loss_and_gradients(game, torch.float32, "additive", BACKEND)
     for _ in range(4):
-        again = loss_and_gradients(game, torch.float32, "additive", "cpu")
+        again = loss_and_gradients(game, torch.float32, "additive", BACKEND)
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 

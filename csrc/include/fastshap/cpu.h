@@ -1,15 +1,7 @@
-// What every CPU kernel needs: the stable tensor API, element types, bits and vector clones.
+// What every CPU kernel needs: vector clones, bits and huge pages.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/MemoryFormat.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
-#include <cstdint>
+#include "fastshap/tensor.h"
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -28,26 +20,6 @@
 
 namespace fastshap {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// Sums run in float, and in double for double.
-template <typename T>
-struct Accumulator {
-  using type = float;
-};
-template <>
-struct Accumulator<double> {
-  using type = double;
-};
-template <typename T>
-using accumulate_t = typename Accumulator<T>::type;
-
-FASTSHAP_INLINE int64_t words(int64_t players) { return (players + 31) / 32; }
-
 FASTSHAP_INLINE bool is_present(const int32_t* bits, int64_t player) {
   return (static_cast<uint32_t>(bits[player >> 5]) >> (player & 31)) & 1u;
 }
@@ -64,23 +36,6 @@ inline void use_huge_pages(const Tensor& fresh) {
   const uintptr_t first = (start + page - 1) / page * page, last = end / page * page;
   if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
-}
-
-// Calls `body.template operator()<T>()` with the C++ type of a floating dtype.
-template <typename Body>
-void dispatch_floating(ScalarType dtype, const char* op, Body&& body) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return body.template operator()<double>();
-    case ScalarType::Float:
-      return body.template operator()<float>();
-    case ScalarType::BFloat16:
-      return body.template operator()<BFloat16>();
-    case ScalarType::Half:
-      return body.template operator()<Half>();
-    default:
-      STD_TORCH_CHECK(false, op, ": float16, bfloat16, float32 or float64 expected");
-  }
 }
 
 }  // namespace fastshap

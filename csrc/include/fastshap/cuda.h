@@ -1,0 +1,64 @@
+// What every CUDA kernel needs: launches, bits, and 16-byte access to memory.
+#pragma once
+
+#include "fastshap/launch.h"
+
+namespace fastshap {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kVectorBytes = 16;  // the widest access of one thread
+
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The numbers of consecutive blocks are those of consecutive pieces of work: a 1-dimensional grid has no limit
+// that matters (y and z end at 65 535).
+__device__ inline int64_t thread_index() {
+  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+}
+
+__device__ inline bool is_present(const int32_t* bits, int64_t player) {
+  return (static_cast<uint32_t>(bits[player >> 5]) >> (player & 31)) & 1u;
+}
+
+// `size` neighbours in memory, moved in accesses of up to 16 bytes. Its address must be a multiple of `alignment`.
+template <typename T, int size>
+struct alignas(sizeof(T) * size < kVectorBytes ? sizeof(T) * size : kVectorBytes) Vector {
+  T values[size];
+};
+
+template <int size, typename T>
+__device__ inline Vector<T, size> load_vector(const T* from) {
+  return *reinterpret_cast<const Vector<T, size>*>(from);
+}
+
+template <int size, typename T>
+__device__ inline void store_vector(T* to, const Vector<T, size>& vector) {
+  *reinterpret_cast<Vector<T, size>*>(to) = vector;
+}
+
+// How many neighbours a thread may move at a time: the largest power of two up to `most` that divides `run`.
+inline int vector_size(int64_t run, int most) {
+  int size = most;
+  while (run % size != 0) size /= 2;
+  return size;
+}
+
+// Calls `body.template operator()<size>()` with a power of two up to 16 as a constant.
+template <typename Body>
+void dispatch_vector(int size, Body&& body) {
+  switch (size) {
+    case 16:
+      return body.template operator()<16>();
+    case 8:
+      return body.template operator()<8>();
+    case 4:
+      return body.template operator()<4>();
+    case 2:
+      return body.template operator()<2>();
+    default:
+      return body.template operator()<1>();
+  }
+}
+
+}  // namespace fastshap

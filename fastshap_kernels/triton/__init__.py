@@ -1,0 +1,30 @@
+"""Triton kernels, one op a file: they serve CUDA tensors with no compiler installed.
+
+Triton takes long to import: a file is imported when one of its operators first runs. Each defines functions of the
+operators' names, which check nothing (`ops/` does), make their outputs with torch and launch on the current stream.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+
+#: Each file and the operators that it serves.
+OPERATORS: dict[str, tuple[str, ...]] = {
+    "mask_patches": ("mask_patches", "mask_patches_backward"),
+}
+
+
+def _register(file: str, operator: str) -> None:
+    def run(*arguments: Any) -> Any:
+        return getattr(import_module(f"{__name__}.{file}"), operator)(*arguments)
+
+    # CPU tensors come here in Triton's interpreter only: `_backend` sees to that.
+    torch.library.impl(f"fastshap_triton::{operator}", ("cuda", "cpu"), run)
+
+
+for _file, _operators in OPERATORS.items():
+    for _operator in _operators:
+        _register(_file, _operator)
