@@ -2,6 +2,7 @@
 # make demo   train, explain and check a ViT and a CNN on digits: runs/demo/
 # make test   the tests, Triton's kernels in its interpreter and the CUDA ones on the processor included
 # make test-slow  the slow ones
+# make gate   compile every GPU kernel for every device and hold it to gate/budget.json
 # make lint   ruff, mypy, clang-format
 # make bench  every op beside plain PyTorch, written to bench/results/
 # make bench-digits  three seeds of the demo, both heads, written to bench/results/
@@ -17,7 +18,7 @@ EMULATED := $(CURDIR)/build/_C_cuda_emulated.so
 # Where there is no device, compiling for it is left to `make gate`.
 export FASTSHAP_SKIP_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,1)
 
-.PHONY: env build demo test test-main test-triton test-cuda test-slow lint format bench bench-digits clean
+.PHONY: env build demo test test-main test-triton test-cuda test-slow gate lint format bench bench-digits clean
 
 env: $(INSTALLED)
 
@@ -53,6 +54,10 @@ test-cuda: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# Every GPU kernel compiled for every device, with none of them here.
+gate: $(INSTALLED)
+	$(BIN)/python gate/compile_gate.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

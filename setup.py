@@ -29,7 +29,9 @@ ROOT = Path(__file__).parent
 # The oldest supported torch: nothing newer than its stable ABI is used.
 DEFINITIONS = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 CPU_FLAGS = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-psabi"]
-CUDA_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
+# The report of registers, shared memory and spills goes to a file beside each object.
+REPORT = ["-Xptxas", "-v,-warn-spills,-warn-lmem-usage"]
+CUDA_FLAGS = [*REPORT, "-std=c++20", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
 CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 
 
@@ -62,6 +64,15 @@ def architecture_flags(architectures: str) -> list[str]:
         if match[3]:
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags
+
+
+def compile_and_log(command: list[str], target: Path) -> None:
+    """Runs a compiler and keeps what it says in `target` with the suffix .log."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    target.with_suffix(".log").write_text(done.stdout)
+    if done.returncode:
+        target.unlink(missing_ok=True)
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}")
 
 
 class BuildLibraries(build_ext):
@@ -122,7 +133,7 @@ class BuildLibraries(build_ext):
             target.parent.mkdir(parents=True, exist_ok=True)
             newest = max(Path(path).stat().st_mtime for path in [source, *ext.depends])
             if self.force or not target.exists() or target.stat().st_mtime < newest:
-                self.spawn([str(home / "bin" / "nvcc"), *flags, "-c", source, "-o", str(target)])
+                compile_and_log([str(home / "bin" / "nvcc"), *flags, "-c", source, "-o", str(target)], target)
             return [str(target)]
 
         objects = self.in_parallel(compile_one, ext.sources)
