@@ -11,8 +11,8 @@ constexpr int kVectorBytes = 16;  // the widest access of one thread
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The numbers of consecutive blocks are those of consecutive pieces of work: a 1-dimensional grid has no limit
-// that matters (y and z end at 65 535).
+// The numbers of consecutive blocks are those of consecutive pieces of work: a 1-dimensional grid has no
+// limit that matters (y and z end at 65 535).
 __device__ inline int64_t thread_index() {
   return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
 }
@@ -21,7 +21,8 @@ __device__ inline bool is_present(const int32_t* bits, int64_t player) {
   return (static_cast<uint32_t>(bits[player >> 5]) >> (player & 31)) & 1u;
 }
 
-// `size` neighbours in memory, moved in accesses of up to 16 bytes. Its address must be a multiple of `alignment`.
+// `size` neighbours in memory, moved in accesses of up to 16 bytes. Its address must be a multiple of
+// `alignment`.
 template <typename T, int size>
 struct alignas(sizeof(T) * size < kVectorBytes ? sizeof(T) * size : kVectorBytes) Vector {
   T values[size];

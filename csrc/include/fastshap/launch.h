@@ -1,4 +1,5 @@
-// How a kernel starts on a CUDA device. tests/emulation/fastshap/launch.h replaces this file where there is none.
+// How a kernel starts on a CUDA device. tests/emulation/fastshap/launch.h replaces this file where there is
+// none.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,7 +1,7 @@
 // Runs CUDA kernels on the processor, so that their tests need no GPU: it takes the place of
 // csrc/include/fastshap/launch.h. A block's threads are fibers that take turns at barriers and warp exchanges
-// only, in rising or (FASTSHAP_EMULATE_ORDER=falling) falling order: what is right in both needs no more barriers.
-// Stricter than a GPU: a warp exchange needs all 32 lanes, a barrier all threads of the block.
+// only, in rising or (FASTSHAP_EMULATE_ORDER=falling) falling order: what is right in both needs no more
+// barriers. Stricter than a GPU: a warp exchange needs all 32 lanes, a barrier all threads of the block.
 #pragma once
 
 #include <ucontext.h>
@@ -51,8 +51,8 @@ struct Fiber {
   bool finished = false;
 };
 
-// What threads leave for one another: a barrier's count, and two sets of slots, because a lane that reads the last
-// exchange may still be waiting when the next one begins.
+// What threads leave for one another: a barrier's count, and two sets of slots, because a lane that reads the
+// last exchange may still be waiting when the next one begins.
 struct Barrier {
   int arrived = 0;
   int64_t generation = 0;
@@ -124,7 +124,8 @@ inline void run_block(Block& b, const char* op, bool falling) {
       swapcontext(&b.scheduler, &fiber.context);
       if (fiber.finished) --left;
     }
-    STD_TORCH_CHECK(left == 0 || b.events != before, op, ": a barrier or warp exchange that some threads never reach");
+    STD_TORCH_CHECK(left == 0 || b.events != before, op,
+                    ": a barrier or warp exchange that some threads never reach");
   }
 }
 
@@ -198,7 +199,8 @@ namespace fastshap {
 template <typename... Parameters, typename... Arguments>
 void launch(const char* op, void (*kernel)(Parameters...), const Tensor&, int64_t blocks, int threads,
             int64_t shared_bytes, Arguments... arguments) {
-  STD_TORCH_CHECK(threads % emulation::kLanes == 0 && threads <= 1024, op, ": whole warps, 1024 threads at most");
+  STD_TORCH_CHECK(threads % emulation::kLanes == 0 && threads <= 1024, op,
+                  ": whole warps, 1024 threads at most");
   STD_TORCH_CHECK(shared_bytes <= 99 * 1024, op, ": more shared memory than the smallest device has");
   const char* order = std::getenv("FASTSHAP_EMULATE_ORDER");
   const bool falling = order != nullptr && std::string(order) == "falling";
