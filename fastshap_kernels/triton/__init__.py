@@ -1,7 +1,8 @@
 """Triton kernels, one op a file: they serve CUDA tensors with no compiler installed.
 
 Triton takes long to import: a file is imported when one of its operators first runs. Each defines functions of the
-operators' names, which check nothing (`ops/` does), make their outputs with torch and launch on the current stream.
+operators' names, which check nothing (`ops/` does), make their outputs with torch and launch on the current stream. Launches say
+whether a product and a sum may become one operation, because Triton's default is changing.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ OPERATORS: dict[str, tuple[str, ...]] = {
 
 
 def _register(file: str, operator: str) -> None:
-    def run(*arguments: Any) -> Any:
-        return getattr(import_module(f"{__name__}.{file}"), operator)(*arguments)
+    def run(first: torch.Tensor, *arguments: Any) -> Any:
+        kernel = getattr(import_module(f"{__name__}.{file}"), operator)
+        # Triton launches on the current device, wherever the tensors are; on the CPU this does nothing.
+        with torch.cuda.device_of(first):
+            return kernel(first, *arguments)
 
     # CPU tensors come here in Triton's interpreter only: `_backend` sees to that.
     torch.library.impl(f"fastshap_triton::{operator}", ("cuda", "cpu"), run)

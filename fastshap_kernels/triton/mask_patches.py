@@ -126,6 +126,7 @@ def mask_patches(images: Tensor, bits: Tensor, baseline: Tensor, rows: int, colu
         CHANNELS_LAST=layout == torch.channels_last,
         COALITIONS=_COALITIONS,
         BLOCK=_BLOCK,
+        enable_fp_fusion=True,
     )
     return out
 
@@ -152,5 +153,6 @@ def mask_patches_backward(
         PRESENT=int(present),
         ACCUMULATE=tl.float64 if grad.dtype == torch.float64 else tl.float32,
         BLOCK=_BLOCK,
+        enable_fp_fusion=True,
     )
     return out
