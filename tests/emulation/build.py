@@ -1,4 +1,4 @@
-"""Compiles the CUDA kernels for the processor: python tests/emulation/build.py OUTPUT.so.
+"""Compiles the CUDA kernels for the processor: python tests/emulation/build.py OUTPUT.so [SOURCE.cu ...].
 
 FASTSHAP_EMULATE_CUDA=OUTPUT.so then makes the package's `cuda` backend serve CPU tensors with them.
 """
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 FLAGS = ["-std=c++20", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
 
 
-def build(output: Path) -> None:
+def build(output: Path, sources: list[Path]) -> None:
     package = Path(torch.__file__).parent
     includes = [ROOT / "tests" / "emulation", ROOT / "csrc" / "include", package / "include"]
     definitions = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
@@ -32,10 +32,11 @@ def build(output: Path) -> None:
         return target
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        objects = list(pool.map(compile_one, sorted((ROOT / "csrc" / "cuda").glob("*.cu"))))
+        objects = list(pool.map(compile_one, sources))
     libraries = [f"-L{package / 'lib'}", "-ltorch_cpu", "-ltorch"]
     subprocess.run([compiler, "-shared", *map(str, objects), *libraries, "-o", str(output)], check=True)
 
 
 if __name__ == "__main__":
-    build(Path(sys.argv[1]).resolve())
+    kernels = [Path(name) for name in sys.argv[2:]] or sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    build(Path(sys.argv[1]).resolve(), kernels)
