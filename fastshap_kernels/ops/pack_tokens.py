@@ -27,7 +27,8 @@ def pack_tokens(
         prefix: Q ≥ 0, tokens that never play: present in every sequence.
         paired: a promise that coalitions 2j and 2j + 1 of an image are complements (M even). The number of rows,
             T = B · (M / 2) · (P + 2Q), then follows from the shapes: no wait for the device, and
-            torch.compile(fullgraph=True) works. Without it T is counted from the bits.
+            torch.compile(fullgraph=True) works. Without it T is counted from the bits. A GPU does not check the
+            promise: its kernels take coalition 2j + 1 to be the complement of 2j.
         backend: "reference", "cpu", "triton" or "cuda"; default the best available.
 
     Returns:

@@ -15,6 +15,7 @@ import torch
 #: Each file and the operators that it serves.
 OPERATORS: dict[str, tuple[str, ...]] = {
     "mask_patches": ("mask_patches", "mask_patches_backward"),
+    "pack_tokens": ("pack_tokens", "pack_tokens_backward"),
 }
 
 

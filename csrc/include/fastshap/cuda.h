@@ -45,6 +45,24 @@ inline int vector_size(int64_t run, int most) {
   return size;
 }
 
+// The same for rows of `run` values, the first of which is at `start`: a slice may begin anywhere.
+template <typename T>
+int vector_size(int64_t run, const T* start) {
+  int size = vector_size(run, static_cast<int>(kVectorBytes / sizeof(T)));
+  while (reinterpret_cast<uintptr_t>(start) % (size * sizeof(T)) != 0) size /= 2;
+  return size;
+}
+
+// The sum over a warp, at every lane.
+template <typename T>
+__device__ inline T warp_sum(T value) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, distance);
+  }
+  return value;
+}
+
 // Calls `body.template operator()<size>()` with a power of two up to 16 as a constant.
 template <typename Body>
 void dispatch_vector(int size, Body&& body) {

@@ -36,4 +36,18 @@ void launch(const char* op, void (*kernel)(Parameters...), const Tensor& on, int
   STD_TORCH_CHECK(launched == cudaSuccess, op, ": ", cudaGetErrorString(launched));
 }
 
+// The number at `value` on the device of `on`. It waits for the device, which only a shape that hangs on data
+// is worth.
+inline int64_t read_back(const char* op, const int64_t* value, const Tensor& on) {
+  const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
+  int64_t result = 0;
+  cudaError_t read = cudaMemcpyAsync(&result, value, sizeof(result), cudaMemcpyDeviceToHost,
+                                     static_cast<cudaStream_t>(stream));
+  if (read == cudaSuccess) read = cudaStreamSynchronize(static_cast<cudaStream_t>(stream));
+  STD_TORCH_CHECK(read == cudaSuccess, op, ": ", cudaGetErrorString(read));
+  return result;
+}
+
 }  // namespace fastshap
