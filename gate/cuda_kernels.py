@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cases
+import kernel_cases
 from resources import Resources, cuobjdump
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +34,7 @@ def read(only: str | None) -> tuple[dict[str, dict[str, Resources]], list[str]]:
     """{architecture: {kernel: the most that any of its instantiations takes}}, and what their code lacks."""
     found: dict[str, dict[str, Resources]] = {}
     problems = []
-    wanted = dict(cases.CUDA)
+    wanted = dict(kernel_cases.CUDA)
     for log in sorted((BUILD / "csrc" / "cuda").glob("*.cu.log")):
         file = log.name.removesuffix(".cu.log")
         if only not in (None, file):

@@ -10,7 +10,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import cases
+import kernel_cases
 import torch
 import triton
 from resources import Resources, cuobjdump
@@ -90,7 +90,7 @@ def _compile(function: JITFunction, arguments: Any, named: Any, architecture: in
 
 def _compile_case(file: str, index: int) -> tuple[dict[str, dict[str, Resources]], list[str]]:
     """One case for every architecture: {architecture: {kernel: resources}} and what its code lacks."""
-    case = list(cases.TRITON[file]())[index]
+    case = list(kernel_cases.TRITON[file]())[index]
     with _Recorder() as recorder:
         case.call(torch.ops.fastshap_triton)
     found: dict[str, dict[str, Resources]] = {}
@@ -111,7 +111,12 @@ def _compile_case(file: str, index: int) -> tuple[dict[str, dict[str, Resources]
 
 def compile_all(only: str | None) -> Iterator[tuple[dict[str, dict[str, Resources]], list[str]]]:
     """Every case of every file of kernels, or of one."""
-    jobs = [(file, i) for file in cases.TRITON if only in (None, file) for i in range(len(list(cases.TRITON[file]())))]
+    jobs = [
+        (file, i)
+        for file in kernel_cases.TRITON
+        if only in (None, file)
+        for i in range(len(list(kernel_cases.TRITON[file]())))
+    ]
     # Not forked: torch's threads don't survive that.
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         yield from pool.map(_compile_case, *zip(*jobs, strict=True)) if jobs else ()

@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-import cases
 import compile_gate
 import cuda_kernels
+import kernel_cases
 import pytest
 from resources import Resources
 
@@ -36,7 +36,11 @@ def test_a_kernel_without_its_instruction_is_a_problem(monkeypatch):
     functions = {"6narrow": "LDG.E.64 R2", "4wide": "LDG.E.128 R4"}
     code = "".join(f"\n\tFunction : _ZN8fastshap{name}IfEEvPKf\n {line}\n" for name, line in functions.items())
     monkeypatch.setattr(cuda_kernels, "cuobjdump", lambda *arguments: code)
-    wanted = {"narrow": cases.WIDE_ACCESS, "wide": cases.WIDE_ACCESS, "elsewhere": cases.WIDE_ACCESS}
+    wanted = {
+        "narrow": kernel_cases.WIDE_ACCESS,
+        "wide": kernel_cases.WIDE_ACCESS,
+        "elsewhere": kernel_cases.WIDE_ACCESS,
+    }
     problems = cuda_kernels._missing_instructions(Path("x.o"), wanted)
     assert len(problems) == 1
     assert problems[0].startswith("cuda sm_90 narrow: no instruction like")
@@ -45,14 +49,14 @@ def test_a_kernel_without_its_instruction_is_a_problem(monkeypatch):
 
 @pytest.mark.parametrize("text", ["LDG.E.128 R4", "STG.E.128 [R2]", "LDG.E.128.CONSTANT R8", "STG.E.EF.128 R1"])
 def test_wide_accesses(text):
-    assert re.search(cases.WIDE_ACCESS, text)
-    assert not re.search(cases.WIDE_ACCESS, text.replace("128", "64"))
+    assert re.search(kernel_cases.WIDE_ACCESS, text)
+    assert not re.search(kernel_cases.WIDE_ACCESS, text.replace("128", "64"))
 
 
 @pytest.mark.parametrize("text", ["HMMA.16816.F32.BF16", "HGMMA.64x64x16.F32", "UTCHMMA gdesc", "WARPSYNC; HGMMA.x"])
 def test_matrix_instructions(text):
-    assert re.search(cases.MATRIX_UNITS, text)
-    assert not re.search(cases.MATRIX_UNITS, text.replace("MMA", "FMA"))
+    assert re.search(kernel_cases.MATRIX_UNITS, text)
+    assert not re.search(kernel_cases.MATRIX_UNITS, text.replace("MMA", "FMA"))
 
 
 def table(**kernels):
@@ -87,6 +91,6 @@ def test_spills_are_a_problem_whatever_the_budget_says(monkeypatch):
 def test_every_file_of_triton_kernels_has_cases():
     from fastshap_kernels.triton import OPERATORS
 
-    assert set(cases.TRITON) == set(OPERATORS)
-    for make in cases.TRITON.values():
+    assert set(kernel_cases.TRITON) == set(OPERATORS)
+    for make in kernel_cases.TRITON.values():
         assert list(make())

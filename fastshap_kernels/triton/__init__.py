@@ -1,8 +1,8 @@
 """Triton kernels, one op a file: they serve CUDA tensors with no compiler installed.
 
 Triton takes long to import: a file is imported when one of its operators first runs. Each defines functions of the
-operators' names, which check nothing (`ops/` does), make their outputs with torch and launch on the current stream. Launches say
-whether a product and a sum may become one operation, because Triton's default is changing.
+operators' names, which check nothing (`ops/` does), make their outputs with torch and launch on the current stream.
+Launches say whether a product and a sum may become one operation, because Triton's default is changing.
 """
 
 from __future__ import annotations
