@@ -7,6 +7,7 @@
 # make bench  every op beside plain PyTorch, written to bench/results/
 # make bench-digits  three seeds of the demo, both heads, written to bench/results/
 # make build  recompile the CPU library in place
+# make gpu    on a machine with a CUDA device: build, check and measure everything, in PYTHON as it is, no .venv
 
 PYTHON ?= python3
 VENV := .venv
@@ -18,7 +19,7 @@ EMULATED := $(CURDIR)/build/_C_cuda_emulated.so
 # Where there is no device, compiling for it is left to `make gate`.
 export FASTSHAP_SKIP_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,1)
 
-.PHONY: env build demo test test-main test-triton test-cuda test-slow gate lint format bench bench-digits clean
+.PHONY: env build demo test test-main test-triton test-cuda test-slow gate lint format bench bench-digits gpu clean
 
 env: $(INSTALLED)
 
@@ -79,6 +80,9 @@ RECORD := $(BIN)/python examples/digits.py --models {} --output runs/digits-{} -
 bench-digits: $(INSTALLED)
 	printf 'vit\ncnn\n' | xargs -P 2 -I{} sh -c '$(RECORD) --seeds 0 1 2 && $(RECORD) --heads votes'
 	$(BIN)/python bench/tables.py
+
+gpu:
+	$(PYTHON) bench/gpu_steps.py $(if $(OUTPUT),--output $(OUTPUT) --logs $(OUTPUT)/logs)
 
 clean:
 	rm -rf build dist runs *.egg-info fastshap_kernels/*.so

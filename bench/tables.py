@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import sys
@@ -63,6 +64,75 @@ def digits_table(results: list[dict[str, Any]]) -> str:
     )
 
 
+#: What the tables show of an op, and what they call it.
+BACKENDS = {"reference": "plain PyTorch", "cpu": "C++", "triton": "Triton", "cuda": "CUDA"}
+
+
+def kernels(op: Path) -> tuple[str, ...]:
+    """The `_KERNELS` of an op's file, read without importing it; those that it takes from another op's file."""
+    names = {}
+    for statement in ast.parse(op.read_text()).body:
+        if isinstance(statement, ast.Assign):
+            names |= {target.id: statement.value for target in statement.targets if isinstance(target, ast.Name)}
+        if isinstance(statement, ast.ImportFrom) and any(name.name == "select_pool" for name in statement.names):
+            names["_KERNELS"] = kernels(op.with_name(f"{statement.module}.py"))
+    found = names.get("_KERNELS", ())
+    return ast.literal_eval(found) if isinstance(found, ast.expr) else found
+
+
+def coverage_table() -> str:
+    """Which backends every op has."""
+    rows = []
+    for op in sorted((ROOT / "fastshap_kernels" / "ops").glob("[a-z]*.py")):
+        listed = ("reference", *kernels(op))
+        name = "`pack_bits`, `unpack_bits`" if op.stem == "pack_bits" else f"`{op.stem}`"
+        rows.append([name, *("yes" if backend in listed else "–" for backend in BACKENDS)])
+    return table(["op", *BACKENDS.values()], rows)
+
+
+def newest_gpu() -> dict[str, Any] | None:
+    """The latest results of a GPU; None where there are none."""
+    found = [json.loads(path.read_text()) for path in RESULTS.glob("*/*.json")]
+    complete = [results for results in found if results.get("rows") and "ceilings" in results]
+    return max(complete, key=lambda results: results["date"], default=None)
+
+
+def gpu_table(results: dict[str, Any] | None) -> str:
+    """The promises, and the times of every op's backends and rivals."""
+    if results is None:
+        return "No figure of a GPU has been measured yet. `make gpu` measures them."
+    promises = [
+        [f"`{bar['op']}`", bar["promise"], f"{bar['bar']:g}", f"{bar['measured']:.3g}", "yes" if bar["met"] else "no"]
+        for bar in results["bars"]
+    ]
+    found: dict[tuple[str, ...], dict[str, dict[str, dict[str, Any]]]] = {}
+    for row in results["rows"]:
+        modes = found.setdefault((row["op"], row["shape"], row["dtype"]), {}).setdefault(row["backend"], {})
+        modes[row["mode"]] = row
+    shown = {"triton": "Triton", "cuda": "CUDA", "reference": "plain PyTorch", "reference, compiled": "torch.compile"}
+    rows = []
+    for (op, shape, dtype), backends in found.items():
+        columns = [times(backends.get(name, {}), "ms_p50", ".3f") for name in shown]
+        others = [f"{name} {times(backends[name], 'ms_p50', '.3f')}" for name in backends if name not in shown]
+        shares = [times(backends.get(name, {}), "of_ceiling", ".0%") for name in ("triton", "cuda")]
+        rows.append([f"`{op}`", f"{shape}, {dtype}", *columns, "; ".join(others) or "–", *shares])
+    header = ["op", "shape", *shown.values(), "others", "Triton, of the ceiling", "CUDA, of the ceiling"]
+    ceilings = results["ceilings"]
+    about = (
+        f"Milliseconds forward / backward. {results['device']}, driver {results['driver']}, CUDA {results['cuda']}, "
+        f"torch {results['torch']}, Triton {results['triton']}, commit {results['commit']}; ceilings: copy "
+        f"{ceilings['copy_gb_s']:.0f} GB/s, bfloat16 products {ceilings['bfloat16_tflop_s']:.0f} TFLOP/s. "
+        "Made by `make gpu`, which keeps the method, memory and errors beside the times."
+    )
+    return "\n\n".join([table(["op", "promise", "bar", "measured", "met"], promises), table(header, rows), about])
+
+
+def times(modes: dict[str, dict[str, Any]], name: str, style: str) -> str:
+    """A field of the forward and backward rows; – where there is none."""
+    values = [modes[mode].get(name) for mode in ("forward", "backward") if mode in modes]
+    return " / ".join("–" if value is None else format(value, style) for value in values) or "–"
+
+
 def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
@@ -72,6 +142,8 @@ def render(text: str) -> str:
     tables = {
         "cpu": cpu_table(load("cpu")),
         "digits": digits_table([load("digits_vit"), load("digits_cnn")]),
+        "gpu": gpu_table(newest_gpu()),
+        "coverage": coverage_table(),
     }
     for name, body in tables.items():
         pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -1,0 +1,250 @@
+"""Measures every op on a GPU beside its rivals: python bench/gpu.py; results in bench/results/<device>/.
+
+The file is written after every row. `--resume` goes on with a file that exists; `--only OP` measures one op anew. A
+kernel that breaks the CUDA context is recorded with its error, and the measuring goes on in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_results import Results, summary
+from gpu_rows import ROOT, Provider, Row, floors, op_cases, op_checks, providers, rows
+from gpu_timer import Call, Timer, Times
+from torch import Tensor
+from torch._functorch import config as functorch
+
+import fastshap_kernels
+
+METHOD = (
+    "ms between CUDA events around one call: median, 20th and 80th percentile. Before it the device reads 256 MB, so "
+    "that no input is in its L2 cache, and spins until the host has queued the call, whose own time is host_ms. The "
+    "providers of a row go by turns in one process. forward keeps what backward needs. peak_mb: beyond the inputs, "
+    "with what the call returns, returned_mb. Bytes: each input read once and each output written once. floor_ms: the "
+    "larger of bytes at the speed of a copy of 1 GiB, and FLOPs at that of a product of 8192 x 8192 matrices in the "
+    "row's dtype; of_ceiling: floor_ms / ms_p50. max_error: largest difference from float64 over the largest value."
+)
+
+
+def run(*words: str) -> str:
+    """What a command prints; empty where it fails."""
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+
+
+def commit() -> str:
+    return os.environ.get("FASTSHAP_COMMIT") or run("git", "rev-parse", "--short", "HEAD") or "unknown"
+
+
+def default_path(folder: Path, device: torch.device) -> Path:
+    """<device>/<date>-<commit>.json."""
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    return folder / slug / f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}-{commit()}.json"
+
+
+def header(device: torch.device) -> dict[str, Any]:
+    try:
+        from triton import __version__ as triton_version
+    except ImportError:
+        triton_version = "none"
+    return {
+        "device": device_name(device),
+        "driver": run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "python": platform.python_version(),
+        "fastshap_kernels": fastshap_kernels.__version__,
+        "commit": commit(),
+        "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC",
+        "method": METHOD,
+    }
+
+
+def calls_of(provider: Provider, mode: str) -> tuple[Call, Callable[[], list[Tensor]]]:
+    """What is timed, and what gives the output and the gradients that the mode makes."""
+    if mode == "forward":
+        return provider.forward, lambda: [provider.forward().detach()]
+    out = provider.forward()
+    cotangent = op_checks.cotangents(out)
+
+    def backward() -> list[Tensor]:
+        return list(torch.autograd.grad(out, provider.leaves, cotangent, retain_graph=True))
+
+    def both() -> list[Tensor]:
+        again = provider.forward()
+        return [again.detach(), *torch.autograd.grad(again, provider.leaves, cotangent)]
+
+    return (both, both) if mode == "both" else (backward, lambda: [out.detach(), *backward()])
+
+
+def largest_error(outputs: list[Tensor], exact: list[Tensor], mode: str) -> float:
+    """Relative to the largest exact value; of bits, whether any differ."""
+    if not exact[0].is_floating_point():
+        return float(not torch.equal(outputs[0], exact[0]))
+    pairs = list(zip(outputs, exact, strict=False))[mode == "backward" :]
+    return max(float((x.double() - y).abs().max() / y.abs().max().clamp_min(1e-300)) for x, y in pairs)
+
+
+class Measuring:
+    """One run over the rows."""
+
+    def __init__(self, timer: Timer, results: Results) -> None:
+        self.timer, self.results = timer, results
+        self.ceilings: dict[str, float] = results.content["ceilings"]
+
+    def row(self, row: Row) -> None:
+        """Measures what the results don't have yet of a row."""
+        case = row.case(self.timer.device)
+        makers = providers(row, case)
+        built: dict[str, Provider] = {}
+        exact: list[Tensor] = []
+        for mode in row.modes:
+            about = {"op": row.op, "mode": mode, "dtype": str(row.dtype).removeprefix("torch."), "shape": row.shape}
+            missing = [name for name in makers if not self.results.has(about | {"backend": name})]
+            if not missing:
+                continue
+            exact = exact or op_checks.expected(case)
+            fields: dict[str, dict[str, Any]] = {name: {} for name in missing}
+            calls: dict[str, Call] = {}
+            for name in missing:
+                try:
+                    built[name] = built.get(name) or makers[name]()
+                    call, outputs = calls_of(built[name], mode)
+                    if built[name].align is not None:
+                        fields[name]["max_error"] = largest_error(built[name].align(outputs()), exact, mode)
+                    calls[name] = call
+                except Exception as error:
+                    self._fail(about | {"backend": name}, fields[name], error)
+            for name, times in self.timer.measure(calls).items():
+                if isinstance(times, Times):
+                    fields[name] = times.fields() | fields[name]
+                else:
+                    self._fail(about | {"backend": name}, fields[name], times)
+            for name, found in fields.items():
+                against = self._against_ceiling(row, case, mode, found["ms_p50"]) if "ms_p50" in found else {}
+                self.results.content["rows"].append(about | {"backend": name} | found | against)
+            self.results.write()
+
+    def _against_ceiling(self, row: Row, case: op_cases.Case, mode: str, milliseconds: float) -> dict[str, float]:
+        moved, flops = floors(row, case).get(mode, (0.0, 0.0))
+        matmul = self.ceilings.get(f"{str(row.dtype).removeprefix('torch.')}_tflop_s")
+        floor = max(moved / 1e6 / self.ceilings["copy_gb_s"], flops / 1e9 / matmul if matmul else 0.0)
+        found = {"gb_s": moved / 1e6 / milliseconds} if moved else {}
+        if flops:
+            found["tflop_s"] = flops / 1e9 / milliseconds
+        return found | ({"floor_ms": floor, "of_ceiling": floor / milliseconds} if floor else {})
+
+    def _fail(self, about: dict[str, Any], fields: dict[str, Any], error: Exception) -> None:
+        """Keeps the error; where the CUDA context is lost with it, goes on in a process of its own."""
+        fields["error"] = describe(error)
+        print(f"{about}: {fields['error']}", flush=True)
+        try:
+            torch.zeros(1, device=self.timer.device)
+            self.timer.synchronize()
+        except Exception:
+            self.results.content["rows"].append(about | fields)
+            self.results.write()
+            arguments = [*sys.argv, *([] if "--resume" in sys.argv else ["--resume"])]
+            os.execv(sys.executable, [sys.executable, *arguments])
+
+
+def warm_up(chosen: list[Row], device: torch.device) -> None:
+    """Fills the caches of Triton and torch.compile."""
+    for row in chosen:
+        for name, make in providers(row, row.case(device)).items():
+            try:
+                calls_of(make(), row.modes[-1])[0]()
+            except Exception as error:
+                print(f"{row.op}, {row.shape}, {name}: {describe(error)}", flush=True)
+        clean_up(device)
+
+
+def describe(error: Exception) -> str:
+    """Its kind and first line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
+
+
+def clean_up(device: torch.device) -> None:
+    """Frees what a row held."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def prepare(results: Results, timer: Timer, only: list[str], resume: bool, tiny: bool) -> None:
+    """The header; with the ceilings, measured once a file."""
+    if not resume:
+        for op in only or op_cases.MAKERS:
+            results.drop(op)
+    results.content |= header(timer.device)
+    if not (resume and "ceilings" in results.content):
+        results.content["ceilings"] = timer.ceilings(2**16, 64) if tiny else timer.ceilings()
+    results.write()
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results", help="folder, or a .json file")
+    parser.add_argument("--only", action="append", default=[], choices=list(op_cases.MAKERS), metavar="OP")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the file has")
+    parser.add_argument("--warm-up", action="store_true", help="compile everything, measure nothing")
+    parser.add_argument("--until", type=float, default=float("inf"), help="begin no row after this time.time()")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, to try this program itself")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    device = torch.device(options.device)
+    # A graph that is kept to time its backward pass alone must keep its buffers.
+    functorch.donated_buffer = False
+    chosen = [row for row in rows(options.tiny) if not options.only or row.op in options.only]
+    if options.warm_up:
+        warm_up(chosen, device)
+        return
+    path = options.output if options.output.suffix == ".json" else default_path(options.output, device)
+    timer = Timer(device, 0.01, 5) if options.tiny else Timer(device)
+    results = Results(path)
+    prepare(results, timer, options.only, options.resume, options.tiny)
+    measuring = Measuring(timer, results)
+    left_out = results.content["left_out"] = []
+    for row in chosen:
+        if time.time() > options.until:
+            left_out.append(f"{row.op}, {row.shape}, {row.dtype}: no time was left")
+            continue
+        try:
+            measuring.row(row)
+        except Exception as error:
+            left_out.append(f"{row.op}, {row.shape}, {row.dtype}: {describe(error)}")
+        clean_up(device)
+    results.write()
+    print(summary(results.content))
+    print("left out:", *left_out or ["nothing"], sep="\n")
+    print(path)
+    ours_failed = [r for r in results.content["rows"] if "error" in r and r["backend"] in ("triton", "cuda", "cpu")]
+    sys.exit(1 if left_out or ours_failed else 0)
+
+
+if __name__ == "__main__":
+    main()

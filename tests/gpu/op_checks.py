@@ -1,0 +1,85 @@
+"""What must hold of a case, wherever it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from accuracy import error
+from op_cases import Case
+from torch import Tensor
+
+
+def cotangents(out: Tensor) -> Tensor:
+    """What the gradient starts from."""
+    generator = torch.Generator(out.device).manual_seed(7)
+    return torch.randn(out.shape, generator=generator, dtype=torch.float32, device=out.device).to(out.dtype)
+
+
+def outputs(case: Case, backend: str, cotangent: Tensor | None = None) -> list[Tensor]:
+    """The output of a case and its gradients."""
+    return evaluate(case, lambda **tensors: case.call(backend, **tensors), cotangent)
+
+
+def evaluate(case: Case, function: Callable[..., Tensor], cotangent: Tensor | None = None) -> list[Tensor]:
+    """The output of any function of a case's inputs, and its gradients."""
+    tensors = {name: x.detach().requires_grad_(name in case.leaves) for name, x in case.tensors.items()}
+    out = function(**tensors)
+    if not case.leaves:
+        return [out]
+    cotangent = cotangents(out) if cotangent is None else cotangent.to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, [tensors[name] for name in case.leaves], cotangent)]
+
+
+@contextmanager
+def plain_pytorch() -> Iterator[None]:
+    """Not every operator of PyTorch has a deterministic version, which `_poisoned_memory` asks for."""
+    wanted = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(wanted)
+
+
+def expected(case: Case) -> list[Tensor]:
+    """In float64."""
+    with plain_pytorch():
+        return outputs(case.to(torch.float64), "reference", cotangents(case.call("reference", **case.tensors)))
+
+
+def check_accuracy(case: Case, backend: str) -> None:
+    """At most twice the error of plain PyTorch in the same dtype, forward and backward."""
+    ours = outputs(case, backend)
+    with plain_pytorch():
+        plain = outputs(case, "reference") if case.plain is None else evaluate(case, case.plain)
+    for mine, theirs, exact in zip(ours, plain, expected(case), strict=True):
+        if exact.is_floating_point():
+            assert_accurate(mine, theirs, exact)
+        else:
+            assert torch.equal(mine, exact)
+
+
+def assert_accurate(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """As in `accuracy`, with room for another order of a float32 sum of hundreds: plain PyTorch may be lucky."""
+    assert ours.shape == exact.shape
+    assert ours.dtype == plain.dtype
+    assert torch.isfinite(ours).all()
+    allowed = torch.finfo(ours.dtype).eps * (4 if ours.dtype == torch.float32 else 1)
+    measured = error(ours, exact)
+    plain_error = error(plain, exact)
+    assert measured <= 2 * plain_error + allowed, f"error {measured:.3g}, plain PyTorch's {plain_error:.3g}"
+
+
+def check_repeatable(case: Case, backend: str) -> None:
+    """Five runs give the same bits."""
+    first = outputs(case, backend)
+    for _ in range(4):
+        assert_same(outputs(case, backend), first)
+
+
+def assert_same(ours: list[Tensor], wanted: list[Tensor]) -> None:
+    """The same bits."""
+    for one, other in zip(ours, wanted, strict=True):
+        assert torch.equal(one, other)

@@ -1,0 +1,25 @@
+"""Every op and backend once, small, forward and backward: under compute-sanitizer, by bench/gpu_steps.py."""
+
+import sys
+
+import op_cases
+import op_checks
+import torch
+
+
+def main() -> None:
+    failures = 0
+    for op in sys.argv[1:] or op_cases.MAKERS:
+        for backend in op_cases.backends(op, "triton", "cuda"):
+            try:
+                op_checks.outputs(op_cases.make(op, 0, torch.bfloat16, "cuda"), backend)
+                torch.cuda.synchronize()
+                print(op, backend, flush=True)
+            except Exception as error:
+                failures += 1
+                print(op, backend, "failed:", error, flush=True)
+    sys.exit(min(failures, 1))
+
+
+if __name__ == "__main__":
+    main()
