@@ -126,6 +126,9 @@ class Measuring:
             fields: dict[str, dict[str, Any]] = {name: {} for name in missing}
             calls: dict[str, Call] = {}
             for name in missing:
+                if self._broke_the_context(row.op, name):
+                    fields[name]["error"] = "not tried again: this op and backend broke the CUDA context"
+                    continue
                 try:
                     built[name] = built.get(name) or makers[name]()
                     call, outputs = calls_of(built[name], mode)
@@ -153,6 +156,10 @@ class Measuring:
             found["tflop_s"] = flops / 1e9 / milliseconds
         return found | ({"floor_ms": floor, "of_ceiling": floor / milliseconds} if floor else {})
 
+    def _broke_the_context(self, op: str, backend: str) -> bool:
+        found = (row for row in self.results.content["rows"] if row.get("broke_context"))
+        return any(row["op"] == op and row["backend"] == backend for row in found)
+
     def _fail(self, about: dict[str, Any], fields: dict[str, Any], error: Exception) -> None:
         """Keeps the error; where the CUDA context is lost with it, goes on in a process of its own."""
         fields["error"] = describe(error)
@@ -161,7 +168,7 @@ class Measuring:
             torch.zeros(1, device=self.timer.device)
             self.timer.synchronize()
         except Exception:
-            self.results.content["rows"].append(about | fields)
+            self.results.content["rows"].append(about | fields | {"broke_context": True})
             self.results.write()
             arguments = [*sys.argv, *([] if "--resume" in sys.argv else ["--resume"])]
             os.execv(sys.executable, [sys.executable, *arguments])
@@ -224,7 +231,7 @@ def main() -> None:
         warm_up(chosen, device)
         return
     path = options.output if options.output.suffix == ".json" else default_path(options.output, device)
-    timer = Timer(device, 0.01, 5) if options.tiny else Timer(device)
+    timer = Timer(device, 0.01, 5) if options.tiny else Timer(device, 0.25)
     results = Results(path)
     prepare(results, timer, options.only, options.resume, options.tiny)
     measuring = Measuring(timer, results)

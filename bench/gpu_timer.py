@@ -56,7 +56,7 @@ def percentile(values: list[float], share: float) -> float:
 class Timer:
     """Times calls by turns, for about `seconds` a set of providers."""
 
-    def __init__(self, device: torch.device, seconds: float = 0.3, most_rounds: int = 40) -> None:
+    def __init__(self, device: torch.device, seconds: float, most_rounds: int = 40) -> None:
         self.device, self.seconds, self.most_rounds = device, seconds, most_rounds
         self.cuda = device.type == "cuda"
         self.cache = torch.zeros(_CACHE_BYTES // 4 if self.cuda else 1, device=device)
