@@ -49,11 +49,20 @@ def packed_attention(
         scale = float(qkv.shape[3]) ** -0.5
     elif isinstance(scale, bool) or not isinstance(scale, int | float):
         _checks.fail(op, "scale", "a number", scale)
-    served_by = _backend.select(op, qkv.device, backend, _KERNELS)
+    served_by = _backend.select(op, qkv.device, backend, _KERNELS, unsupported=_unsupported(qkv))
     if served_by == "reference":
         _checks.check_boundaries(op, cu_seqlens, int(qkv.shape[0]), max_seqlen)
         return reference.packed_attention(qkv, cu_seqlens, max_seqlen, float(scale))
     return PackedAttention.apply(qkv, cu_seqlens, max_seqlen, float(scale), _library.namespace(served_by))[0]
+
+
+def _unsupported(qkv: Tensor) -> dict[str, str]:
+    """What Triton's matrix products and on-chip memory can't do."""
+    if qkv.dtype == torch.float64:
+        return {"triton": "it has no float64, the dtype of `qkv`"}
+    if qkv.shape[3] > 128:
+        return {"triton": f"it serves head_dim up to 128, and `qkv` has {int(qkv.shape[3])}"}
+    return {}
 
 
 class PackedAttention(torch.autograd.Function):

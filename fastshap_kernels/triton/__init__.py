@@ -16,6 +16,7 @@ import torch
 OPERATORS: dict[str, tuple[str, ...]] = {
     "mask_patches": ("mask_patches", "mask_patches_backward"),
     "pack_tokens": ("pack_tokens", "pack_tokens_backward"),
+    "packed_attention": ("packed_attention", "packed_attention_backward"),
 }
 
 

@@ -1,10 +1,15 @@
 import pytest
 import torch
-from accuracy import BACKENDS, DTYPES, KERNELS, PLAYERS, assert_accurate, random_bits
+from accuracy import BACKEND, BACKENDS, DTYPES, KERNELS, PLAYERS, assert_accurate, random_bits
 
 import fastshap_kernels as fk
+from fastshap_kernels import _backend
 
 LENGTHS = (5, 0, 17, 1, 16, 50)
+
+# Triton's kernels have no float64, and a device's follow `cu_seqlens` unchecked.
+SERVED = tuple(dtype for dtype in DTYPES if BACKEND != "triton" or dtype != torch.float64)
+PRECISE = CHECKED = tuple(backend for backend in BACKENDS if backend != "triton")
 
 
 def rows_and_boundaries(generator, lengths=LENGTHS, heads=2, head_dim=8, dtype=torch.float32):
@@ -46,16 +51,29 @@ def assert_accurate_everywhere(generator, lengths, heads, head_dim, dtype, scale
         assert_accurate(ours[1], plain[1], exact[1])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "head_dim"), [(1, 1), (3, 8), (4, 16), (2, 24), (6, 64), (1, 128)])
+@pytest.mark.parametrize("dtype", SERVED)
+@pytest.mark.parametrize(("heads", "head_dim"), [(1, 1), (3, 8), (4, 16), (2, 24), (3, 64), (1, 72), (1, 128)])
 def test_accurate_for_any_head(generator, heads, head_dim, dtype):
     assert_accurate_everywhere(generator, LENGTHS, heads, head_dim, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", SERVED)
 @pytest.mark.parametrize("players", PLAYERS)
 def test_accurate_for_any_length(generator, players, dtype):
-    assert_accurate_everywhere(generator, (players, players + 1), 2, 16, dtype)
+    lengths, heads = (players, players + 1), 2
+    if BACKEND == "triton" and players > 64:  # its interpreter takes milliseconds a block, and float32 has small ones
+        lengths, heads = (min(players, 400) if dtype == torch.float32 else players,), 1
+    assert_accurate_everywhere(generator, lengths, heads, 16, dtype)
+
+
+@pytest.mark.parametrize("dtype", SERVED)
+def test_accurate_where_short_and_long_sequences_meet(generator, dtype):
+    assert_accurate_everywhere(generator, (64, 257, 129, 0, 65, 128, 3), 1, 32, dtype)
+
+
+@pytest.mark.parametrize("head_dim", [72, 96])
+def test_accurate_for_long_sequences_of_wide_heads(generator, head_dim):
+    assert_accurate_everywhere(generator, (130, 60), 1, head_dim, torch.bfloat16)
 
 
 def test_scale(generator):
@@ -65,8 +83,9 @@ def test_scale(generator):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dropping_players_equals_masking_their_keys(generator, backend):
     batch, coalitions, players, prefix, heads, head_dim = 2, 4, 5, 1, 2, 8
+    dtype = torch.float64 if backend in PRECISE else torch.float32
     bits = random_bits(batch, coalitions, players, generator)
-    tokens = torch.randn(batch, prefix + players, 3 * heads * head_dim, generator=generator, dtype=torch.float64)
+    tokens = torch.randn(batch, prefix + players, 3 * heads * head_dim, generator=generator, dtype=dtype)
     rows, cu_seqlens, max_seqlen = fk.pack_tokens(tokens, bits, prefix, backend=backend)
     out = fk.packed_attention(rows.view(-1, 3, heads, head_dim), cu_seqlens, max_seqlen, backend=backend)
     pooled = fk.segment_sum(out.flatten(1), cu_seqlens, prefix, backend=backend)
@@ -77,7 +96,8 @@ def test_dropping_players_equals_masking_their_keys(generator, backend):
     query, key, value = tiled.permute(3, 0, 1, 4, 2, 5)
     dense = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=keys)
     dense = dense.transpose(2, 3).flatten(3)[:, :, prefix:] * present.unsqueeze(-1)
-    torch.testing.assert_close(pooled, dense.sum(2).flatten(0, 1), rtol=1e-12, atol=1e-12)
+    close = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(pooled, dense.sum(2).flatten(0, 1), rtol=close, atol=close)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -132,7 +152,7 @@ def test_empty(generator, lengths, backend):
 
 def test_gradcheck(generator):
     qkv, cu_seqlens = rows_and_boundaries(generator, (3, 0, 1, 2), 2, 2, torch.float64)
-    for backend in BACKENDS:
+    for backend in PRECISE:
         torch.autograd.gradcheck(
             lambda x, backend=backend: fk.packed_attention(x, cu_seqlens, 3, backend=backend),
             qkv.clone().requires_grad_(),
@@ -174,7 +194,8 @@ def test_the_whole_path_compiles_without_graph_breaks(generator):
 
 
 def test_the_number_of_threads_does_not_change_the_bits(generator):
-    qkv, cu_seqlens = rows_and_boundaries(generator, (130, 7, 60) * 5, 3, 24)
+    lengths = (40, 7) if BACKEND == "triton" else (130, 7, 60) * 5
+    qkv, cu_seqlens = rows_and_boundaries(generator, lengths, 3, 24)
     cotangent = torch.randn(len(qkv), 3, 24, generator=generator)
 
     def run():
@@ -189,7 +210,7 @@ def test_the_number_of_threads_does_not_change_the_bits(generator):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CHECKED)
 @pytest.mark.parametrize("boundaries", [[0, 3], [1, 4], [0, 3, 2, 4], [0, 5, 4], [0, -1, 4]])
 def test_boundaries_are_checked(boundaries, backend):
     cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
@@ -197,13 +218,27 @@ def test_boundaries_are_checked(boundaries, backend):
         fk.packed_attention(torch.zeros(4, 3, 2, 8), cu_seqlens, 4, backend=backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CHECKED)
 def test_max_seqlen_is_checked(generator, backend):
     qkv, cu_seqlens = rows_and_boundaries(generator)
     with pytest.raises(
         (ValueError, RuntimeError), match=r"packed_attention: argument `max_seqlen` must be at least 50"
     ):
         fk.packed_attention(qkv, cu_seqlens, 49, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("qkv", "reason"),
+    [
+        (torch.zeros(4, 3, 2, 8, dtype=torch.float64), "no float64"),
+        (torch.zeros(4, 3, 2, 136), "head_dim up to 128, and `qkv` has 136"),
+    ],
+)
+def test_what_triton_cannot_serve_is_named(qkv, reason, monkeypatch):
+    monkeypatch.setattr(_backend, "problem", lambda backend, device: None)
+    cu_seqlens = torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=f"'triton' can't serve this call: .*{reason}"):
+        fk.packed_attention(qkv, cu_seqlens, 4, backend="triton")
 
 
 @pytest.mark.parametrize(
