@@ -58,8 +58,38 @@ def mask_patches() -> Iterator[Case]:
         )
 
 
+def packed_attention() -> Iterator[Case]:
+    for dtype, head_dim, max_seqlen in (
+        (HALF, 64, 197),
+        (HALF, 64, 50),
+        (HALF, 72, 257),
+        (HALF, 128, 197),
+        (SINGLE, 64, 197),
+        (SINGLE, 128, 197),
+    ):
+        label = f"{str(dtype).removeprefix('torch.')} head_dim {head_dim} max_seqlen {max_seqlen}"
+        qkv = torch.zeros(max_seqlen, 3, 6, head_dim, dtype=dtype)
+        grad = torch.zeros(max_seqlen, 6, head_dim, dtype=dtype)
+        sums = torch.zeros(max_seqlen, 6)
+        boundaries = torch.tensor([0, max_seqlen], dtype=torch.int32)
+        products = MATRIX_UNITS if dtype == HALF else r"\bFFMA\b"
+        backward = ("_backward_keys",) if max_seqlen <= 64 else ("_backward_keys", "_backward_queries")
+        yield Case(
+            f"packed_attention {label}",
+            lambda ops, qkv=qkv, at=boundaries, n=max_seqlen: ops.packed_attention(qkv, at, n, 0.125),
+            {"_forward": products},
+        )
+        yield Case(
+            f"packed_attention_backward {label}",
+            lambda ops, grad=grad, qkv=qkv, at=boundaries, n=max_seqlen, sums=sums: ops.packed_attention_backward(
+                grad, qkv, at, n, sums, 0.125
+            ),
+            dict.fromkeys(backward, products),
+        )
+
+
 #: Every file of Triton kernels has its cases here.
-TRITON: dict[str, Callable[[], Iterator[Case]]] = {"mask_patches": mask_patches}
+TRITON: dict[str, Callable[[], Iterator[Case]]] = {"mask_patches": mask_patches, "packed_attention": packed_attention}
 
 #: CUDA kernels that must hold an instruction in at least one of their instantiations for sm_90.
 CUDA: dict[str, str] = {

@@ -38,6 +38,7 @@ class _Blocks(NamedTuple):
             "BLOCK_K": self.keys,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
         }
 
 
@@ -52,7 +53,7 @@ def _block_dim(head_dim: int) -> int:
 
 def _forward_blocks(dtype: torch.dtype, head_dim: int, max_seqlen: int) -> _Blocks:
     if dtype == torch.float32:
-        return _Blocks(64, 32, 8, 2) if head_dim <= 64 else _Blocks(32, 32, 8, 2)
+        return _Blocks(64, 32, 8, 2) if head_dim <= 64 else _Blocks(16, 32, 4, 2)
     if max_seqlen <= 64:
         return _Blocks(64, 64, 4, 2)
     return _Blocks(128, 64, 8, 3 if head_dim <= 64 else 2)
@@ -64,13 +65,13 @@ def _whole_blocks(dtype: torch.dtype, head_dim: int) -> tuple[_Blocks, ...]:
         return ()
     if head_dim <= 64:
         return _Blocks(32, 64, 4, 2), _Blocks(32, 128, 8, 2)
-    return (_Blocks(16, 64, 8, 2),)
+    return (_Blocks(16, 64, 8, 1),)
 
 
 def _long_blocks(dtype: torch.dtype, head_dim: int) -> tuple[_Blocks, _Blocks]:
     """For longer sequences: of the kernel of the queries, and of that of the keys."""
     if dtype == torch.float32:
-        return _Blocks(32, 32 if head_dim <= 64 else 16, 8, 2), _Blocks(32, 32, 8, 2)
+        return _Blocks(32, 32, 8, 2) if head_dim <= 64 else _Blocks(16, 16, 4, 2), _Blocks(32, 32, 8, 2)
     if head_dim <= 64:
         return _Blocks(128, 64, 8, 2), _Blocks(64, 128, 8, 2)
     return _Blocks(64, 64, 8, 2), _Blocks(64, 64, 8, 2)
