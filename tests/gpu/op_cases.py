@@ -154,6 +154,23 @@ def segment_sum(
     return Case({"rows": draw.normal(total, width), "cu_seqlens": cu_seqlens}, ("rows",), call)
 
 
+def layer_norm_segment_sum(
+    draw: Draw, *, batch: int = 3, coalitions: int = 4, players: int = 33, prefix: int = 1, width: int = 48
+) -> Case:
+    cu_seqlens, total = draw.boundaries(batch, coalitions, players, prefix)
+    tensors = {
+        "rows": draw.normal(total, width),
+        "cu_seqlens": cu_seqlens,
+        "weight": draw.normal(width),
+        "bias": draw.normal(width),
+    }
+
+    def call(backend: str, rows: Tensor, cu_seqlens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return fk.layer_norm_segment_sum(rows, cu_seqlens, weight, bias, prefix, backend=backend)
+
+    return Case(tensors, ("rows", "weight", "bias"), call)
+
+
 def coalition_sum(draw: Draw, *, batch: int = 3, coalitions: int = 5, players: int = 33, width: int = 48) -> Case:
     tensors = {"features": draw.normal(batch, players, width), "bits": draw.bits(batch, coalitions, players)}
 
@@ -223,11 +240,13 @@ MAKERS: dict[str, Callable[..., Case]] = {
         pack_tokens,
         packed_attention,
         segment_sum,
+        layer_norm_segment_sum,
         coalition_sum,
         shapley_regression_loss,
         linear_shapley_loss,
         exact_shapley,
     )
+    if hasattr(fk, maker.__name__)
 }
 
 _PACKED = {"batch": (1, 3), "coalitions": (2, 6), "players": (5, 33, 64, 196), "prefix": (0, 1, 5)}
@@ -253,6 +272,7 @@ SIZES: dict[str, dict[str, tuple[Any, ...]]] = {
     "pack_tokens": _PACKED | {"width": (3, 48, 384, 1152)},
     "packed_attention": _PACKED | {"heads": (1, 3), "head_dim": (16, 24, 64, 128)},
     "segment_sum": _PACKED | {"width": (3, 48, 384, 1152)},
+    "layer_norm_segment_sum": _PACKED | {"width": (48, 384, 1152)},
     "coalition_sum": _POOLED | {"width": (3, 48, 384, 1000)},
     "shapley_regression_loss": _LOSSES | {"classes": (3, 48, 1000)},
     "linear_shapley_loss": _LOSSES | {"width": (16, 67, 384), "classes": (3, 48, 1000)},
