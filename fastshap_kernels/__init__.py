@@ -5,6 +5,7 @@ from ._backend import use_backend
 from .ops.coalition_sum import coalition_sum
 from .ops.exact_shapley import exact_shapley
 from .ops.kernel_shap import KernelShapEstimate, kernel_shap
+from .ops.layer_norm_segment_sum import layer_norm_segment_sum
 from .ops.linear_shapley_loss import linear_shapley_loss
 from .ops.mask_patches import mask_patches
 from .ops.pack_bits import pack_bits, unpack_bits
@@ -21,6 +22,7 @@ __all__ = [
     "coalition_sum",
     "exact_shapley",
     "kernel_shap",
+    "layer_norm_segment_sum",
     "linear_shapley_loss",
     "mask_patches",
     "pack_bits",

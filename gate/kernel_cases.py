@@ -88,11 +88,75 @@ def packed_attention() -> Iterator[Case]:
         )
 
 
+def cu_seqlens(sequences: int) -> torch.Tensor:
+    return torch.zeros(sequences + 1, dtype=torch.int32)
+
+
+def pack_tokens() -> Iterator[Case]:
+    for label, dtype in (("float32", SINGLE), ("bfloat16", HALF)):
+        tokens, grad = torch.zeros(2, 197, 768, dtype=dtype), torch.zeros(2 * 4 * 198, 768, dtype=dtype)
+        yield Case(
+            f"pack_tokens {label}",
+            lambda ops, tokens=tokens: ops.pack_tokens(tokens, bits(2, 8, 196), 1, True),
+            {"_forward": WIDE_ACCESS},
+        )
+        yield Case(
+            f"pack_tokens_backward {label}",
+            lambda ops, grad=grad: ops.pack_tokens_backward(grad, bits(2, 8, 196), cu_seqlens(16), 1, 197),
+            {"_backward": WIDE_ACCESS},
+        )
+
+
+def layer_norm_segment_sum() -> Iterator[Case]:
+    weight = torch.zeros(768)
+    for label, dtype in (("float32", SINGLE), ("bfloat16", HALF)):
+        rows, grad = torch.zeros(2 * 4 * 198, 768, dtype=dtype), torch.zeros(16, 768, dtype=dtype)
+        yield Case(
+            f"layer_norm_segment_sum {label}",
+            lambda ops, rows=rows: ops.layer_norm_segment_sum(rows, cu_seqlens(16), weight, weight, 1, 1e-6),
+            {"_forward": WIDE_ACCESS},
+        )
+        yield Case(
+            f"layer_norm_segment_sum_backward {label}",
+            lambda ops, rows=rows, grad=grad: ops.layer_norm_segment_sum_backward(
+                grad, rows, cu_seqlens(16), weight, 1, 1e-6
+            ),
+            {"_backward": WIDE_ACCESS},
+        )
+
+
+def segment_sum() -> Iterator[Case]:
+    for label, dtype in (("float32", SINGLE), ("bfloat16", HALF)):
+        rows, grad = torch.zeros(2 * 4 * 198, 768, dtype=dtype), torch.zeros(16, 768, dtype=dtype)
+        yield Case(
+            f"segment_sum {label}",
+            lambda ops, rows=rows: ops.segment_sum(rows, cu_seqlens(16), 1),
+            {"_forward": WIDE_ACCESS},
+        )
+        yield Case(
+            f"segment_sum_backward {label}",
+            lambda ops, grad=grad: ops.segment_sum_backward(grad, cu_seqlens(16), 1, 2 * 4 * 198),
+            {"_backward": WIDE_ACCESS},
+        )
+
+
 #: Every file of Triton kernels has its cases here.
-TRITON: dict[str, Callable[[], Iterator[Case]]] = {"mask_patches": mask_patches, "packed_attention": packed_attention}
+TRITON: dict[str, Callable[[], Iterator[Case]]] = {
+    "layer_norm_segment_sum": layer_norm_segment_sum,
+    "mask_patches": mask_patches,
+    "pack_tokens": pack_tokens,
+    "packed_attention": packed_attention,
+    "segment_sum": segment_sum,
+}
 
 #: CUDA kernels that must hold an instruction in at least one of their instantiations for sm_90.
 CUDA: dict[str, str] = {
+    "layer_norm_segment_sum_kernel": WIDE_ACCESS,
+    "layer_norm_segment_sum_backward_kernel": WIDE_ACCESS,
+    "pack_tokens_kernel": WIDE_ACCESS,
+    "pack_tokens_backward_kernel": WIDE_ACCESS,
+    "segment_sum_kernel": WIDE_ACCESS,
+    "segment_sum_backward_kernel": WIDE_ACCESS,
     "mask_patches_kernel": WIDE_ACCESS,
     "mask_patches_backward_kernel": WIDE_ACCESS,
 }

@@ -17,6 +17,8 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "mask_patches": ("mask_patches", "mask_patches_backward"),
     "pack_tokens": ("pack_tokens", "pack_tokens_backward"),
     "packed_attention": ("packed_attention", "packed_attention_backward"),
+    "layer_norm_segment_sum": ("layer_norm_segment_sum", "layer_norm_segment_sum_backward"),
+    "segment_sum": ("segment_sum", "segment_sum_backward"),
 }
 
 

@@ -131,6 +131,7 @@ def _place_tokens(bits: Tensor, prefix: int, length: int, paired: bool) -> tuple
         PAIRED=paired,
         SEQUENCES=together,
         LENGTH=padded,
+        enable_fp_fusion=True,
     )
     return places, boundaries
 
@@ -171,6 +172,7 @@ def pack_tokens(tokens: Tensor, bits: Tensor, prefix: int, paired: bool) -> tupl
         COALITIONS=_COALITIONS,
         TOKENS=_TOKENS,
         COLUMNS=columns,
+        enable_fp_fusion=True,
     )
     return rows, cu_seqlens
 
@@ -198,5 +200,6 @@ def pack_tokens_backward(grad: Tensor, bits: Tensor, cu_seqlens: Tensor, prefix:
         ACCUMULATE=tl.float64 if grad.dtype == torch.float64 else tl.float32,
         TOKENS=_TOKENS,
         COLUMNS=columns,
+        enable_fp_fusion=True,
     )
     return out
