@@ -246,7 +246,6 @@ MAKERS: dict[str, Callable[..., Case]] = {
         linear_shapley_loss,
         exact_shapley,
     )
-    if hasattr(fk, maker.__name__)
 }
 
 _PACKED = {"batch": (1, 3), "coalitions": (2, 6), "players": (5, 33, 64, 196), "prefix": (0, 1, 5)}
