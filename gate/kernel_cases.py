@@ -15,6 +15,7 @@ import torch
 HALF, SINGLE = torch.bfloat16, torch.float32
 
 WIDE_ACCESS = r"\b(LDG|STG)\.E(\.\w+)*\.128"
+WARP_SUM = r"\bREDUX\b"
 MATRIX_UNITS = r"\b(\w*HGMMA|HMMA|UTC\w*MMA)\b"
 
 
@@ -140,12 +141,35 @@ def segment_sum() -> Iterator[Case]:
         )
 
 
+def sample_coalitions() -> Iterator[Case]:
+    seed, offset = 2**40, 2**41  # 64-bit, whatever their values
+    for players in (49, 196, 1024, 4096):
+        thresholds = torch.zeros(players - 2, dtype=torch.int64)
+        yield Case(
+            f"sample_coalitions {players} players",
+            lambda ops, t=thresholds, p=players: ops.sample_coalitions(t, 64, 4, p, seed, offset, True),
+            {"_sample": WARP_SUM},
+        )
+
+
+def exact_shapley() -> Iterator[Case]:
+    for label, shape, dtype in (
+        ("16 players 10 classes float32", (20, 2**16, 10), SINGLE),
+        ("12 players 1000 classes bfloat16", (4, 2**12, 1000), HALF),
+        ("20 players 1 class float32", (1, 2**20, 1), SINGLE),
+    ):
+        values = torch.empty(shape, dtype=dtype)
+        yield Case(f"exact_shapley {label}", lambda ops, values=values: ops.exact_shapley(values), {})
+
+
 #: Every file of Triton kernels has its cases here.
 TRITON: dict[str, Callable[[], Iterator[Case]]] = {
+    "exact_shapley": exact_shapley,
     "layer_norm_segment_sum": layer_norm_segment_sum,
     "mask_patches": mask_patches,
     "pack_tokens": pack_tokens,
     "packed_attention": packed_attention,
+    "sample_coalitions": sample_coalitions,
     "segment_sum": segment_sum,
 }
 
@@ -159,4 +183,5 @@ CUDA: dict[str, str] = {
     "segment_sum_backward_kernel": WIDE_ACCESS,
     "mask_patches_kernel": WIDE_ACCESS,
     "mask_patches_backward_kernel": WIDE_ACCESS,
+    "sample_coalitions_kernel": WARP_SUM,
 }

@@ -14,10 +14,12 @@ import torch
 
 #: Each file and the operators that it serves.
 OPERATORS: dict[str, tuple[str, ...]] = {
+    "exact_shapley": ("exact_shapley",),
+    "layer_norm_segment_sum": ("layer_norm_segment_sum", "layer_norm_segment_sum_backward"),
     "mask_patches": ("mask_patches", "mask_patches_backward"),
     "pack_tokens": ("pack_tokens", "pack_tokens_backward"),
     "packed_attention": ("packed_attention", "packed_attention_backward"),
-    "layer_norm_segment_sum": ("layer_norm_segment_sum", "layer_norm_segment_sum_backward"),
+    "sample_coalitions": ("sample_coalitions",),
     "segment_sum": ("segment_sum", "segment_sum_backward"),
 }
 

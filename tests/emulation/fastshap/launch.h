@@ -162,6 +162,14 @@ inline unsigned __ballot_sync(unsigned mask, bool predicate) {
   return result;
 }
 
+inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
+  if (mask != 0xffffffffu) throw std::runtime_error("a warp exchange must name all 32 lanes");
+  const uint64_t* values = emulation::exchange(value);
+  unsigned result = 0;
+  for (int lane = 0; lane < emulation::kLanes; ++lane) result += static_cast<unsigned>(values[lane]);
+  return result;
+}
+
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int lane) {
   return emulation::from_lane(mask, value, lane % emulation::kLanes);
