@@ -13,8 +13,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/include/fastshap/*.h tests/emulation/fastshap/*.h)
+HEADERS := $(wildcard csrc/include/fastshap/*.h)
+NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.cu tests/emulation/*.cu tests/emulation/fastshap/*.h) $(HEADERS)
+
+# The ops' tests with the CUDA kernels on the processor.
 EMULATED := $(CURDIR)/build/_C_cuda_emulated.so
+EMULATE := FASTSHAP_BACKEND=cuda FASTSHAP_EMULATE_CUDA=$(EMULATED)
 
 # Where there is no device, compiling for it is left to `make gate`.
 export FASTSHAP_SKIP_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,1)
@@ -24,7 +28,7 @@ export FASTSHAP_SKIP_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,1)
 env: $(INSTALLED)
 
 # torch comes first: the build needs its headers, and isolated builds would fetch another one.
-$(INSTALLED): pyproject.toml setup.py $(NATIVE)
+$(INSTALLED): pyproject.toml setup.py $(wildcard csrc/cpu/*.cpp) $(HEADERS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check timm "setuptools>=77" wheel
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[dev]"
@@ -48,13 +52,16 @@ test-triton: $(INSTALLED)
 		--ignore=tests/ops/test_kernel_shap.py
 
 # And with the CUDA kernels on the processor. packed_attention has none.
-test-cuda: $(INSTALLED)
-	$(BIN)/python tests/emulation/build.py $(EMULATED)
-	FASTSHAP_BACKEND=cuda FASTSHAP_EMULATE_CUDA=$(EMULATED) $(BIN)/python -m pytest tests/ops \
-		-m "not slow and not gpu" --ignore=tests/ops/test_kernel_shap.py --ignore=tests/ops/test_packed_attention.py
+test-cuda: $(EMULATED)
+	$(EMULATE) $(BIN)/python -m pytest tests/ops -m "not slow and not gpu" \
+		--ignore=tests/ops/test_kernel_shap.py --ignore=tests/ops/test_packed_attention.py
 
-test-slow: $(INSTALLED)
+$(EMULATED): $(INSTALLED) $(NATIVE) tests/emulation/build.py
+	$(BIN)/python tests/emulation/build.py $@
+
+test-slow: $(INSTALLED) $(EMULATED)
 	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(EMULATE) $(BIN)/python -m pytest tests/ops/test_large_tensors.py
 
 # Every GPU kernel compiled for every device, with none of them here.
 gate: $(INSTALLED)
