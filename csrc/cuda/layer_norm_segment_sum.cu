@@ -15,10 +15,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 
-// Of a row in one thread's registers, beside as many sums.
-template <typename T>
-constexpr int kMostValues = sizeof(T) == 8 ? 16 : 64;
-
 template <typename T>
 constexpr int kSize = kVectorBytes / static_cast<int>(sizeof(T));  // values in one access
 
@@ -33,9 +29,9 @@ struct Layout {
 template <typename T, int vectors>
 constexpr int kTogether = vectors * kSize<T> <= 32 ? 2 : 1;
 
-// Blocks on a multiprocessor that registers must be left for.
+// Blocks on a multiprocessor that registers must be left for; double takes too many of them.
 template <typename T, int vectors>
-constexpr int kBlocks = sizeof(T) < 8 && vectors * kSize<T> <= 32 ? 2 : 1;
+constexpr int kBlocks = sizeof(T) < 8 && vectors * (kSize<T> * sizeof(float) + kVectorBytes) <= 192 ? 2 : 1;
 
 // One row, or what it is multiplied with: `vectors` accesses of a lane, 32 lanes apart.
 template <typename T, int vectors>
@@ -132,6 +128,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, vectors>)
     __syncthreads();
   }
   const Sum count = static_cast<Sum>(end - first);
+#pragma unroll 1
   for (int column = threadIdx.x; column < layout.width; column += kThreads) {
     const Sum scaled = weight ? total[column] * weight[column] : total[column];
     normalized[s * layout.width + column] = total[column];
@@ -184,15 +181,22 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, vectors>)
   }
 }
 
+// Which rows have kernels of their own: those of the usual widths (384, 768, 1024, 2048); others take the
+// next.
+template <typename T, int vectors>
+constexpr bool kServed = sizeof(T) == 2   ? vectors <= 8 && vectors != 6
+                         : sizeof(T) == 4 ? vectors >= 2 && vectors != 4
+                                          : vectors == 2 || vectors == 8;
+
 // Calls `body.template operator()<vectors>()` with the accesses a lane needs for a row.
 template <typename T, typename Body>
 void dispatch_width(int64_t width, Body&& body) {
+  STD_TORCH_CHECK(width % kSize<T> == 0, "layer_norm_segment_sum: D must be a multiple of ", kSize<T>,
+                  ", not ", width, ".");
   const int64_t needed = ceil_div(width, kWarp * kSize<T>);
-  bool served = width % kSize<T> != 0;  // by none
-  STD_TORCH_CHECK(!served, "layer_norm_segment_sum: D must be a multiple of ", kSize<T>, ", not ", width,
-                  ".");
+  bool served = false;
   const auto attempt = [&]<int vectors>() {
-    if constexpr (vectors * kSize<T> <= kMostValues<T>) {
+    if constexpr (kServed<T, vectors>) {
       if (!served && needed <= vectors) {
         served = true;
         body.template operator()<vectors>();
