@@ -165,16 +165,60 @@ def exact_shapley() -> Iterator[Case]:
 #: Every file of Triton kernels has its cases here.
 TRITON: dict[str, Callable[[], Iterator[Case]]] = {
     "exact_shapley": exact_shapley,
+def coalition_sum() -> Iterator[Case]:
+    for coalitions in (4, 32, 128):
+        for label, dtype in (("float32", SINGLE), ("bfloat16", HALF), ("float64", torch.float64)):
+            # Rows of 1000: not a multiple of 16, which the compiler would see by itself.
+            features = torch.zeros(2, 196, 1000, dtype=dtype)
+            grad = torch.zeros(2, coalitions, 1000, dtype=dtype)
+            words = bits(2, coalitions, 196)
+            wanted = MATRIX_UNITS if dtype != torch.float64 else WIDE_ACCESS
+            yield Case(
+                f"coalition_sum {label} M {coalitions}",
+                lambda ops, x=features, words=words: ops.coalition_sum(x, words, x.dtype),
+                {"_forward": wanted},
+            )
+            yield Case(
+                f"coalition_sum_backward {label} M {coalitions}",
+                lambda ops, x=grad, words=words: ops.coalition_sum_backward(x, words, 196, x.dtype),
+                {"_backward": wanted},
+            )
+
+
+def shapley_regression_loss() -> Iterator[Case]:
+    for label, dtype in (("float32", SINGLE), ("bfloat16", HALF)):
+        phi, target = torch.zeros(2, 196, 1000, dtype=dtype), torch.zeros(2, 32, 1000)
+        scale, words = torch.zeros(2, 32), bits(2, 32, 196)
+        yield Case(
+            f"shapley_regression_loss {label}",
+            lambda ops, x=phi, target=target, words=words: ops.shapley_regression_loss(x, words, target),
+            {"_forward": MATRIX_UNITS},
+        )
+        yield Case(
+            f"shapley_regression_loss_backward {label}",
+            lambda ops, grad=target, scale=scale, words=words, dtype=dtype: ops.shapley_regression_loss_backward(
+                grad, scale, words, 196, dtype
+            ),
+            {"_backward": MATRIX_UNITS},
+        )
+
+
+#: Every file of Triton kernels has its cases here.
+TRITON: dict[str, Callable[[], Iterator[Case]]] = {
+    "coalition_sum": coalition_sum,
     "layer_norm_segment_sum": layer_norm_segment_sum,
     "mask_patches": mask_patches,
     "pack_tokens": pack_tokens,
     "packed_attention": packed_attention,
     "sample_coalitions": sample_coalitions,
     "segment_sum": segment_sum,
+    "shapley_regression_loss": shapley_regression_loss,
 }
 
 #: CUDA kernels that must hold an instruction in at least one of their instantiations for sm_90.
 CUDA: dict[str, str] = {
+    "coalition_sums_kernel": WIDE_ACCESS,
+    "coalition_scatter_kernel": WIDE_ACCESS,
     "layer_norm_segment_sum_kernel": WIDE_ACCESS,
     "layer_norm_segment_sum_backward_kernel": WIDE_ACCESS,
     "pack_tokens_kernel": WIDE_ACCESS,

@@ -69,9 +69,28 @@ std::tuple<Tensor, Tensor> shapley_regression_loss(const Tensor& phi, const Tens
   return {residual, errors};
 }
 
+// out[b, p] = Σ_m scale[b, m] residual[b, m] over the coalitions m that player p is in.
+Tensor shapley_regression_loss_backward(const Tensor& residual, const Tensor& scale, const Tensor& bits,
+                                        int64_t players, ScalarType dtype) {
+  const Tensor rows = torch::stable::contiguous(residual), packed = torch::stable::contiguous(bits);
+  const Tensor factors = torch::stable::contiguous(scale);
+  const Layout layout = make_layout(rows.size(0), players, rows.size(1), rows.size(2));
+  Tensor out = torch::stable::empty({layout.images, layout.players, layout.features}, dtype, std::nullopt,
+                                    residual.device());
+  use_huge_pages(out);
+  dispatch_floating(dtype, "shapley_regression_loss_backward", [&]<typename To>() {
+    using Sum = accumulate_t<To>;
+    STD_TORCH_CHECK(rows.scalar_type() == (sizeof(Sum) == 8 ? ScalarType::Double : ScalarType::Float),
+                    "shapley_regression_loss: the residual must have the dtype that phi is summed in");
+    scatter_images<Sum, To>(layout, rows, factors.const_data_ptr<Sum>(), packed, out);
+  });
+  return out;
+}
+
 }  // namespace
 }  // namespace fastshap
 
 STABLE_TORCH_LIBRARY_IMPL(fastshap, CPU, m) {
   m.impl("shapley_regression_loss", TORCH_BOX(&fastshap::shapley_regression_loss));
+  m.impl("shapley_regression_loss_backward", TORCH_BOX(&fastshap::shapley_regression_loss_backward));
 }

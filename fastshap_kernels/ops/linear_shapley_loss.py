@@ -66,7 +66,7 @@ def linear_shapley_loss(
     target, gain, weights = prepare_game(
         op, features, weight.shape[0], bits, values, null, grand, weights, normalization, reduction
     )
-    pool = select_pool(op, features.device, backend)
+    pool = select_pool(op, features, bits, backend)
     return reference.linear_shapley_loss(features, weight, bias, bits, target, gain, weights, reduction, pool)
 
 

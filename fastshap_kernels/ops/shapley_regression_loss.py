@@ -1,8 +1,8 @@
 """Squared error of Shapley values as a linear model of the game.
 
 The kernel is coalition_sum's, with the residual taken while the sums are in the cache; the gradient is coalition_sum's
-too. The additive normalisation needs the sum over all players first: it is coalition_sum and plain operations on
-(B, M, K), small beside φ's (B, P, K).
+too, with the residual scaled as it is read. The additive normalisation needs the sum over all players first: it is
+coalition_sum and plain operations on (B, M, K), small beside φ's (B, P, K).
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backend, _checks, _library
+from .. import _checks, _library
 from ..reference import coalition_sum as reference_sum
 from ..reference import shapley_regression_loss as reference
-from .coalition_sum import check_features, pool_with
+from .coalition_sum import check_features, pool_with, select_backend
 
 _KERNELS = ("cuda", "triton", "cpu")
 NORMALIZATIONS = ("none", "additive")
@@ -70,7 +70,7 @@ def shapley_regression_loss(
     target, gain, weights = prepare_game(
         op, phi, phi.shape[2], bits, values, null, grand, weights, normalization, reduction
     )
-    served_by = _backend.select(op, phi.device, backend, _KERNELS)
+    served_by = select_backend(op, phi, bits, backend)
     if served_by == "reference":
         pool: reference_sum.Pool = reference_sum.coalition_sum
     elif gain is not None:
@@ -100,18 +100,35 @@ class ShapleyRegressionLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_residual: Tensor | None, grad_errors: Tensor | None) -> tuple[Tensor | None, ...]:
         bits, residual = ctx.saved_tensors
+        kernels = _library.kernels(ctx.namespace)
+        scale = None if grad_errors is None else 2 * grad_errors
         grad = grad_residual
-        if grad_errors is not None:
-            of_errors = residual * (2 * grad_errors).unsqueeze(-1)
+        if scale is not None and (grad is not None or ctx.needs_input_grad[2]):
+            of_errors = residual * scale.unsqueeze(-1)
             grad = of_errors if grad is None else grad + of_errors
-        if grad is None:
-            return None, None, None, None
         grad_phi = grad_target = None
-        if ctx.needs_input_grad[0]:
-            grad_phi = _library.kernels(ctx.namespace).coalition_sum_backward(grad, bits, ctx.players, ctx.dtype)
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[0] and grad_residual is None and scale is not None:
+            grad_phi = kernels.shapley_regression_loss_backward(residual, scale, bits, ctx.players, ctx.dtype)
+        elif ctx.needs_input_grad[0] and grad is not None:
+            grad_phi = kernels.coalition_sum_backward(grad, bits, ctx.players, ctx.dtype)
+        if ctx.needs_input_grad[2] and grad is not None:
             grad_target = -grad
         return grad_phi, None, grad_target, None
+
+
+class ShapleyRegressionLossBackward:
+    """The backward pass is linear in the residual and in its scale."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        residual, scale, bits, _, _, ctx.namespace = inputs
+        ctx.save_for_backward(residual, scale, bits)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        residual, scale, bits = ctx.saved_tensors
+        pooled = _library.kernels(ctx.namespace).coalition_sum(grad, bits, residual.dtype)
+        return pooled * scale.unsqueeze(-1), (pooled * residual).sum(-1), None, None, None, None
 
 
 @_library.define(
@@ -122,7 +139,16 @@ def _fake(phi: Tensor, bits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return target.new_empty(target.shape), target.new_empty(target.shape[:2])
 
 
+@_library.define(
+    "shapley_regression_loss_backward",
+    "(Tensor residual, Tensor scale, Tensor bits, int players, ScalarType dtype) -> Tensor",
+)
+def _fake_backward(residual: Tensor, scale: Tensor, bits: Tensor, players: int, dtype: torch.dtype) -> Tensor:
+    return residual.new_empty((residual.shape[0], players, residual.shape[2]), dtype=dtype)
+
+
 _library.register_autograd("shapley_regression_loss", ShapleyRegressionLoss)
+_library.register_autograd("shapley_regression_loss_backward", ShapleyRegressionLossBackward)
 
 
 def prepare_game(

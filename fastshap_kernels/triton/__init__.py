@@ -16,11 +16,13 @@ import torch
 OPERATORS: dict[str, tuple[str, ...]] = {
     "exact_shapley": ("exact_shapley",),
     "layer_norm_segment_sum": ("layer_norm_segment_sum", "layer_norm_segment_sum_backward"),
+    "coalition_sum": ("coalition_sum", "coalition_sum_backward"),
     "mask_patches": ("mask_patches", "mask_patches_backward"),
     "pack_tokens": ("pack_tokens", "pack_tokens_backward"),
     "packed_attention": ("packed_attention", "packed_attention_backward"),
     "sample_coalitions": ("sample_coalitions",),
     "segment_sum": ("segment_sum", "segment_sum_backward"),
+    "shapley_regression_loss": ("shapley_regression_loss", "shapley_regression_loss_backward"),
 }
 
 

@@ -30,8 +30,9 @@ def gradient(features, bits, cotangent, backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("players", PLAYERS)
 def test_backends_agree(generator, players, dtype):
-    features, bits = features_and_bits(generator, players=players)
-    cotangent = torch.randn(3, 5, 67, generator=generator)
+    batch = 3 if players < 1000 else 1
+    features, bits = features_and_bits(generator, batch, players=players)
+    cotangent = torch.randn(batch, 5, 67, generator=generator)
     cases = [(dtype, BACKEND), (dtype, "reference"), (torch.float64, "reference")]
     assert_accurate(*[fk.coalition_sum(features.to(t), bits, backend=backend) for t, backend in cases])
     assert_accurate(*[gradient(features.to(t), bits, cotangent.to(t), backend) for t, backend in cases])
@@ -45,6 +46,35 @@ def test_sizes(generator, coalitions, width):
     cases = [(torch.float32, BACKEND), (torch.float32, "reference"), (torch.float64, "reference")]
     assert_accurate(*[fk.coalition_sum(features.to(t), bits, backend=backend) for t, backend in cases])
     assert_accurate(*[gradient(features.to(t), bits, cotangent.to(t), backend) for t, backend in cases])
+
+
+# Rows that divide into vectors of 16 bytes, one of 4 and none; few coalitions, and more than a word's bits.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("coalitions", "width"), [(8, 136), (8, 132), (9, 264), (40, 132)])
+def test_vectors(generator, coalitions, width, dtype):
+    features, bits = features_and_bits(generator, 1, coalitions, width=width)
+    cotangent = torch.randn(1, coalitions, width, generator=generator)
+    cases = [(dtype, BACKEND), (dtype, "reference"), (torch.float64, "reference")]
+    assert_accurate(*[fk.coalition_sum(features.to(t), bits, backend=backend) for t, backend in cases])
+    assert_accurate(*[gradient(features.to(t), bits, cotangent.to(t), backend) for t, backend in cases])
+
+
+@pytest.mark.parametrize("coalitions", [3, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unaligned_slices(generator, dtype, coalitions):
+    features, bits = features_and_bits(generator, coalitions=coalitions, width=64, dtype=dtype)
+    grad = torch.randn(3, coalitions, 64, generator=generator).to(dtype)
+
+    def shift(x):
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+    assert torch.equal(
+        KERNELS.coalition_sum(shift(features), bits, dtype), KERNELS.coalition_sum(features, bits, dtype)
+    )
+    assert torch.equal(
+        KERNELS.coalition_sum_backward(shift(grad), bits, 33, dtype),
+        KERNELS.coalition_sum_backward(grad, bits, 33, dtype),
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -71,12 +71,26 @@ def loss_and_gradients(game, dtype, normalization, backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_backends_agree(generator, players, dtype, normalization):
     # The same numbers in every dtype, so that only the arithmetic differs.
+    batch, coalitions = (3, 40) if players < 1000 else (1, 12)
     game = [
         x if x.dtype == torch.int32 else x.to(dtype)
-        for x in make_game(generator, coalitions=40, players=players, classes=9)
+        for x in make_game(generator, batch, coalitions, players=players, classes=9)
     ]
     cases = [(dtype, BACKEND), (dtype, "reference"), (torch.float64, "reference")]
     for ours, plain, exact in zip(*[loss_and_gradients(game, t, normalization, b) for t, b in cases], strict=True):
+        assert_accurate(ours, plain, exact)
+
+
+# Few coalitions and many, in vectors and without, in one tile and several.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("coalitions", "classes"), [(8, 136), (33, 264), (70, 131)])
+def test_sizes(generator, coalitions, classes, dtype):
+    game = [
+        x if x.dtype == torch.int32 else x.to(dtype)
+        for x in make_game(generator, batch=2, coalitions=coalitions, classes=classes)
+    ]
+    cases = [(dtype, BACKEND), (dtype, "reference"), (torch.float64, "reference")]
+    for ours, plain, exact in zip(*[loss_and_gradients(game, t, "none", b) for t, b in cases], strict=True):
         assert_accurate(ours, plain, exact)
 
 
@@ -194,6 +208,9 @@ def test_opcheck(generator, dtype):
     phi, bits, target, *_ = make_game(generator, dtype=dtype)
     target = target.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
     torch.library.opcheck(KERNELS.shapley_regression_loss.default, (phi.requires_grad_(), bits, target))
+    scale = torch.rand(3, 5, generator=generator).to(target.dtype).requires_grad_()
+    arguments = target.detach().requires_grad_(), scale, bits, 33, dtype
+    torch.library.opcheck(KERNELS.shapley_regression_loss_backward.default, arguments)
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)

@@ -4,6 +4,10 @@
 // adds up its own among them in registers; meanwhile the next 32 are fetched, a few cache lines for each
 // coalition, because rows this far apart are not fetched ahead by the processor. Each sum has a fixed order,
 // whatever the tiles and threads.
+//
+// Backward: four coalitions make 16 kinds of players, by which of the four they are in. The gradient of each
+// kind is added up once, and a player's row is the sum of one kind's row for each four coalitions: no
+// branches.
 #pragma once
 
 #include <algorithm>
@@ -150,6 +154,85 @@ void pool_images(const Layout& layout, const Tensor& features, const Tensor& bit
 // copy.
 inline Tensor with_whole_rows(const Tensor& features) {
   return features.stride(2) == 1 ? features : torch::stable::contiguous(features);
+}
+
+constexpr int64_t group = 4;   // coalitions that sort the players into kinds
+constexpr int64_t kinds = 16;  // subsets of a group
+
+inline int64_t count_groups(const Layout& layout) { return (layout.coalitions + group - 1) / group; }
+
+// One tile of an image: out[p] = Σ_m scale[m] grad[m] where player p is in coalition m. `kind` is (groups,
+// P), `sums` (groups, kinds, tile), zero.
+template <typename From, typename To>
+FASTSHAP_CLONES static void scatter_tile(const Layout& layout, const From* grad,
+                                         const accumulate_t<From>* scale, const uint8_t* kind, int64_t count,
+                                         To* out, accumulate_t<From>* sums) {
+  using Sum = accumulate_t<From>;
+  constexpr int64_t width = Strip<Sum>::width;
+  const int64_t groups = count_groups(layout);
+  std::vector<Sum> row(count);
+  for (int64_t m = 0; m < layout.coalitions; ++m) {
+    Sum* of_group = sums + m / group * kinds * layout.tile;
+    copy_run(grad + m * layout.features, row.data(), count);
+    if (scale != nullptr) {
+      for (int64_t i = 0; i < count; ++i) row[i] *= scale[m];
+    }
+    for (int64_t k = 0; k < kinds; ++k) {
+      if ((k >> (m % group) & 1) == 0) continue;
+      for (int64_t i = 0; i < count; ++i) of_group[k * layout.tile + i] += row[i];
+    }
+  }
+  for (int64_t player = 0; player < layout.players; ++player) {
+    for (int64_t start = 0; start < count; start += width) {
+      Strip<Sum> strip;
+      for (int64_t g = 0; g < groups; ++g) {
+        strip.add(sums + (g * kinds + kind[g * layout.players + player]) * layout.tile + start);
+      }
+      To* to = out + player * layout.features + start;
+      const int64_t values = std::min(width, count - start);
+      if constexpr (std::is_same_v<To, Sum>) {
+        if (values == width) {
+          strip.store(to);
+          continue;
+        }
+      }
+      Sum sum[width];
+      strip.store(sum);
+      copy_run(sum, to, values);
+    }
+  }
+}
+
+// kind[b, g, p] = which coalitions of group g player p is in.
+FASTSHAP_CLONES static void find_kinds(const Layout& layout, const int32_t* bits, uint8_t* kind) {
+  const int64_t groups = count_groups(layout);
+  for (int64_t i = 0; i < layout.images * layout.coalitions; ++i) {
+    const int64_t image = i / layout.coalitions, m = i % layout.coalitions;
+    uint8_t* of_group = kind + (image * groups + m / group) * layout.players;
+    for (int64_t first = 0; first < layout.players; first += word) {
+      const uint32_t present = static_cast<uint32_t>(*bits++);
+      const int64_t players = std::min(word, layout.players - first);
+      for (int64_t p = 0; p < players; ++p) of_group[first + p] |= (present >> p & 1u) << (m % group);
+    }
+  }
+}
+
+// out[b, p] = Σ_m scale[b, m] grad[b, m] over the coalitions m that player p is in; a null scale is 1.
+template <typename From, typename To>
+void scatter_images(const Layout& layout, const Tensor& grad, const accumulate_t<From>* scale,
+                    const Tensor& bits, Tensor& out) {
+  using Sum = accumulate_t<From>;
+  const From* grad_data = grad.const_data_ptr<From>();
+  To* out_data = out.mutable_data_ptr<To>();
+  const int64_t groups = count_groups(layout);
+  std::vector<uint8_t> kind(layout.images * groups * layout.players);
+  find_kinds(layout, bits.const_data_ptr<int32_t>(), kind.data());
+  for_each_tile<Sum>(layout, groups * kinds, [&](int64_t image, int64_t start, int64_t count, Sum* sums) {
+    scatter_tile(layout, grad_data + image * layout.coalitions * layout.features + start,
+                 scale == nullptr ? nullptr : scale + image * layout.coalitions,
+                 kind.data() + image * groups * layout.players, count,
+                 out_data + image * layout.players * layout.features + start, sums);
+  });
 }
 
 }  // namespace fastshap

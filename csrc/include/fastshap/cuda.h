@@ -1,6 +1,8 @@
 // What every CUDA kernel needs: launches, bits, and 16-byte access to memory.
 #pragma once
 
+#include <cstring>
+
 #include "fastshap/launch.h"
 
 namespace fastshap {
@@ -36,6 +38,23 @@ __device__ inline Vector<T, size> load_vector(const T* from) {
 template <int size, typename T>
 __device__ inline void store_vector(T* to, const Vector<T, size>& vector) {
   *reinterpret_cast<Vector<T, size>*>(to) = vector;
+}
+
+// store_vector of what is not read soon. It is one access whatever surrounds it: the compiler may split
+// store_vector's.
+template <int size, typename T>
+__device__ inline void stream_vector(T* to, const Vector<T, size>& vector) {
+  if constexpr (sizeof(vector) == 16) {
+    uint4 words;
+    memcpy(&words, &vector, sizeof(words));
+    __stcs(reinterpret_cast<uint4*>(to), words);
+  } else if constexpr (sizeof(vector) == 8) {
+    uint2 words;
+    memcpy(&words, &vector, sizeof(words));
+    __stcs(reinterpret_cast<uint2*>(to), words);
+  } else {
+    store_vector(to, vector);
+  }
 }
 
 // How many neighbours a thread may move at a time: the largest power of two up to `most` that divides `run`.

@@ -33,6 +33,12 @@
 struct uint3 {
   unsigned x = 0, y = 0, z = 0;
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 using dim3 = uint3;
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
@@ -200,6 +206,10 @@ inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
 template <typename T>
 T __ldg(const T* from) {
   return *from;
+}
+template <typename T>
+void __stcs(T* to, T value) {
+  *to = value;
 }
 
 namespace fastshap {
