@@ -162,9 +162,6 @@ def exact_shapley() -> Iterator[Case]:
         yield Case(f"exact_shapley {label}", lambda ops, values=values: ops.exact_shapley(values), {})
 
 
-#: Every file of Triton kernels has its cases here.
-TRITON: dict[str, Callable[[], Iterator[Case]]] = {
-    "exact_shapley": exact_shapley,
 def coalition_sum() -> Iterator[Case]:
     for coalitions in (4, 32, 128):
         for label, dtype in (("float32", SINGLE), ("bfloat16", HALF), ("float64", torch.float64)):
@@ -206,6 +203,7 @@ def shapley_regression_loss() -> Iterator[Case]:
 #: Every file of Triton kernels has its cases here.
 TRITON: dict[str, Callable[[], Iterator[Case]]] = {
     "coalition_sum": coalition_sum,
+    "exact_shapley": exact_shapley,
     "layer_norm_segment_sum": layer_norm_segment_sum,
     "mask_patches": mask_patches,
     "pack_tokens": pack_tokens,

@@ -14,9 +14,9 @@ import torch
 
 #: Each file and the operators that it serves.
 OPERATORS: dict[str, tuple[str, ...]] = {
+    "coalition_sum": ("coalition_sum", "coalition_sum_backward"),
     "exact_shapley": ("exact_shapley",),
     "layer_norm_segment_sum": ("layer_norm_segment_sum", "layer_norm_segment_sum_backward"),
-    "coalition_sum": ("coalition_sum", "coalition_sum_backward"),
     "mask_patches": ("mask_patches", "mask_patches_backward"),
     "pack_tokens": ("pack_tokens", "pack_tokens_backward"),
     "packed_attention": ("packed_attention", "packed_attention_backward"),

@@ -42,8 +42,8 @@ inline SumLayout make_sum_layout(const Tensor& rows, const Tensor& bits) {
 __device__ inline void transpose_bits(const SumLayout& layout, const int32_t* bits, int64_t first, int chunk,
                                       uint32_t* masks) {
   const int lane = threadIdx.x % kWarp;
-  const int64_t bit_words = ceil_div(layout.players, kWarp);
-  for (int64_t w = threadIdx.x / kWarp; w < bit_words; w += kSumWarps) {
+  const int players = static_cast<int>(layout.players), bit_words = (players + kWarp - 1) / kWarp;
+  for (int w = threadIdx.x / kWarp; w < bit_words; w += kSumWarps) {
     const bool exists = lane < chunk && first + lane < layout.coalitions;
     const uint32_t word = exists ? static_cast<uint32_t>(bits[(first + lane) * bit_words + w]) : 0u;
     uint32_t mine = 0;
@@ -52,7 +52,7 @@ __device__ inline void transpose_bits(const SumLayout& layout, const int32_t* bi
       const uint32_t members = __ballot_sync(kAllLanes, (word >> p & 1u) != 0);
       if (lane == p) mine = members;
     }
-    if (w * kWarp + lane < layout.players) masks[w * kWarp + lane] = mine;
+    if (w * kWarp + lane < players) masks[w * kWarp + lane] = mine;
   }
 }
 
@@ -98,9 +98,11 @@ __global__ void __launch_bounds__(kSumThreads)
   Sum* partial = reinterpret_cast<Sum*>(memory);  // [warps][rows][tile], and before it the masks
   uint32_t* masks = reinterpret_cast<uint32_t*>(memory);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t tiles = ceil_div(layout.features, tile), chunks = ceil_div(layout.coalitions, chunk);
-  const int64_t image = blockIdx.x / (chunks * tiles), start = blockIdx.x / chunks % tiles * tile;
-  const int64_t first = blockIdx.x % chunks * chunk, column = start + lane * columns;
+  // Within an image 32 bits count: 64 would take registers from the sums.
+  const unsigned tiles = ceil_div(layout.features, tile), chunks = ceil_div(layout.coalitions, chunk);
+  const int64_t image = blockIdx.x / (chunks * tiles);
+  const int start = blockIdx.x / chunks % tiles * tile, first = blockIdx.x % chunks * chunk;
+  const int column = start + lane * columns;
   transpose_bits(layout, bits + image * layout.coalitions * ceil_div(layout.players, kWarp), first, chunk,
                  masks);
   __syncthreads();
@@ -122,7 +124,7 @@ __global__ void __launch_bounds__(kSumThreads)
     Sum total = 0;
 #pragma unroll
     for (int w = 0; w < kSumWarps; ++w) total += partial[w * kSumThreads + threadIdx.x];
-    const int64_t coalition = first + m + r;
+    const int coalition = first + m + r;
     finish(image * layout.coalitions + coalition, start + at, total,
            coalition < layout.coalitions && start + at < layout.features);
   }
@@ -162,9 +164,9 @@ void sum_coalitions(const char* op, const Tensor& rows, const Tensor& bits, Fini
 
 // Players whose sums a warp keeps; they share a word of bits.
 template <typename Sum, int columns>
-constexpr int scatter_players = columns == 8                       ? 8
-                                : columns == 1 && sizeof(Sum) == 4 ? 32
-                                                                   : 16;
+constexpr int scatter_players = columns == 8 || sizeof(Sum) == 8 ? 8
+                                : columns == 1                   ? 32
+                                                                 : 16;
 
 template <typename From, typename To, int columns>
 __global__ void __launch_bounds__(kSumThreads)
@@ -175,17 +177,19 @@ __global__ void __launch_bounds__(kSumThreads)
                              To* __restrict__ out) {                        // [B, P, L]
   using Sum = accumulate_t<From>;
   constexpr int tile = kWarp * columns, batch = scatter_players<Sum, columns>;
-  const int64_t tiles = ceil_div(layout.features, tile), blocks = ceil_div(layout.players, batch * kSumWarps);
+  const unsigned tiles = ceil_div(layout.features, tile),
+                 blocks = ceil_div(layout.players, batch * kSumWarps);
   const int64_t image = blockIdx.x / (blocks * tiles);
-  const int64_t column = blockIdx.x / blocks % tiles * tile + threadIdx.x % kWarp * columns;
-  const int64_t first = (blockIdx.x % blocks * kSumWarps + threadIdx.x / kWarp) * batch;
-  if (first >= layout.players || column >= layout.features) return;
-  const int64_t bit_words = ceil_div(layout.players, kWarp);
-  const int32_t* word = bits + image * layout.coalitions * bit_words + first / 32;
+  const int column = blockIdx.x / blocks % tiles * tile + threadIdx.x % kWarp * columns;
+  const int first = (blockIdx.x % blocks * kSumWarps + threadIdx.x / kWarp) * batch;
+  const int players = static_cast<int>(layout.players), coalitions = static_cast<int>(layout.coalitions);
+  if (first >= players || column >= layout.features) return;
+  const int bit_words = (players + kWarp - 1) / kWarp;
+  const int32_t* word = bits + image * coalitions * bit_words + first / 32;
   Sum sum[batch][columns] = {};
 #pragma unroll 4
-  for (int64_t m = 0; m < layout.coalitions; ++m) {
-    const int64_t row = image * layout.coalitions + m;
+  for (int m = 0; m < coalitions; ++m) {
+    const int64_t row = image * coalitions + m;
     const Vector<From, columns> values = load_vector<columns>(grad + row * layout.features + column);
     const uint32_t present = static_cast<uint32_t>(word[m * bit_words]) >> (first % 32);
     const Sum factor = scale == nullptr ? Sum(1) : scale[row];
@@ -201,7 +205,7 @@ __global__ void __launch_bounds__(kSumThreads)
   }
 #pragma unroll
   for (int p = 0; p < batch; ++p) {
-    if (first + p >= layout.players) break;
+    if (first + p >= players) break;
     Vector<To, columns> result;
 #pragma unroll
     for (int c = 0; c < columns; ++c) result.values[c] = static_cast<To>(sum[p][c]);
