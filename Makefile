@@ -41,7 +41,9 @@ build: $(INSTALLED)
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py --output runs/demo
 
-test: test-main test-triton test-cuda
+# A core each: two threads a process would wait for one another.
+test: $(INSTALLED) $(EMULATED)
+	OMP_NUM_THREADS=1 $(MAKE) --jobs=2 --output-sync test-main test-triton test-cuda
 
 test-main: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow and not gpu"

@@ -59,6 +59,29 @@ def mask_patches() -> Iterator[Case]:
         )
 
 
+def linear_shapley_loss() -> Iterator[Case]:
+    for label, dtype, products in (("float32", SINGLE, r"\bFFMA\b"), ("bfloat16", HALF, MATRIX_UNITS)):
+        classes = 1000
+        pooled, weight = torch.zeros(4, 8, 768), torch.zeros(classes, 768, dtype=dtype)
+        given = (
+            pooled,
+            weight,
+            torch.zeros(4, 8),
+            *torch.zeros(2, 1, classes),
+            torch.zeros(4, 8, classes, dtype=dtype),
+        )
+        yield Case(
+            f"linear_shapley_errors {label}",
+            lambda ops, given=given: ops.linear_shapley_errors(*given),
+            {"_residuals": products},
+        )
+        yield Case(
+            f"linear_shapley_errors_backward {label}",
+            lambda ops, given=given: ops.linear_shapley_errors_backward(torch.zeros(4, 8), *given, False),
+            {"_residuals": products},
+        )
+
+
 def packed_attention() -> Iterator[Case]:
     for dtype, head_dim, max_seqlen in (
         (HALF, 64, 197),
@@ -205,6 +228,7 @@ TRITON: dict[str, Callable[[], Iterator[Case]]] = {
     "coalition_sum": coalition_sum,
     "exact_shapley": exact_shapley,
     "layer_norm_segment_sum": layer_norm_segment_sum,
+    "linear_shapley_loss": linear_shapley_loss,
     "mask_patches": mask_patches,
     "pack_tokens": pack_tokens,
     "packed_attention": packed_attention,

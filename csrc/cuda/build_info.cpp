@@ -7,6 +7,7 @@
 #define FASTSHAP_VALUE(x) FASTSHAP_STRING(x)
 
 extern "C" __attribute__((visibility("default"))) const char* fastshap_build_info() {
-  return "CUDA " FASTSHAP_VALUE(CUDART_VERSION) ", torch " TORCH_VERSION
-         " headers, stable ABI of torch 2.11, for " FASTSHAP_ARCHITECTURES;
+  return "CUDA " FASTSHAP_VALUE(
+      CUDART_VERSION) ", torch " TORCH_VERSION
+                      " headers, stable ABI of torch 2.11, for " FASTSHAP_ARCHITECTURES;
 }

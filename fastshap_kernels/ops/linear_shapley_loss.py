@@ -1,18 +1,26 @@
 """The Shapley regression loss of Shapley values that are linear in features, without making them.
 
-There is no kernel here beyond coalition_sum's: once the features are pooled by coalition, what is left is one
-GEMM and a residual of (B, M, K), and so is its backward pass: residual × pooled features for the weight,
-residual × weight for the pooled features, and coalition_sum's backward to scatter those to the players.
+Once the features are pooled by coalition, what is left is one GEMM and a residual of (B, M, K), and so is its backward
+pass: residual × pooled features for the weight, residual × weight for the pooled features, and coalition_sum's
+backward to scatter those to the players. Triton squares the residuals inside the GEMM; elsewhere the only kernel is
+coalition_sum's.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _backend, _checks, _library
+from ..reference import coalition_sum as reference_sum
 from ..reference import linear_shapley_loss as reference
-from .coalition_sum import check_features, select_pool
-from .shapley_regression_loss import prepare_game
+from ..reference import shapley_regression_loss as reference_loss
+from .coalition_sum import check_features, pool_with
+from .shapley_regression_loss import check_game, gain_of, target_of
+
+_KERNELS = ("triton", "cuda", "cpu")
 
 
 def linear_shapley_loss(
@@ -63,11 +71,99 @@ def linear_shapley_loss(
     check_features(op, "features", features, "(B, P, L)")
     _check_head(op, features, weight, bias)
     _checks.check_bits(op, bits, features.shape[1], features)
-    target, gain, weights = prepare_game(
-        op, features, weight.shape[0], bits, values, null, grand, weights, normalization, reduction
-    )
-    pool = select_pool(op, features, bits, backend)
+    dtype = check_game(op, features, weight.shape[0], bits, values, null, grand, weights, normalization, reduction)
+    gain = gain_of(null, grand, normalization, dtype)
+    weights = None if weights is None else weights.to(dtype)
+    served_by = _backend.select(op, features.device, backend, _KERNELS)
+    pool = reference_sum.coalition_sum if served_by == "reference" else pool_with(_library.namespace(served_by))
+    if served_by == "triton" and torch.float64 not in (dtype, weight.dtype):
+        errors = _errors(features, weight, bias, bits, values, null, gain, pool)
+        return reference_loss.reduce(errors, weight.shape[0], weights, reduction)
+    target = target_of(values, null, dtype)
     return reference.linear_shapley_loss(features, weight, bias, bits, target, gain, weights, reduction, pool)
+
+
+def _errors(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bits: Tensor,
+    values: Tensor,
+    null: Tensor | None,
+    gain: Tensor | None,
+    pool: reference_sum.Pool,
+) -> Tensor:
+    """(B, M) squared errors, summed over the classes: no other tensor of the size of `values` is made."""
+    players, dtype = features.shape[1], torch.float32
+    scale = reference_loss.sizes(bits, players, dtype)
+    if gain is None:
+        pooled = pool(features, bits, dtype)
+        slope = weight.new_zeros(1, weight.shape[0], dtype=dtype) if bias is None else bias.to(dtype).unsqueeze(0)
+    else:
+        scale = scale / players
+        pooled, total = reference_loss.pool_with_total(features, bits, dtype, pool)
+        pooled, slope = pooled - scale * total, gain.squeeze(1)
+    level = weight.new_zeros(1, weight.shape[0], dtype=dtype) if null is None else null.to(dtype)
+    level = level if level.ndim == 2 else level.unsqueeze(0)
+    return LinearShapleyErrors.apply(pooled, weight, scale.squeeze(-1), slope, level, values, "fastshap_triton")
+
+
+class LinearShapleyErrors(torch.autograd.Function):
+    """Σ_k (pooled · weight + scale · slope + level − values)² of each coalition, of which only Triton has a kernel."""
+
+    @staticmethod
+    def forward(
+        pooled: Tensor, weight: Tensor, scale: Tensor, slope: Tensor, level: Tensor, values: Tensor, namespace: str
+    ) -> Tensor:
+        return _library.kernels(namespace).linear_shapley_errors(pooled, weight, scale, slope, level, values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.namespace = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values_too = ctx.needs_input_grad[5]
+        backward = _library.kernels(ctx.namespace).linear_shapley_errors_backward
+        pooled, weight, slope, level, values = backward(grad, *ctx.saved_tensors, values_too)
+        return pooled, weight, None, slope, level, values if values_too else None, None
+
+
+@_library.define(
+    "linear_shapley_errors",
+    "(Tensor pooled, Tensor weight, Tensor scale, Tensor slope, Tensor level, Tensor values) -> Tensor",
+)
+def _fake(pooled: Tensor, weight: Tensor, scale: Tensor, slope: Tensor, level: Tensor, values: Tensor) -> Tensor:
+    return pooled.new_empty(pooled.shape[:2])
+
+
+@_library.define(
+    "linear_shapley_errors_backward",
+    "(Tensor grad, Tensor pooled, Tensor weight, Tensor scale, Tensor slope, Tensor level, Tensor values, "
+    "bool values_too) -> (Tensor pooled, Tensor weight, Tensor slope, Tensor level, Tensor values)",
+)
+def _fake_backward(
+    grad: Tensor,
+    pooled: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    slope: Tensor,
+    level: Tensor,
+    values: Tensor,
+    values_too: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    of_values = values.new_empty(values.shape if values_too else 0)
+    return (
+        pooled.new_empty(pooled.shape),
+        weight.new_empty(weight.shape),
+        slope.new_empty(slope.shape),
+        level.new_empty(level.shape),
+        of_values,
+    )
+
+
+_library.register_autograd("linear_shapley_errors", LinearShapleyErrors)
 
 
 def _check_head(op: str, features: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -67,9 +67,9 @@ def shapley_regression_loss(
     op = "shapley_regression_loss"
     check_features(op, "phi", phi, "(B, P, K)")
     _checks.check_bits(op, bits, phi.shape[1], phi)
-    target, gain, weights = prepare_game(
-        op, phi, phi.shape[2], bits, values, null, grand, weights, normalization, reduction
-    )
+    dtype = check_game(op, phi, phi.shape[2], bits, values, null, grand, weights, normalization, reduction)
+    target, gain = target_of(values, null, dtype), gain_of(null, grand, normalization, dtype)
+    weights = None if weights is None else weights.to(dtype)
     served_by = select_backend(op, phi, bits, backend)
     if served_by == "reference":
         pool: reference_sum.Pool = reference_sum.coalition_sum
@@ -151,7 +151,7 @@ _library.register_autograd("shapley_regression_loss", ShapleyRegressionLoss)
 _library.register_autograd("shapley_regression_loss_backward", ShapleyRegressionLossBackward)
 
 
-def prepare_game(
+def check_game(
     op: str,
     like: Tensor,
     classes: int,
@@ -162,10 +162,10 @@ def prepare_game(
     weights: Tensor | None,
     normalization: str,
     reduction: str,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Checks what both losses share; returns values − null, grand − null (B, 1, K) if asked for, and the weights.
+) -> torch.dtype:
+    """Checks what both losses share; returns the dtype of the loss.
 
-    `like` (B, P, …) is what the Shapley values come from. The dtype is that of the loss.
+    `like` (B, P, …) is what the Shapley values come from.
     """
     batch, coalitions = bits.shape[:2]
     if normalization not in NORMALIZATIONS:
@@ -173,24 +173,30 @@ def prepare_game(
     if reduction not in REDUCTIONS:
         _checks.fail(op, "reduction", "one of " + ", ".join(REDUCTIONS), reduction)
     _check(op, "values", values, like, (batch, coalitions, classes), "(B, M, K)")
-    dtype = torch.promote_types(torch.promote_types(like.dtype, values.dtype), torch.float32)
-    target = values.to(dtype)
     if null is not None:
         shared = isinstance(null, Tensor) and null.ndim == 1
         _check(op, "null", null, like, (classes,) if shared else (batch, classes), "(K,) or (B, K)")
-        null = null.to(dtype).unsqueeze(-2)
-        target = target - null
     if weights is not None:
         _check(op, "weights", weights, like, (batch, coalitions), "(B, M)")
-        weights = weights.to(dtype)
     if grand is not None:
         _check(op, "grand", grand, like, (batch, classes), "(B, K)")
-    if normalization == "none":
-        return target, None, weights
-    if grand is None:
+    elif normalization == "additive":
         _checks.fail(op, "grand", 'v(N) as (B, K) for normalization="additive"', grand)
+    return torch.promote_types(torch.promote_types(like.dtype, values.dtype), torch.float32)
+
+
+def gain_of(null: Tensor | None, grand: Tensor | None, normalization: str, dtype: torch.dtype) -> Tensor | None:
+    """grand − null as (B, 1, K) where the normalisation asks for it."""
+    if normalization == "none" or grand is None:
+        return None
     gain = grand.to(dtype).unsqueeze(1)
-    return target, gain if null is None else gain - null, weights
+    return gain if null is None else gain - null.to(dtype).unsqueeze(-2)
+
+
+def target_of(values: Tensor, null: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """values − null, (B, M, K)."""
+    target = values.to(dtype)
+    return target if null is None else target - null.to(dtype).unsqueeze(-2)
 
 
 def _check(op: str, argument: str, value: object, like: Tensor, shape: tuple[int, ...], meaning: str) -> None:

@@ -17,6 +17,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "coalition_sum": ("coalition_sum", "coalition_sum_backward"),
     "exact_shapley": ("exact_shapley",),
     "layer_norm_segment_sum": ("layer_norm_segment_sum", "layer_norm_segment_sum_backward"),
+    "linear_shapley_loss": ("linear_shapley_errors", "linear_shapley_errors_backward"),
     "mask_patches": ("mask_patches", "mask_patches_backward"),
     "pack_tokens": ("pack_tokens", "pack_tokens_backward"),
     "packed_attention": ("packed_attention", "packed_attention_backward"),

@@ -169,7 +169,7 @@ constexpr int scatter_players = columns == 8 || sizeof(Sum) == 8 ? 8
                                                                  : 16;
 
 template <typename From, typename To, int columns>
-__global__ void __launch_bounds__(kSumThreads)
+__global__ void __launch_bounds__(kSumThreads, 2)
     coalition_scatter_kernel(SumLayout layout,
                              const From* __restrict__ grad,                 // [B, M, L]
                              const accumulate_t<From>* __restrict__ scale,  // [B, M] or null
