@@ -100,7 +100,7 @@ def newest_gpu() -> dict[str, Any] | None:
 def gpu_table(results: dict[str, Any] | None) -> str:
     """The promises, and the times of every op's backends and rivals."""
     if results is None:
-        return "No figure of a GPU has been measured yet. `make gpu` measures them."
+        return "No GPU has run these kernels yet, so there are no figures: `make gpu` checks and measures them."
     promises = [
         [f"`{bar['op']}`", bar["promise"], f"{bar['bar']:g}", f"{bar['measured']:.3g}", "yes" if bar["met"] else "no"]
         for bar in results["bars"]

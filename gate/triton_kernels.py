@@ -33,13 +33,13 @@ _POINTERS = {
 }
 
 
-class _Recorder:
+class Recorder:
     """Notes launches in place of making them."""
 
     def __init__(self) -> None:
         self.launches: list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]] = []
 
-    def __enter__(self) -> _Recorder:
+    def __enter__(self) -> Recorder:
         self._run, launches = JITFunction.run, self.launches
 
         def note(function: JITFunction, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
@@ -91,7 +91,7 @@ def _compile(function: JITFunction, arguments: Any, named: Any, architecture: in
 def _compile_case(file: str, index: int) -> tuple[dict[str, dict[str, Resources]], list[str]]:
     """One case for every architecture: {architecture: {kernel: resources}} and what its code lacks."""
     case = list(kernel_cases.TRITON[file]())[index]
-    with _Recorder() as recorder:
+    with Recorder() as recorder:
         case.call(torch.ops.fastshap_triton)
     found: dict[str, dict[str, Resources]] = {}
     problems = []

@@ -7,6 +7,8 @@ import compile_gate
 import cuda_kernels
 import kernel_cases
 import pytest
+import torch
+import triton_kernels
 from resources import Resources
 
 LOG = """
@@ -94,3 +96,14 @@ def test_every_file_of_triton_kernels_has_cases():
     assert set(kernel_cases.TRITON) == set(OPERATORS)
     for make in kernel_cases.TRITON.values():
         assert list(make())
+
+
+def test_every_triton_launch_says_whether_operations_may_be_fused():
+    # Triton 3.9 warns where it is left open, and 3.10 decides otherwise.
+    with triton_kernels.Recorder() as recorder:
+        for make in kernel_cases.TRITON.values():
+            for case in make():
+                case.call(torch.ops.fastshap_triton)
+    assert recorder.launches
+    silent = {function.__name__ for function, _, named in recorder.launches if "enable_fp_fusion" not in named}
+    assert silent == set()

@@ -42,7 +42,8 @@ def linear_shapley_loss(
     Σ_{p∈S} φ_p = W (Σ_{p∈S} e_p) + |S| b: the features are pooled by coalition, then there is one GEMM, in memory
     of (B, M, K) instead of (B, P, K). With normalization="additive",
     Σ_{p∈S} φ'_p = W (Σ_{p∈S} e_p − |S|/P Σ_p e_p) + |S|/P (grand − null): the bias has no effect.
-    Computed in float32 (float64 where features or values are float64), also under autocast.
+    Computed in float32 (float64 where features or values are float64), also under autocast; only the gradients of a
+    bfloat16 head, which are rounded to it in the end, are sums of bfloat16 residuals on Triton.
 
     Args:
         features (float16, bfloat16, float32, float64): (B, P, L) e_p; 1 ≤ P ≤ 4096.

@@ -170,6 +170,7 @@ def exact_shapley(values: Tensor) -> Tensor:
         KEPT_BITS=kept_bits,
         STEP_BITS=step_bits,
         COLUMNS=columns,
+        enable_fp_fusion=True,
     )
     _add_slices[(images * triton.cdiv(players * classes, _ITEMS),)](
         values,
@@ -180,5 +181,6 @@ def exact_shapley(values: Tensor) -> Tensor:
         PLAYERS=players,
         ITEMS=_ITEMS,
         SLICES=min(_SLICES, slices),
+        enable_fp_fusion=True,
     )
     return out

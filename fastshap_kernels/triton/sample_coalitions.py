@@ -167,5 +167,6 @@ def sample_coalitions(
         GROUPS=groups,
         COALITIONS=together,
         num_warps=4 if groups < 8 else 8,  # sums over many groups take registers too
+        enable_fp_fusion=True,
     )
     return bits

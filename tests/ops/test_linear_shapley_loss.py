@@ -78,6 +78,24 @@ def test_backends_agree(generator, players, normalization, dtype):
         assert_accurate(ours, plain, exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_many_classes_and_detached_values(generator, normalization, dtype):
+    # More than a kernel goes through at a time; and of the game only the features and the head learn.
+    given = make_arguments(generator, 2, 3, 5, 16, 4100)
+
+    def results(dtype, backend):
+        tensors = [x if x.dtype == torch.int32 else x.to(dtype) for x in given]
+        head = [x.requires_grad_() for x in tensors[:2]]
+        switches = {"normalization": normalization, "reduction": "none", "backend": backend}
+        loss = fk.linear_shapley_loss(*head, None, *tensors[3:], **switches)
+        return [loss.detach(), *torch.autograd.grad(loss.sum(), head)]
+
+    cases = [(dtype, BACKEND), (dtype, "reference"), (torch.float64, "reference")]
+    for ours, plain, exact in zip(*[results(*case) for case in cases], strict=True):
+        assert_accurate(ours, plain, exact)
+
+
 class LargestOutput(TorchDispatchMode):
     """The largest number of elements that any tensor made inside the block has."""
 
