@@ -62,6 +62,8 @@ def test_no_bias_is_a_bias_of_zero(generator, backend):
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_backends_agree(generator, players, normalization, dtype):
+    if dtype == torch.float64 and BACKEND == "triton":
+        players = min(players, 66)  # coalition_sum's own test has more, a row at a time: the interpreter is slow
     features, weight, _, *rest = make_arguments(generator, coalitions=40, players=players)
     given = [x if x.dtype == torch.int32 else x.to(dtype) for x in (features, weight, *rest)]
 
