@@ -19,4 +19,5 @@ def test_coalition_sum(compare):
         lambda: run("reference"),
         against="unpack to float masks, bmm",
         bar=1.0,
+        rounds=60,
     )

@@ -30,4 +30,5 @@ def test_shapley_regression_loss(compare, normalization):
         plain,
         against="einsum with ready float masks",
         bar=1.5,
+        rounds=60,
     )
