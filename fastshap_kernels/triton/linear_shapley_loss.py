@@ -137,10 +137,10 @@ def linear_shapley_errors_backward(
     given = [x.contiguous() for x in (pooled, weight, scale, slope, level, values)]
     pooled, weight, scale, slope, level, values = given
     factor = (2 * grad).contiguous()
-    classes, width = weight.shape
+    classes = weight.shape[0]
     # The gradient of a bfloat16 head is rounded to it: so may what it is made of. float16 would lose small gradients.
     operand = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
-    rows, head = pooled.view(-1, width).to(operand), weight.to(operand)
+    rows, head = pooled.flatten(0, 1).to(operand), weight.to(operand)
     grad_pooled, grad_weight = torch.zeros_like(pooled), torch.empty_like(weight)
     grad_slope, grad_level = torch.empty_like(slope), torch.empty_like(level)
     grad_values = torch.empty_like(values) if values_too else values.new_empty(0)
@@ -150,11 +150,12 @@ def linear_shapley_errors_backward(
             chunk = slice(first, min(first + _CLASSES, classes))
             residual = pooled.new_empty((*values.shape[:2], chunk.stop - first))
             _launch(given, factor, residual, first, chunk.stop - first)
-            for out, of_rows in ((grad_slope, residual * scale.unsqueeze(-1)), (grad_level, residual)):
-                out[:, chunk] = of_rows.sum(1) if out.shape[0] > 1 else of_rows.sum((0, 1)).unsqueeze(0)
+            of_slope, of_level = torch.bmm(scale.unsqueeze(1), residual), residual.sum(1, keepdim=True)
+            for out, of_images in ((grad_slope, of_slope), (grad_level, of_level)):
+                out[:, chunk] = of_images.squeeze(1) if out.shape[0] > 1 else of_images.sum(0)
             if values_too:
                 grad_values[..., chunk] = -residual
-            flat = residual.view(rows.shape[0], -1).to(operand)
+            flat = residual.flatten(0, 1).to(operand)
             grad_weight[chunk] = flat.T @ rows
             grad_pooled += (flat @ head[chunk]).view_as(pooled)
     return grad_pooled, grad_weight, grad_slope, grad_level, grad_values

@@ -110,18 +110,17 @@ class LargestOutput(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
-def test_shapley_values_are_never_made(generator, normalization, backend):
+def test_shapley_values_are_never_made(generator, normalization, backend, dtype):
     batch, coalitions, players, width, classes = 2, 3, 64, 8, 500
     arguments = make_arguments(generator, batch, coalitions, players, width, classes)
     with LargestOutput() as seen:
-        loss_and_gradients(explicit_loss, arguments, torch.float64, normalization=normalization, backend=backend)
+        loss_and_gradients(explicit_loss, arguments, dtype, normalization=normalization, backend=backend)
     assert seen.numel >= batch * players * classes
     with LargestOutput() as seen:
-        loss_and_gradients(
-            fk.linear_shapley_loss, arguments, torch.float64, normalization=normalization, backend=backend
-        )
+        loss_and_gradients(fk.linear_shapley_loss, arguments, dtype, normalization=normalization, backend=backend)
     assert seen.numel <= max(classes * width, batch * coalitions * classes, batch * players * width)
 
 
@@ -170,15 +169,16 @@ def test_strided_and_expanded_inputs(generator, backend):
     assert torch.equal(expanded, fk.linear_shapley_loss(one.repeat(3, 1, 1), *arguments[1:], backend=backend))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize(("batch", "coalitions"), [(0, 3), (2, 0)])
-def test_empty(generator, batch, coalitions, normalization, backend):
-    arguments = make_arguments(generator, batch, coalitions)
+def test_empty(generator, batch, coalitions, normalization, backend, dtype):
+    arguments = make_arguments(generator, batch, coalitions, dtype=dtype)
     switches = {"normalization": normalization, "backend": backend}
     assert fk.linear_shapley_loss(*arguments, reduction="none", **switches).shape == (batch, coalitions)
     assert fk.linear_shapley_loss(*arguments, **switches).isnan()
-    results = loss_and_gradients(fk.linear_shapley_loss, arguments, torch.float64, reduction="sum", **switches)
+    results = loss_and_gradients(fk.linear_shapley_loss, arguments, dtype, reduction="sum", **switches)
     assert all(torch.equal(x, torch.zeros_like(x)) for x in results)
 
 
