@@ -23,7 +23,14 @@ EXPLAINER_COALITIONS = 2
 _EXPLAINER_EVALUATIONS = 2 + 2 + EXPLAINER_COALITIONS
 #: A ramp that is none.
 FULL = (0.0, 0.0)
-TRAINING: dict[str, Any] = {"batch_size": 64, "lr": 2e-3, "weight_decay": 0.05, "warmup_epochs": 1, "clip_grad": 1.0}
+TRAINING: dict[str, Any] = {
+    "batch_size": 64,
+    "lr": 2e-3,
+    "weight_decay": 0.05,
+    "warmup_epochs": 1,
+    "clip_grad": 1.0,
+    "mixed_precision": "bf16",
+}
 
 
 @dataclass(frozen=True)
@@ -192,7 +199,7 @@ BUDGETS: dict[str, Budget] = {
         200,
         _LARGE_NETWORKS,
         65536,
-        TRAINING | {"batch_size": 256, "lr": 1e-3, "warmup_epochs": 5, "mixed_precision": "bf16"},
+        TRAINING | {"batch_size": 256, "lr": 1e-3, "warmup_epochs": 5},
     ),
 }
 

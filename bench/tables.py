@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -227,9 +228,11 @@ def settings_table(findings: Findings) -> str:
                 "" if setting == "plain" else plus_minus(findings.accuracy_difference(network, setting), "+.2f"),
                 plus_minus(figures["r2"], ".3f"),
                 plus_minus(figures["correlation_predicted"], ".3f"),
+                f"{statistics.fmean(run['ms_per_explanation'] for run in runs):.1f}",
             ]
         )
-    header = ["network", "trained with", "seeds", "accuracy, %", "minus plain", "R²", "correlation, predicted class"]
+    header = ["network", "trained with", "seeds", "accuracy, %", "minus plain", "R²"]
+    header += ["correlation, predicted class", "ms an explanation"]
     return table(header, rows)
 
 

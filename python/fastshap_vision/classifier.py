@@ -17,6 +17,7 @@ from fastshap_kernels._checks import check_bits
 
 from ._checks import check_choice
 from .coalition_stream import stream
+from .cpu_attention import cpu_attention
 from .cpu_linear import cpu_linears
 from .explanation import Explanation
 from .game import JointPass, UnsupportedModelError
@@ -292,7 +293,7 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
             # What the votes leave is a game whose grand value is 0.
             values, null = values - self._votes_of(features.detach(), bits), null.detach() * 0
             grand = torch.zeros_like(logits)
-        with cpu_linears(features):
+        with cpu_linears(features), cpu_attention(features):
             explained = self.explainer(features)
         return _loss_of_classes(classes, explained, self.shares.weight, None, bits, values, null, grand)
 
