@@ -27,6 +27,23 @@ NAMES = {OURS: "ours", AMORTIZED: "FastSHAP / ViT-Shapley"}
 Explain = Callable[[Tensor, Tensor], Tensor]
 
 
+class Remembered:
+    """A game on the same images again and again: it evaluates equal coalitions once.
+
+    The subsets of sensitivity-n are the same for every method, and most of what judging one costs.
+    """
+
+    def __init__(self, game: Any) -> None:
+        self.game, self.players = game, game.players
+        self._values: dict[bytes, Tensor] = {}
+
+    def coalition_values(self, images: Tensor, bits: Tensor) -> Tensor:
+        key = bits.cpu().numpy().tobytes()
+        if key not in self._values:
+            self._values[key] = self.game.coalition_values(images, bits)
+        return self._values[key]
+
+
 def compare_methods(
     network: str,
     models: dict[str, fv.SelfExplainingClassifier],
@@ -64,7 +81,7 @@ def _judge(
     setting: str, ways: dict[str, Explain], model: fv.SelfExplainingClassifier, images: Tensor
 ) -> list[dict[str, Any]]:
     """A row for each way and game; the class explained is the one that the model predicts."""
-    games = {"own": model, "pixel": metrics.PixelGame(model, model.grid, "mean")}
+    games = {"own": Remembered(model), "pixel": Remembered(metrics.PixelGame(model, model.grid, "mean"))}
     with torch.no_grad():
         target = model(images).argmax(1)
     rows = []

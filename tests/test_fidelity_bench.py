@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -17,6 +18,7 @@ import fidelity as program  # noqa: E402
 import fidelity_report  # noqa: E402
 import fidelity_runs  # noqa: E402
 import tables  # noqa: E402
+from fidelity_compare import Remembered  # noqa: E402
 
 
 def archive(path, count):
@@ -86,6 +88,22 @@ def test_all_methods_are_compared_on_both_models(measured):
     for row in rows:
         assert row["difference"] == pytest.approx(row["insertion"] - row["deletion"], abs=1e-6)
         assert len(row["insertion_curve"]) == 17
+
+
+def test_equal_coalitions_are_evaluated_once():
+    asked = []
+
+    class Game:
+        players = 3
+
+        def coalition_values(self, images, bits):
+            asked.append(bits)
+            return bits.double()
+
+    game, first, second = Remembered(Game()), torch.tensor([[[1]]]), torch.tensor([[[6]]])
+    for bits in (first, second, first.clone(), second):
+        assert torch.equal(game.coalition_values(torch.ones(1), bits), bits.double())
+    assert len(asked) == 2
 
 
 def test_the_readme_has_tables_of_it(measured, folder, monkeypatch):
