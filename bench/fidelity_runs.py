@@ -9,14 +9,16 @@ import torch
 
 import fastshap_vision as fv
 
-#: The task on masked images from the start: with so many epochs it regularises. The regression in the second half.
+#: Of `fv.ShapleyObjective`. The task on masked images from the start: with so many epochs it regularises.
 RECIPE: dict[str, Any] = {
-    "coalitions": 2,
+    "coalitions": 4,
     "regression_weight": 4.0,
     "masked_task_weight": 1.0,
-    "regression_ramp": (0.5, 0.75),
+    "regression_ramp": (0.0, 0.5),
     "masked_task_ramp": (0.0, 0.0),
 }
+#: Of `fv.SelfExplainingClassifier`.
+RECIPE_MODEL: dict[str, Any] = {"head": "shares", "head_depth": 2}
 #: An image and step, of the amortised explainer.
 EXPLAINER_COALITIONS = 2
 #: Of an image in an epoch of each: the surrogate's teacher and coalition; the explainer, v(N) and the coalitions.
@@ -50,7 +52,7 @@ class Setting:
     about: str
     kind: str = "shapley"
     objective: dict[str, Any] = field(default_factory=lambda: dict(RECIPE))
-    model: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=lambda: dict(RECIPE_MODEL))
     starts_from: str | None = None
     share: float = 1.0
 
@@ -60,20 +62,25 @@ def _objective(about: str, **changes: Any) -> Setting:
 
 
 def _model(about: str, **changes: Any) -> Setting:
-    return Setting(about, model=changes)
+    return Setting(about, model=RECIPE_MODEL | changes)
 
 
+def _task(about: str, **changes: Any) -> Setting:
+    return Setting(about, kind="task", objective={}, model={}, **changes)
+
+
+_VOTES = {"head": "votes"}
 SETTINGS: dict[str, Setting] = {
-    "plain": Setting("the task alone", kind="task", objective={}),
+    "plain": _task("the task alone"),
     "recipe": Setting("the recipe"),
-    "votes": _model("votes head", head="votes"),
+    "votes": Setting("votes head", model=_VOTES),
     "even": _model("shares on the even split", base="even"),
     "depth-0": _model("no block before the shares", head_depth=0),
-    "depth-2": _model("two blocks before the shares", head_depth=2),
+    "depth-1": _model("one block before the shares", head_depth=1),
     "gradient-0": _model("none of the regression's gradient reaches the encoder", backbone_gradient=0.0),
     "gradient-0.1": _model("a tenth of the regression's gradient reaches the encoder", backbone_gradient=0.1),
     "late-masks": _objective("μ from half of the schedule on", masked_task_ramp=(0.5, 0.5)),
-    "from-start": _objective("λ rises from the start", regression_ramp=(0.0, 0.5)),
+    "late-regression": _objective("λ rises from half of the schedule on", regression_ramp=(0.5, 0.75)),
     "no-ramp": _objective("λ full from the start", regression_ramp=FULL),
     "lambda-1": _objective("λ 1", regression_weight=1.0),
     "lambda-16": _objective("λ 16", regression_weight=16.0),
@@ -82,19 +89,17 @@ SETTINGS: dict[str, Setting] = {
     "live": _objective("gradient through v(S) too", target="live"),
     "raw": _objective("raw squared error", error="raw"),
     "variance": _objective("error relative to the variance of v", error="variance"),
-    "M-4": _objective("4 coalitions an image", coalitions=4),
+    "M-2": _objective("2 coalitions an image", coalitions=2),
     "M-8": _objective("8 coalitions an image", coalitions=8),
     "unpaired": _objective("coalitions not in pairs", paired=False),
     "top-3": _objective("the 3 likeliest classes", top_classes=3),
     "uniform": _objective("coalitions of uniform size", sizes="uniform"),
-    "plain-half": Setting("the task alone, half as long", kind="task", objective={}, share=0.5),
-    "fine-tuned": replace(
-        _objective("fine-tuned from the plain model", regression_ramp=(0.0, 0.5)),
-        starts_from="plain-half",
-        share=0.5,
+    "plain-half": _task("the task alone, half as long", share=0.5),
+    "fine-tuned": replace(_objective("fine-tuned from the plain model"), starts_from="plain-half", share=0.5),
+    "viashap": Setting("ViaSHAP's objective", kind="viashap", objective={"coalitions": 2}, model=_VOTES),
+    "fastshap": Setting(
+        "FastSHAP / ViT-Shapley of the plain model", kind="amortized", objective={}, model={}, starts_from="plain"
     ),
-    "viashap": Setting("ViaSHAP's objective", kind="viashap", objective={"coalitions": 2}, model={"head": "votes"}),
-    "fastshap": Setting("FastSHAP / ViT-Shapley of the plain model", kind="amortized", starts_from="plain"),
 }
 
 
@@ -187,7 +192,7 @@ BUDGETS: dict[str, Budget] = {
         256,
         TRAINING | {"batch_size": 32},
     ),
-    "small": Budget(16000, 8, (0,), ("plain", "recipe", "votes", "late-masks"), 20, 20, 50, _SMALL_NETWORKS, 8192),
+    "small": Budget(16000, 6, (0,), ("plain", "recipe", "votes", "M-2"), 20, 20, 20, _SMALL_NETWORKS, 8192),
     "medium": Budget(16000, 24, (0, 1, 2), (*_FIRST, *SETTINGS), 200, 50, 100, _SMALL_NETWORKS, 65536),
     "full": Budget(
         40000,
