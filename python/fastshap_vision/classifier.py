@@ -21,6 +21,7 @@ from .cpu_attention import cpu_attention
 from .cpu_linear import cpu_linears
 from .explanation import Explanation
 from .game import JointPass, UnsupportedModelError
+from .intermediates import MergedFeatures, probe_widths
 from .precision import lowered
 from .removal import REMOVALS, make_game
 
@@ -47,6 +48,8 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
         head: "shares" or "votes".
         base: "even" or "votes"; default "votes" where patches vote. Of the shares head only.
         head_depth: blocks between the features and the shares, 0, 1 or 2. Of the shares head only.
+        intermediates: whether these blocks read the features of every stage of the encoder (each block of a
+            transformer), added up by a linear layer, instead of the last ones alone. Of the shares head only.
         backbone_gradient: γ in [0, 1], how much of the regression's gradient goes on into the encoder.
         removal: how a patch that is not in a coalition is removed: "drop", its token is taken out of the sequence
             (VisionTransformer and Eva models; where packing does not know their blocks, by attention masks);
@@ -76,6 +79,7 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
         head: str = "shares",
         base: str | None = None,
         head_depth: int = 1,
+        intermediates: bool = False,
         backbone_gradient: float = 1.0,
         removal: str | None = None,
         pretrained: bool = False,
@@ -110,7 +114,16 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
         self.base = base or ("votes" if self.game.patches_vote else "even")
         self.num_classes: int = self.game.vote_weight()[0].shape[0]
         if head == "shares":
-            self.explainer = nn.Sequential(*(self.game.explanation_block() for _ in range(head_depth)))
+            if intermediates and self.removal == "feature":
+                raise ValueError(
+                    "Argument `intermediates` can't be True with removal='feature', which runs the network in parts. "
+                    "Use removal='pixel'."
+                )
+            if intermediates:
+                self.game.intermediate_widths = probe_widths(self.game)
+            merged = [MergedFeatures(self.game.feature_width, self.game.intermediate_widths)] if intermediates else []
+            blocks = [self.game.explanation_block() for _ in range(head_depth)]
+            self.explainer = nn.Sequential(*merged, *blocks)
             self.shares = nn.Linear(self.game.feature_width, self.num_classes, bias=False)
             nn.init.zeros_(self.shares.weight)  # δ = 0: training starts from the base
             device = next(backbone.parameters()).device
@@ -175,7 +188,7 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
         delta = self.shares(self.explainer(features))
         delta = delta - delta.mean(1, keepdim=True)
         if self.base == "votes":
-            return delta + nn.functional.linear(features, *self.game.vote_weight()) / self.players
+            return delta + nn.functional.linear(self._last(features), *self.game.vote_weight()) / self.players
         return delta + ((logits - self.null_value()) / self.players).unsqueeze(1)
 
     @torch.no_grad()
@@ -277,9 +290,9 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
     ) -> Tensor:
         """Mean over B, M, K of (v(S) − v(∅) − Σ_{p∈S} Φ_p)², with no (B, P, K) tensor.
 
-        Features (B, P, L) and logits (B, K) are those of the full images. With the shares head, logits and base are
-        detached: the regression moves the shares, and the encoder as far as `backbone_gradient` says. `classes`,
-        int64 (B, k), are those of each image that count; None for all.
+        Features (B, P, L), with `intermediates` (B, P, L + ΣC), and logits (B, K) are those of the full images. With
+        the shares head, logits and base are detached: the regression moves the shares, and the encoder as far as
+        `backbone_gradient` says. `classes`, int64 (B, k), are those of each image that count; None for all.
         """
         if self.backbone_gradient < 1.0:
             features = features.detach() + self.backbone_gradient * (features - features.detach())
@@ -291,7 +304,7 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
             grand = logits.detach()
         else:
             # What the votes leave is a game whose grand value is 0.
-            values, null = values - self._votes_of(features.detach(), bits), null.detach() * 0
+            values, null = values - self._votes_of(self._last(features.detach()), bits), null.detach() * 0
             grand = torch.zeros_like(logits)
         with cpu_linears(features), cpu_attention(features):
             explained = self.explainer(features)
@@ -305,6 +318,10 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
             if bias is not None:
                 votes = votes + coalition_sum(features.new_ones(*features.shape[:2], 1), bits) * bias
             return votes / self.players
+
+    def _last(self, features: Tensor) -> Tensor:
+        """Of the features (B, P, L + ΣC) the encoder's last ones, (B, P, L)."""
+        return features[..., : self.game.feature_width]
 
     def _check_images(self, images: Tensor) -> None:
         expected = self.game.input_size
@@ -368,6 +385,7 @@ def convert(
     head: str = "shares",
     base: str | None = None,
     head_depth: int = 1,
+    intermediates: bool = False,
     backbone_gradient: float = 1.0,
     removal: str | None = None,
 ) -> SelfExplainingClassifier:
@@ -377,7 +395,7 @@ def convert(
 
     Args:
         model: made by `timm.create_model`.
-        img_size, head, base, head_depth, backbone_gradient, removal: as in `SelfExplainingClassifier`.
+        img_size, head, base, head_depth, intermediates, backbone_gradient, removal: as in `SelfExplainingClassifier`.
 
     Raises:
         UnsupportedModelError: for a model that timm did not make, or a family that can't play.
@@ -398,6 +416,7 @@ def convert(
         head=head,
         base=base,
         head_depth=head_depth,
+        intermediates=intermediates,
         backbone_gradient=backbone_gradient,
         removal=removal,
         model_kwargs=arguments,

@@ -278,6 +278,7 @@ def _build(options: argparse.Namespace, data: Any) -> SelfExplainingClassifier:
             head=options.head,
             base=options.base,
             head_depth=options.head_depth,
+            intermediates=options.intermediates,
             backbone_gradient=options.backbone_gradient,
             removal=options.removal,
             pretrained=options.pretrained,
@@ -397,6 +398,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--base", choices=BASES, help="what the shares head starts from (default: as the model can)")
     group.add_argument(
         "--head-depth", type=int, choices=HEAD_DEPTHS, default=1, help="blocks between the features and the shares head"
+    )
+    group.add_argument(
+        "--intermediates", action="store_true", help="the shares read the features of every stage, not the last alone"
     )
     group.add_argument(
         "--backbone-gradient",

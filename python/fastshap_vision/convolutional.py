@@ -12,6 +12,7 @@ from fastshap_kernels import coalition_sum, mask_patches
 
 from ._checks import check_choice
 from .game import SUPPORTED, JointPass, UnsupportedModelError
+from .intermediates import forward_features
 from .stem import evaluation_mode, probe_images, split_at_stem
 
 REMOVALS = ("pixel", "feature")
@@ -70,31 +71,31 @@ class PixelRemoval:
         self.split = split_at_stem(backbone, input_size, self.grid) if removal == "feature" else None
         averages_linearly = _probe_head(self.backbone, features)
         self.feature_width = self._vote_features(features).shape[2]
+        self.intermediate_widths: list[int] = []
         self.patches_vote = votes or averages_linearly
         self.is_exact_conversion = averages_linearly or not votes
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The full image, through timm's own forward pass: features (B, P, L), logits (B, K)."""
-        feature_map = self.backbone.forward_features(images)
-        features = self._vote_features(feature_map)
-        if self.is_exact_conversion:
-            return features, self.backbone.forward_head(feature_map)
-        return features, self._vote(features.mean(1))
+        return self._read_images(*forward_features(self, images, len(images)))
 
     def values(self, images: Tensor, bits: Tensor, paired: bool = False, rows: int | None = None) -> Tensor:
         """v(S) of every coalition: (B, M, K). `paired` and `rows` change nothing here."""
         inputs, dtype = self._inputs(images)
         masked = mask_patches(inputs, bits, self.grid, dtype=dtype)
-        return self._read_values(self._feature_map(masked), bits)
+        feature_map = self.backbone.forward_features(masked) if self.split is None else self.split.behind_stem(masked)
+        return self._read_values(feature_map, bits)
 
     def joint(self, images: Tensor, bits: Tensor, paired: bool = False, rows: int | None = None) -> JointPass:
         """Full images and coalitions in one batch, so that batch norm sees both."""
         inputs, dtype = self._inputs(images)
         masked = mask_patches(inputs, bits, self.grid, dtype=dtype)
-        feature_map = self._feature_map(torch.cat([inputs.to(dtype), masked]))
+        both = torch.cat([inputs.to(dtype), masked])
+        feature_map, earlier = (
+            forward_features(self, both, len(inputs)) if self.split is None else (self.split.behind_stem(both), [])
+        )
         image_map, coalition_map = feature_map.split([inputs.shape[0], masked.shape[0]])
-        features = self._vote_features(image_map)
-        logits = self.backbone.forward_head(image_map) if self.is_exact_conversion else self._vote(features.mean(1))
+        features, logits = self._read_images(image_map, earlier)
         return JointPass(features, logits, self._read_values(coalition_map, bits))
 
     def null(self) -> Tensor:
@@ -124,9 +125,11 @@ class PixelRemoval:
         stem_map = self.split.stem(images.to(dtype, memory_format=torch.channels_last))
         return stem_map, stem_map.dtype
 
-    def _feature_map(self, inputs: Tensor) -> Tensor:
-        """(N, L', h, w)."""
-        return self.backbone.forward_features(inputs) if self.split is None else self.split.behind_stem(inputs)
+    def _read_images(self, feature_map: Tensor, earlier: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Features (B, P, L + ΣC) and logits (B, K) of the images' map (B, L', h, w); `earlier`, (B, P, C) each."""
+        features = self._vote_features(feature_map)
+        logits = self.backbone.forward_head(feature_map) if self.is_exact_conversion else self._vote(features.mean(1))
+        return torch.cat([features, *earlier], -1) if earlier else features, logits
 
     def _vote_features(self, feature_map: Tensor) -> Tensor:
         """(N, L', h, w) → (N, P, L): what the classifier would see if a cell were the whole image."""

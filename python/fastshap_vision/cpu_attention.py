@@ -35,7 +35,7 @@ class _CpuAttention(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention and _fits(*args, **kwargs):
-            return _attend(*args[:3], scale=kwargs.get("scale"))
+            return _attend(*args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -62,8 +62,8 @@ def _fits(
     )
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """(B, heads, N, head_dim) each → the same, each image a sequence of N rows."""
+def _attend(query: Tensor, key: Tensor, value: Tensor, *off: Any, scale: float | None = None, **too: Any) -> Tensor:
+    """(B, heads, N, head_dim) each → the same, each image a sequence of N rows; what `_fits` has checked is off."""
     batch, _, length, _ = query.shape
     rows = torch.stack([query, key, value]).permute(1, 3, 0, 2, 4).flatten(0, 1)
     cu_seqlens = torch.arange(batch + 1, dtype=torch.int32) * length

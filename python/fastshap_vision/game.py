@@ -24,7 +24,7 @@ class UnsupportedModelError(ValueError):
 class JointPass(NamedTuple):
     """Full images and their coalitions from one forward pass."""
 
-    features: Tensor  # (B, P, L) of the full images
+    features: Tensor  # (B, P, L) of the full images, or (B, P, L + ΣC) with intermediate ones
     logits: Tensor  # (B, K) of the full images
     values: Tensor  # (B, M, K), v(S)
     null: Tensor | None = None  # (K,), v(∅), where it came with the pass
@@ -43,6 +43,7 @@ class Game(Protocol):
     packs: bool  # a coalition costs its tokens only; the game then has a `prefix`, Q
     input_size: tuple[int, int, int]  # (C, H, W)
     feature_width: int  # L
+    intermediate_widths: list[int]  # C of each earlier stage whose features follow the last ones'; empty for none
     patches_vote: bool  # v(S) is a sum of votes and v(∅) = 0
     is_exact_conversion: bool  # the logits are the timm model's
 

@@ -45,9 +45,11 @@ class MaskedAttention(TokenDropping):
         tokens, rope = self._embed_with_rope(images)
         coalitions, mask = self._coalitions(tokens, bits)
         everybody = mask.new_ones(tokens.shape[0], *mask.shape[1:])
-        tokens = self._run_blocks(torch.cat([tokens, coalitions]), rope, torch.cat([everybody, mask]))
+        earlier: list[Tensor] = []
+        tokens = self._run_blocks(torch.cat([tokens, coalitions]), rope, torch.cat([everybody, mask]), earlier)
         of_images, of_coalitions = tokens.split([images.shape[0], coalitions.shape[0]])
-        features, logits = self._read_images(self.backbone.norm(of_images))
+        earlier = [stage[: images.shape[0], self.prefix :] for stage in earlier]
+        features, logits = self._read_images(self.backbone.norm(of_images), earlier)
         return JointPass(features, logits, self._read_coalitions(of_coalitions, bits))
 
     def null(self) -> Tensor:
@@ -82,8 +84,13 @@ class MaskedAttention(TokenDropping):
         keys = keys | ~keys.any(1, keepdim=True)
         return tokens, keys[:, None, None, :]
 
-    def _run_blocks(self, tokens: Tensor, rope: Tensor | None, mask: Tensor) -> Tensor:
-        """All blocks without the final norm. timm drops its gradient checkpointing under a mask: here it holds."""
+    def _run_blocks(
+        self, tokens: Tensor, rope: Tensor | None, mask: Tensor, earlier: list[Tensor] | None = None
+    ) -> Tensor:
+        """All blocks without the final norm. timm drops its gradient checkpointing under a mask: here it holds.
+
+        `earlier` is filled with the tokens behind every block but the last, where they are wanted.
+        """
         for index, block in enumerate(self.backbone.blocks):
             arguments: dict[str, Any] = {"attn_mask": mask}
             if rope is not None:
@@ -92,6 +99,8 @@ class MaskedAttention(TokenDropping):
                 tokens = checkpoint(block, tokens, use_reentrant=False, **arguments)
             else:
                 tokens = block(tokens, **arguments)
+            if earlier is not None and self.intermediate_widths and index < len(self.backbone.blocks) - 1:
+                earlier.append(tokens)
         return tokens
 
     def _read_coalitions(self, tokens: Tensor, bits: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from fastshap_kernels import layer_norm_segment_sum, pack_tokens, packed_attenti
 
 from .cpu_linear import cpu_linears
 from .game import JointPass, UnsupportedModelError, linear_classifier
+from .intermediates import forward_features
 
 POOLS = ("token", "avg", "map")
 
@@ -56,6 +57,7 @@ class TokenDropping:
         self.players = self.grid[0] * self.grid[1]
         self.input_size: tuple[int, int, int] = (backbone.in_chans, *backbone.patch_embed.img_size)
         self.feature_width: int = backbone.embed_dim
+        self.intermediate_widths: list[int] = []
         averages_linearly = backbone.global_pool == "avg" and isinstance(backbone.fc_norm, nn.Identity)
         #: Whether v(S) is a sum of votes, so that v(∅) = 0; else the model's own pooling decides.
         self.patches_vote = votes or averages_linearly
@@ -95,7 +97,7 @@ class TokenDropping:
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The full image, through timm's own forward pass: features (B, P, L), logits (B, K)."""
-        return self._read_images(self.backbone.forward_features(images))
+        return self._read_images(*forward_features(self, images, len(images)))
 
     # -- coalitions --------------------------------------------------------------------------------------
 
@@ -120,13 +122,14 @@ class TokenDropping:
         layout, packed = self._pack(tokens, bits, paired, rows)
         nobody = self.prefix if self._reads_prefix_only() and len(images) else 0
         layout, packed = _with_full_images(layout, packed, tokens, nobody)
-        packed = self._encode(tokens, packed, rotary, layout)
+        earlier: list[Tensor] = []
+        packed = self._encode(tokens, packed, rotary, layout, earlier)
         of_images = tokens.shape[0] * tokens.shape[1]
         image_rows, coalition_rows = packed.split([of_images, packed.shape[0] - of_images])
         values = self._read_values(coalition_rows, layout)
         null, values = (values[0], values[1:]) if nobody else (None, values)
         image_tokens = self.backbone.norm(image_rows).unflatten(0, tokens.shape[:2])
-        return JointPass(*self._read_images(image_tokens), values.unflatten(0, bits.shape[:2]), null)
+        return JointPass(*self._read_images(image_tokens, earlier), values.unflatten(0, bits.shape[:2]), null)
 
     def null(self) -> Tensor:
         """v(∅): (K,), zeros where patches vote."""
@@ -155,11 +158,19 @@ class TokenDropping:
         coalitions = bits.shape[0] * bits.shape[1]
         return Layout(pack, cu_seqlens, max_seqlen, 0, coalitions, cu_seqlens), packed
 
-    def _encode(self, tokens: Tensor, rows: Tensor, rotary: list[Tensor] | None, layout: Layout) -> Tensor:
+    def _encode(
+        self,
+        tokens: Tensor,
+        rows: Tensor,
+        rotary: list[Tensor] | None,
+        layout: Layout,
+        earlier: list[Tensor] | None = None,
+    ) -> Tensor:
         """All blocks on packed rows, without the final norm.
 
         With a class token the last block computes what is read only: all rows of the full images, and the prefix of
-        each coalition. The result then holds those rows.
+        each coalition. The result then holds those rows. `earlier` is filled with the images' patches behind every
+        block but the last, where they are wanted.
         """
         blocks = list(self.backbone.blocks)
         # The first block's queries, keys and values depend on no coalition: once per image.
@@ -179,6 +190,9 @@ class TokenDropping:
             else:
                 rows = self._run_block(*arguments)
             first_qkv = None
+            if earlier is not None and self.intermediate_widths and index < len(blocks) - 1:
+                image_rows = rows[: tokens.shape[0] * tokens.shape[1]]
+                earlier.append(image_rows.unflatten(0, tokens.shape[:2])[:, self.prefix :])
         return rows
 
     def _run_block(self, block: Any, rows: Tensor, *arguments: Any) -> Tensor:
@@ -228,12 +242,14 @@ class TokenDropping:
 
     # -- reading logits and values -----------------------------------------------------------------------
 
-    def _read_images(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (B, P, L) and logits (B, K) from the full images' tokens after the final norm."""
+    def _read_images(self, tokens: Tensor, earlier: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Features (B, P, L + ΣC) and logits (B, K) from the full images' tokens after the final norm.
+
+        `earlier` are the patches' features, (B, P, C) each, behind the blocks before.
+        """
         features = self.backbone.fc_norm(tokens[:, self.prefix :])
-        if self.is_exact_conversion:
-            return features, self.backbone.forward_head(tokens)
-        return features, self._vote(features.mean(1))
+        logits = self.backbone.forward_head(tokens) if self.is_exact_conversion else self._vote(features.mean(1))
+        return torch.cat([features, *earlier], -1) if earlier else features, logits
 
     def _read_values(self, rows: Tensor, layout: Layout) -> Tensor:
         """(B·M, K) from the coalitions' rows before the final norm."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastshap_kernels import coalition_sum, mask_patches
 
 from .game import SUPPORTED, JointPass, UnsupportedModelError, linear_classifier
+from .intermediates import forward_features
 from .stem import evaluation_mode, probe_images
 
 
@@ -53,6 +54,7 @@ class TokenPixelRemoval:
         self._has_batch_norm = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in backbone.modules())
         self._averages, is_linear = self._probe_head(output)
         self.feature_width = self._features(output).shape[2]
+        self.intermediate_widths: list[int] = []
         if self.vote_weight()[0].shape[1] != self.feature_width:
             raise UnsupportedModelError(
                 f"The classifier of {type(backbone).__name__} reads {self.vote_weight()[0].shape[1]} features, but its "
@@ -64,7 +66,7 @@ class TokenPixelRemoval:
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The full image, through timm's own forward pass: features (B, P, L), logits (B, K)."""
-        return self._read_images(self.backbone.forward_features(images))
+        return self._read_images(*forward_features(self, images, len(images)))
 
     def values(self, images: Tensor, bits: Tensor, paired: bool = False, rows: int | None = None) -> Tensor:
         """v(S) of every coalition: (B, M, K). `paired` and `rows` change nothing here."""
@@ -74,9 +76,9 @@ class TokenPixelRemoval:
     def joint(self, images: Tensor, bits: Tensor, paired: bool = False, rows: int | None = None) -> JointPass:
         """Full images and coalitions in one batch."""
         masked = mask_patches(images, bits, self.grid)
-        output = self.backbone.forward_features(torch.cat([images, masked]))
+        output, earlier = forward_features(self, torch.cat([images, masked]), len(images))
         of_images, of_coalitions = output.split([images.shape[0], masked.shape[0]])
-        features, logits = self._read_images(of_images)
+        features, logits = self._read_images(of_images, earlier)
         return JointPass(features, logits, self._read_values(of_coalitions, bits))
 
     def null(self) -> Tensor:
@@ -121,11 +123,11 @@ class TokenPixelRemoval:
             *cells.shape[:2], -1
         )
 
-    def _read_images(self, output: Tensor) -> tuple[Tensor, Tensor]:
+    def _read_images(self, output: Tensor, earlier: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Features (B, P, L + ΣC) and logits (B, K) of the full images; `earlier` (B, P, C) each."""
         features = self._features(output)
-        if self.is_exact_conversion:
-            return features, self.backbone.forward_head(output)
-        return features, self._vote(features.mean(1))
+        logits = self.backbone.forward_head(output) if self.is_exact_conversion else self._vote(features.mean(1))
+        return torch.cat([features, *earlier], -1) if earlier else features, logits
 
     def _read_values(self, output: Tensor, bits: Tensor) -> Tensor:
         """The outputs (B·M, …) of the masked images → (B, M, K)."""
