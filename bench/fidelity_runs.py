@@ -18,7 +18,7 @@ RECIPE: dict[str, Any] = {
     "masked_task_ramp": (0.0, 0.0),
 }
 #: Of `fv.SelfExplainingClassifier`.
-RECIPE_MODEL: dict[str, Any] = {"head": "shares", "head_depth": 2}
+RECIPE_MODEL: dict[str, Any] = {"head": "shares", "head_depth": 2, "intermediates": True}
 #: An image and step, of the amortised explainer.
 EXPLAINER_COALITIONS = 2
 #: Of an image in an epoch of each: the surrogate's teacher and coalition; the explainer, v(N) and the coalitions.
@@ -77,6 +77,7 @@ SETTINGS: dict[str, Setting] = {
     "even": _model("shares on the even split", base="even"),
     "depth-0": _model("no block before the shares", head_depth=0),
     "depth-1": _model("one block before the shares", head_depth=1),
+    "last-features": _model("the shares read the last features alone", intermediates=False),
     "gradient-0": _model("none of the regression's gradient reaches the encoder", backbone_gradient=0.0),
     "gradient-0.1": _model("a tenth of the regression's gradient reaches the encoder", backbone_gradient=0.1),
     "late-masks": _objective("μ from half of the schedule on", masked_task_ramp=(0.5, 0.5)),
@@ -167,7 +168,7 @@ _TINY_NETWORKS = {
         "model_kwargs": {
             "patch_size": 8,
             "embed_dim": 32,
-            "depth": 1,
+            "depth": 2,
             "num_heads": 2,
             **_AVERAGED,
         },

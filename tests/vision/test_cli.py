@@ -48,6 +48,17 @@ def run(pictures, tmp_path_factory):
     return output
 
 
+def test_the_shares_read_every_stage_when_asked_to(pictures, tmp_path):
+    arguments = [*TRAIN, "depth=2", "--intermediates", "--head-depth", "0", "--data-dir", str(pictures)]
+    assert main([*arguments, "--output", str(tmp_path / "run")]) == 0
+    found = list((tmp_path / "run").rglob("config.json"))
+    assert found
+    for path in found:
+        model = SelfExplainingClassifier.from_pretrained(path.parent)
+        assert model.game.intermediate_widths == [16]
+        assert model.config["head_depth"] == 0
+
+
 def fails(capsys, arguments, code=2):
     """The one line that a command leaves on stderr when it fails."""
     try:
