@@ -142,6 +142,15 @@ def test_another_recipe_is_another_run(monkeypatch, tmp_path):
     assert before[1] == after[1]
 
 
+def test_the_recipe_is_the_default_of_the_objective():
+    found = vars(fidelity_runs.make_objective(fidelity_runs.Run("vit", "recipe", 0)))
+    default = vars(fidelity_runs.fv.ShapleyObjective())
+    compared = [name for name, value in default.items() if not callable(value) and not name.startswith("_")]
+    assert "regression_ramp" in compared
+    for name in compared:
+        assert found[name] == default[name], name
+
+
 def test_what_others_start_from_is_trained_before_them():
     budget = fidelity_runs.BUDGETS["medium"]
     runs = fidelity_runs.runs_of(budget, ["vit", "cnn"], None, None)
