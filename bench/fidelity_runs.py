@@ -191,7 +191,7 @@ BUDGETS: dict[str, Budget] = {
         4,
         _TINY_NETWORKS,
         256,
-        TRAINING | {"batch_size": 32},
+        TRAINING | {"batch_size": 32, "mixed_precision": "no"},
     ),
     "small": Budget(16000, 6, (0,), ("plain", "recipe", "votes", "M-2"), 20, 20, 20, _SMALL_NETWORKS, 8192),
     "medium": Budget(16000, 24, (0, 1, 2), (*_FIRST, *SETTINGS), 200, 50, 100, _SMALL_NETWORKS, 65536),
