@@ -18,7 +18,7 @@ RECIPE: dict[str, Any] = {
     "masked_task_ramp": (0.0, 0.0),
 }
 #: Of `fv.SelfExplainingClassifier`.
-RECIPE_MODEL: dict[str, Any] = {"head": "shares", "head_depth": 2, "intermediates": True}
+RECIPE_MODEL: dict[str, Any] = {"head": "shares", "head_depth": 2}
 #: An image and step, of the amortised explainer.
 EXPLAINER_COALITIONS = 2
 #: Of an image in an epoch of each: the surrogate's teacher and coalition; the explainer, v(N) and the coalitions.
@@ -77,7 +77,8 @@ SETTINGS: dict[str, Setting] = {
     "even": _model("shares on the even split", base="even"),
     "depth-0": _model("no block before the shares", head_depth=0),
     "depth-1": _model("one block before the shares", head_depth=1),
-    "last-features": _model("the shares read the last features alone", intermediates=False),
+    "last-features": _model("the shares read the last features alone", intermediates=False),  # the ViT's recipe
+    "intermediates": _model("the shares read the features of every stage", intermediates=True),  # the CNN's recipe
     "gradient-0": _model("none of the regression's gradient reaches the encoder", backbone_gradient=0.0),
     "gradient-0.1": _model("a tenth of the regression's gradient reaches the encoder", backbone_gradient=0.1),
     "late-masks": _objective("μ from half of the schedule on", masked_task_ramp=(0.5, 0.5)),
@@ -138,6 +139,7 @@ _SMALL_NETWORKS: dict[str, dict[str, Any]] = {
     "cnn": {
         "model_name": "nf_resnet26",
         "img_size": 32,
+        "intermediates": True,
         "model_kwargs": {
             "depths": [1, 1, 1],
             "channels": [48, 96, 192],
@@ -158,6 +160,7 @@ _LARGE_NETWORKS: dict[str, dict[str, Any]] = {
     "cnn": {
         "model_name": "nf_resnet26",
         "img_size": 32,
+        "intermediates": True,
         "model_kwargs": {"stem_type": "3x3", "stem_chs": 64, "output_stride": 4},
     },
 }
@@ -176,6 +179,7 @@ _TINY_NETWORKS = {
     "cnn": {
         "model_name": "nf_resnet26",
         "img_size": 32,
+        "intermediates": True,
         "model_kwargs": {"depths": [1], "channels": [16], "stem_type": "3x3", "stem_chs": 16, "output_stride": 8},
     },
 }
@@ -234,9 +238,8 @@ def runs_of(budget: Budget, networks: list[str], settings: list[str] | None, see
 def make_model(run: Run, budget: Budget, classes: int) -> fv.SelfExplainingClassifier:
     """Equal seeds give equal backbones, whatever the setting."""
     torch.manual_seed(run.seed)
-    return fv.SelfExplainingClassifier(
-        num_classes=classes, **budget.networks[run.network], **SETTINGS[run.setting].model
-    )
+    options = budget.networks[run.network] | SETTINGS[run.setting].model
+    return fv.SelfExplainingClassifier(num_classes=classes, **options)
 
 
 def make_objective(run: Run) -> Any:
