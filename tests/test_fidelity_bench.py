@@ -151,6 +151,17 @@ def test_the_recipe_is_the_default_of_the_objective():
         assert found[name] == default[name], name
 
 
+@pytest.mark.parametrize("network", ["vit", "cnn"])
+@pytest.mark.parametrize("setting", fidelity_runs.SETTINGS)
+def test_every_setting_has_a_model_of_the_same_backbone(network, setting):
+    def backbone(name):
+        run = fidelity_runs.Run(network, name, 0)
+        return fidelity_runs.make_model(run, fidelity_runs.BUDGETS["tiny"], 10).backbone.state_dict()
+
+    plain, found = backbone("plain"), backbone(setting)
+    assert all(torch.equal(weight, found[name]) for name, weight in plain.items())
+
+
 def test_what_others_start_from_is_trained_before_them():
     budget = fidelity_runs.BUDGETS["medium"]
     runs = fidelity_runs.runs_of(budget, ["vit", "cnn"], None, None)

@@ -96,7 +96,7 @@ class TokenDropping:
     # -- one image ---------------------------------------------------------------------------------------
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The full image, through timm's own forward pass: features (B, P, L), logits (B, K)."""
+        """The full image, through timm's own forward pass: features (B, P, L + ΣC), logits (B, K)."""
         return self._read_images(*forward_features(self, images, len(images)))
 
     # -- coalitions --------------------------------------------------------------------------------------

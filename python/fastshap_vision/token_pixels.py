@@ -65,7 +65,7 @@ class TokenPixelRemoval:
         self.is_exact_conversion = averages_linearly or not votes
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The full image, through timm's own forward pass: features (B, P, L), logits (B, K)."""
+        """The full image, through timm's own forward pass: features (B, P, L + ΣC), logits (B, K)."""
         return self._read_images(*forward_features(self, images, len(images)))
 
     def values(self, images: Tensor, bits: Tensor, paired: bool = False, rows: int | None = None) -> Tensor:
