@@ -10,7 +10,8 @@ import difflib
 import logging
 import math
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, set_seed
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
@@ -147,19 +149,20 @@ def fit(
     }
     if eval_data is not None:
         _check_labelled(model, eval_data, "fit", "eval_data")
-    run = _Run(model, train_data, objective, settings)
-    checkpoints = Checkpoints(output, run.accelerator, run.settings)
-    history = checkpoints.resume(resume)
-    with run.bar(len(history), progress) as bar:
-        for epoch in range(len(history), epochs):
-            row = run.train_epoch(epoch, bar)
-            if eval_data is not None:
-                row |= run.evaluate(eval_data)
-            history.append(row)
-            if run.accelerator.is_main_process:
-                _log.info(_line(row, epochs))
-            _check_game(history, getattr(model, "num_classes", None))
-            checkpoints.save(model, history)
+    with _accelerate_as_found():
+        run = _Run(model, train_data, objective, settings)
+        checkpoints = Checkpoints(output, run.accelerator, run.settings)
+        history = checkpoints.resume(resume)
+        with run.bar(len(history), progress) as bar:
+            for epoch in range(len(history), epochs):
+                row = run.train_epoch(epoch, bar)
+                if eval_data is not None:
+                    row |= run.evaluate(eval_data)
+                history.append(row)
+                if run.accelerator.is_main_process:
+                    _log.info(_line(row, epochs))
+                _check_game(history, getattr(model, "num_classes", None))
+                checkpoints.save(model, history)
     accuracies = [row["eval_accuracy"] for row in history if row["eval_accuracy"] is not None]
     return FitResult(
         history,
@@ -207,6 +210,17 @@ def evaluate(
     model.train(training)
     correct, loss, count = sums.tolist()
     return Evaluation(accuracy=100 * correct / count, loss=loss / count)
+
+
+@contextmanager
+def _accelerate_as_found() -> Iterator[None]:
+    """accelerate fixes the precision of a process at its first use: a run takes that back, for the next run's own."""
+    found = is_initialized()
+    try:
+        yield
+    finally:
+        if not found:
+            AcceleratorState._reset_state()
 
 
 class TrainingStep(nn.Module):

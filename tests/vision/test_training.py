@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
@@ -409,10 +410,14 @@ def test_evaluate_against_its_definition():
     assert result.loss == pytest.approx(functional.cross_entropy(logits, labels).item(), rel=1e-6)
 
 
-def test_bfloat16_trains():
-    AcceleratorState._reset_state()  # accelerate fixes the precision once a process
-    try:
-        _, result = train(lr=0.05, mixed_precision="bf16")
-    finally:
-        AcceleratorState._reset_state()
+def test_every_run_has_its_own_precision():
+    train(epochs=1)
+    _, result = train(lr=0.05, mixed_precision="bf16")
     assert result.accuracy > 80
+
+
+def test_a_callers_accelerator_lives_on():
+    accelerator = Accelerator()
+    train(epochs=1)
+    assert accelerator.mixed_precision == "no"
+    AcceleratorState._reset_state()
