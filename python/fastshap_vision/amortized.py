@@ -265,6 +265,8 @@ class AmortizedObjective(CoalitionObjective):
 class ProbabilityExplanation(Explanation):
     """An explanation whose `logits` and `null` are probabilities; its own `load` reads what its `save` wrote."""
 
+    unit = "probabilities"
+
     @property
     def probabilities(self) -> Tensor:
         """(B, K) v(N)."""

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import safetensors
 import safetensors.torch
@@ -46,6 +46,8 @@ class Explanation:
     target: Tensor | None
     grid: tuple[int, int]
     null: Tensor
+
+    unit: ClassVar[str] = "logits"
 
     def __post_init__(self) -> None:
         if self.logits.ndim != 2:

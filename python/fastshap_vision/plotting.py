@@ -68,7 +68,7 @@ def plot_explanation(
     ax.set_title(_class_title(one, chosen, classes), fontsize=10)
     figure: Any = ax.get_figure()
     bar = figure.colorbar(drawn, ax=ax, fraction=0.046, pad=0.03)
-    _label_bar(bar, "Shapley value (logits)")
+    _label_bar(bar, f"Shapley value ({one.unit})")
     return figure, ax
 
 
@@ -131,7 +131,7 @@ def _draw_row(
         _draw_heatmap(right, reference, picture, limit)
         left.set_title(_class_title(ours, k, classes), fontsize=8)
         right.set_title(f"r = {_correlation(heat, reference):.2f}", fontsize=8)
-    _label_bar(figure.colorbar(drawn, ax=list(axes), fraction=0.03, pad=0.015, shrink=0.88, aspect=14), "logits")
+    _label_bar(figure.colorbar(drawn, ax=list(axes), fraction=0.03, pad=0.015, shrink=0.88, aspect=14), ours.unit)
 
 
 def _draw_picture(ax: Axes, picture: Any) -> None:

@@ -5,6 +5,7 @@ import numpy
 import pytest
 import torch
 
+from fastshap_vision.amortized import ProbabilityExplanation
 from fastshap_vision.explanation import Explanation
 from fastshap_vision.plotting import explanation_page
 
@@ -47,6 +48,14 @@ def test_sign_is_colour_and_the_scale_is_symmetric(explanation):
     (bar,) = [axes for axes in figure.axes if axes is not ax]
     assert bar.get_ylim() == pytest.approx((-numpy.abs(values).max(), numpy.abs(values).max()))
     assert bar.get_ylabel() == "Shapley value (logits)"
+
+
+def test_the_bar_names_the_unit():
+    probabilities = torch.tensor([[0.7, 0.2, 0.1]])
+    even = (probabilities / 8).unsqueeze(1).expand(-1, 8, -1)
+    explanation = ProbabilityExplanation(even, probabilities, None, GRID, torch.zeros(CLASSES))
+    figure, _ = explanation.plot()
+    assert figure.axes[1].get_ylabel() == "Shapley value (probabilities)"
 
 
 def test_limit_is_kept(explanation):
