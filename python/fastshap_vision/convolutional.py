@@ -16,6 +16,7 @@ from .intermediates import forward_features
 from .stem import evaluation_mode, probe_images, split_at_stem
 
 REMOVALS = ("pixel", "feature")
+_WIDEST = 2048
 
 
 class PixelRemoval:
@@ -158,12 +159,15 @@ class PixelRemoval:
 
 
 class _GridBlock(nn.Module):
-    """A ConvNeXt block on features (B, P, L) laid out as their grid."""
+    """A ConvNeXt block on features (B, P, L) laid out as their grid.
+
+    It is four times as wide inside, but no wider than `_WIDEST`: a quarter of the weights at ResNet-50's 2048 features.
+    """
 
     def __init__(self, width: int, grid: tuple[int, int]) -> None:
         super().__init__()
         self.grid = grid
-        self.block = ConvNeXtBlock(width, kernel_size=3, ls_init_value=None)
+        self.block = ConvNeXtBlock(width, kernel_size=3, mlp_ratio=min(4.0, _WIDEST / width), ls_init_value=None)
 
     def forward(self, features: Tensor) -> Tensor:
         cells = features.transpose(1, 2).unflatten(2, self.grid)

@@ -205,6 +205,12 @@ def test_construction_leaves_the_network_alone(removal):
     assert [name for name, module in backbone.named_modules() if not module.training] == ["bn1"]
 
 
+@pytest.mark.parametrize(("network", "inside"), [("resnet18", 2048), ("resnet50", 2048), ("regnetx_002", 4 * 368)])
+def test_explanation_blocks_grow_no_wider_than_2048(network, inside):
+    block = PixelRemoval(timm.create_model(network), False, SIZE).explanation_block()
+    assert block.block.mlp.fc1.out_features == inside
+
+
 @pytest.mark.parametrize("removal", ["pixel", "feature"])
 @pytest.mark.parametrize("kind", ["resnet18", "test_byobnet", "test_efficientnet", "test_convnext"])
 def test_checkpointing_changes_nothing(kind, removal):
