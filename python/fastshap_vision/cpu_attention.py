@@ -23,10 +23,10 @@ WIDTH_STEP, WIDEST = 8, 128
 def cpu_attention(like: Tensor) -> AbstractContextManager[Any]:
     """A context in which the self-attention of bfloat16 tensors on the CPU, `like` one's device, is packed attention.
 
-    Attention with a mask, dropout or other keys than queries, other dtypes and devices, and what torch.compile traces
-    stay as they are.
+    Attention with a mask, dropout or other keys than queries, other dtypes and devices, passes without gradients, and
+    what torch.compile traces stay as they are.
     """
-    if torch.compiler.is_compiling() or like.device.type != "cpu":
+    if torch.compiler.is_compiling() or like.device.type != "cpu" or not torch.is_grad_enabled():
         return nullcontext()
     return _CpuAttention()
 

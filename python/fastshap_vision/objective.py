@@ -13,6 +13,7 @@ from fastshap_kernels import coalition_sum
 from ._checks import check_choice
 from .classifier import SelfExplainingClassifier
 from .coalition_objective import SIZES, CoalitionObjective, Draw, ObjectiveTerms, evaluate_draw, variance_of
+from .cpu_attention import cpu_attention
 from .game import JointPass
 from .precision import PRECISIONS
 
@@ -35,7 +36,9 @@ class TaskObjective:
 
     def terms(self, model: nn.Module, images: Tensor, labels: Tensor) -> ObjectiveTerms:
         """The loss of one batch, a pure function."""
-        loss = self.task_loss(model(images), labels)
+        with cpu_attention(images):
+            logits = model(images)
+        loss = self.task_loss(logits, labels)
         return ObjectiveTerms(loss, loss.detach())
 
     def compile(self, **options: Any) -> None:

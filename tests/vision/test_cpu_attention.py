@@ -59,12 +59,28 @@ def test_other_attention_stays_as_it_is(generator, served):
     assert served == []
 
 
-def test_the_blocks_before_the_shares_use_it(generator, served):
-    model = fv.SelfExplainingClassifier(
-        "vit_tiny_patch16_224", 5, img_size=64, model_kwargs={"embed_dim": 32, "depth": 1, "num_heads": 2}, head_depth=2
-    )
+def model(**options):
+    size = {"embed_dim": 32, "depth": 1, "num_heads": 2}
+    return fv.SelfExplainingClassifier("vit_tiny_patch16_224", 5, img_size=64, model_kwargs=size, **options)
+
+
+@pytest.mark.parametrize(
+    ("objective", "rows"),
+    [
+        (fv.ShapleyObjective(coalitions=2, regression_ramp=(0.0, 0.0)), [16, 16]),  # the blocks before the shares
+        (fv.ShapleyObjective(coalitions=2, regression_ramp=(0.0, 0.0), masked_task_weight=0.0), [17, 16, 16]),
+        (fv.TaskObjective(), [17]),
+    ],
+    ids=["joint", "v(S) without gradient", "task"],
+)
+def test_dense_attention_of_a_step_uses_it(generator, served, objective, rows):
     images = torch.randn(4, 3, 64, 64, generator=generator)
-    objective = fv.ShapleyObjective(coalitions=2, regression_ramp=(0.0, 0.0))
     with torch.autocast("cpu", torch.bfloat16):
-        objective(model, images, torch.arange(4)).loss.backward()
-    assert served == [4 * 16, 4 * 16]
+        objective(model(head_depth=2), images, torch.arange(4)).loss.backward()
+    assert served == [4 * count for count in rows]
+
+
+def test_explanations_do_not(generator, served):
+    with torch.autocast("cpu", torch.bfloat16):
+        model().explain(torch.randn(2, 3, 64, 64, generator=generator))
+    assert served == []
