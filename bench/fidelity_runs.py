@@ -112,7 +112,7 @@ class Budget:
     images: int  # that are trained on
     epochs: int
     seeds: tuple[int, ...]
-    settings: tuple[str, ...]
+    settings: tuple[str, ...]  # that are trained where no others are asked for
     explained: int  # test images whose Shapley values are compared, of the recipe and of what it is set beside
     explained_others: int  # the same, of the other settings
     methods_seen: int  # test images on which methods are compared
@@ -228,8 +228,8 @@ class Run:
 
 
 def runs_of(budget: Budget, networks: list[str], settings: list[str] | None, seeds: list[int] | None) -> list[Run]:
-    """The budget's runs, or those of some settings and seeds with what they start from."""
-    names = [name for name in dict.fromkeys(budget.settings) if settings is None or name in settings]
+    """The budget's runs, or those of any settings and seeds, with what they start from."""
+    names = list(dict.fromkeys(settings or budget.settings))
     before = [SETTINGS[name].starts_from for name in names]
     names = list(dict.fromkeys([name for name in before if name] + names))
     return [Run(network, name, seed) for seed in (seeds or budget.seeds) for name in names for network in networks]

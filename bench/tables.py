@@ -15,6 +15,7 @@ from fidelity_report import bars as fidelity_bars
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+RECIPE = ROOT / "docs" / "recipe.md"
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -198,12 +199,24 @@ def fidelity_tables() -> str:
         (name for name in ("full", "medium", "small") if any((RESULTS / "fidelity" / name).glob("*.json"))), None
     )
     if budget is None:
-        return "Not measured yet: `make bench-fidelity DATA=folder` (of the CIFAR-10 archives)."
+        return NO_FIDELITY
     findings = Findings(RESULTS / "fidelity" / budget)
     parts = [settings_table(findings), methods_table(findings), promises_table(findings)]
+    return "\n\n".join([*(part for part in parts if part), about_fidelity(budget)])
+
+
+def ablation_table() -> str:
+    """Every setting that the small budget trained."""
+    findings = Findings(RESULTS / "fidelity" / "small")
+    return "\n\n".join([settings_table(findings), about_fidelity("small")]) if findings.runs else NO_FIDELITY
+
+
+NO_FIDELITY = "Not measured yet: `make bench-fidelity DATA=folder` (of the CIFAR-10 archives)."
+
+
+def about_fidelity(budget: str) -> str:
     command = f"`make bench-fidelity DATA=folder BUDGET={budget}`"
-    about = f"CIFAR-10, budget `{budget}`; mean ± standard deviation over the seeds. Made by {command}."
-    return "\n\n".join([*(part for part in parts if part), about])
+    return f"CIFAR-10, budget `{budget}`; mean ± standard deviation over the seeds. Made by {command}."
 
 
 def plus_minus(both: tuple[float, float] | None, style: str) -> str:
@@ -281,9 +294,9 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def render(text: str) -> str:
-    """The README with its tables made anew."""
-    tables = {
+def tables_of() -> dict[Path, dict[str, str]]:
+    """Every table by page and name."""
+    readme = {
         "cpu": cpu_table(load("cpu")),
         "fidelity": fidelity_tables(),
         "digits": digits_table([load("digits_vit"), load("digits_cnn")]),
@@ -292,22 +305,27 @@ def render(text: str) -> str:
         "precision": precision_table(load("precision")),
         "step": step_table(load("step-cpu") if (RESULTS / "step-cpu.json").exists() else None, newest_gpu_step()),
     }
+    return {README: readme, RECIPE: {"ablation": ablation_table()}}
+
+
+def render(page: Path, tables: dict[str, str]) -> str:
+    """The page with its tables made anew."""
+    text = page.read_text()
     for name, body in tables.items():
         pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         text, count = pattern.subn(lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text)
         if count != 1:
-            raise SystemExit(f"README.md has no table named {name}")
+            raise SystemExit(f"{page.name} has no table named {name}")
     return text
 
 
 def main() -> None:
-    text = README.read_text()
-    wanted = render(text)
-    if "--check" in sys.argv[1:]:
-        if wanted != text:
-            raise SystemExit("README.md's tables differ from bench/results: run python bench/tables.py")
-    else:
-        README.write_text(wanted)
+    for page, tables in tables_of().items():
+        wanted = render(page, tables)
+        if "--check" not in sys.argv[1:]:
+            page.write_text(wanted)
+        elif wanted != page.read_text():
+            raise SystemExit(f"{page.name}'s tables differ from bench/results: run python bench/tables.py")
 
 
 if __name__ == "__main__":
