@@ -193,7 +193,7 @@ def draw_explanations(
     """Our Shapley values beside converged ones, a row an image."""
     mpl.use("Agg")
     reference = converge(model, images, evaluations)
-    figure, _ = explanation_page(images, model.explain(images, target="all"), reference.phi, classes)
+    figure, _ = explanation_page(images, model.explain(images, target="all"), reference.phi, classes, "converged")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

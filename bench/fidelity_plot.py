@@ -7,11 +7,15 @@ from typing import Any
 
 from fidelity_report import AMORTIZED, NETWORKS, OURS, Findings, r2_of
 
+_LOWEST = -10.0
 OUR_COLOUR, THEIR_COLOUR, RIVAL_COLOUR = "#0b6e99", "0.72", "#b3541e"
 
 
 def plot_settings(findings: Findings, path: Path) -> None:
-    """Accuracy lost against R², a point a setting, a panel a network; up and to the right is better."""
+    """Accuracy lost against R², a point a setting, a panel a network; up and to the right is better.
+
+    A setting that lost more than `_LOWEST` points stands at the bottom, with its loss in its name.
+    """
     plt = _pyplot()
     figure, panels = plt.subplots(1, len(NETWORKS), figsize=(10.5, 4.2), layout="constrained")
     for panel, (network, name) in zip(panels, NETWORKS.items(), strict=True):
@@ -21,9 +25,11 @@ def plot_settings(findings: Findings, path: Path) -> None:
             if accuracy is None or r2 is None or setting == "fastshap":
                 continue
             colour = OUR_COLOUR if setting == "recipe" else "0.35"
-            panel.errorbar(r2[0], accuracy[0], accuracy[1], r2[1], "o", color=colour, markersize=5, linewidth=0.8)
-            place = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 7}
-            panel.annotate(setting, (r2[0], accuracy[0]), color=colour, **place)
+            shown = max(accuracy[0], _LOWEST)
+            panel.errorbar(r2[0], shown, accuracy[1], r2[1], "o", color=colour, markersize=5, linewidth=0.8)
+            label = setting if accuracy[0] >= _LOWEST else f"{setting} ({accuracy[0]:.0f})"
+            side = {"xytext": (5, 4), "ha": "left"} if r2[0] < 0.97 else {"xytext": (-5, 4), "ha": "right"}
+            panel.annotate(label, (r2[0], shown), color=colour, textcoords="offset points", fontsize=7, **side)
         panel.axhline(-0.3, color="0.7", linewidth=0.8, linestyle=":")
         panel.set(xlabel="R² to the Shapley values of its own game", title=name)
         panel.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""Writes the README's tables from the results: `python bench/tables.py`; `--check` fails where they drifted."""
+"""Writes the tables of README.md and docs/ from the results; `--check` fails where they drifted."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import re
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fidelity_report import bars as fidelity_bars
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-RECIPE = ROOT / "docs" / "recipe.md"
+FIDELITY = ROOT / "docs" / "fidelity.md"
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -193,16 +194,27 @@ def precision_table(results: dict[str, Any]) -> str:
     return table(header, rows) + "\n\n" + about[0].upper() + about[1:]
 
 
+def newest_findings() -> tuple[Findings, str] | None:
+    """Of the experiment on photographs: the largest budget that was run, and its name."""
+    for name in ("full", "medium", "small"):
+        findings = Findings(RESULTS / "fidelity" / name)
+        if findings.runs:
+            return findings, name
+    return None
+
+
 def fidelity_tables() -> str:
-    """Settings, methods and promises of the experiment on photographs, of the largest budget that was run."""
-    budget = next(
-        (name for name in ("full", "medium", "small") if any((RESULTS / "fidelity" / name).glob("*.json"))), None
-    )
-    if budget is None:
+    """The recipe beside the plain model and FastSHAP, and the promises."""
+    if (found := newest_findings()) is None:
         return NO_FIDELITY
-    findings = Findings(RESULTS / "fidelity" / budget)
-    parts = [settings_table(findings), methods_table(findings), promises_table(findings)]
-    return "\n\n".join([*(part for part in parts if part), about_fidelity(budget)])
+    findings, budget = found
+    return "\n\n".join([settings_table(findings, COMPARED), promises_table(findings), about_fidelity(budget)])
+
+
+def fidelity_methods_table() -> str:
+    if (found := newest_findings()) is None or not found[0].methods:
+        return NO_FIDELITY
+    return "\n\n".join([methods_table(found[0]), about_fidelity(found[1])])
 
 
 def ablation_table() -> str:
@@ -211,6 +223,8 @@ def ablation_table() -> str:
     return "\n\n".join([settings_table(findings), about_fidelity("small")]) if findings.runs else NO_FIDELITY
 
 
+#: The settings in the README.
+COMPARED = ("plain", "recipe", "fastshap")
 NO_FIDELITY = "Not measured yet: `make bench-fidelity DATA=folder` (of the CIFAR-10 archives)."
 
 
@@ -220,13 +234,18 @@ def about_fidelity(budget: str) -> str:
 
 
 def plus_minus(both: tuple[float, float] | None, style: str) -> str:
-    return "–" if both is None else f"{both[0]:{style}} ± {both[1]:{style.removeprefix('+')}}"
+    """Mean ± standard deviation; of one seed there is none."""
+    if both is None:
+        return "–"
+    return f"{both[0]:{style}}" + (f" ± {both[1]:{style.removeprefix('+')}}" if both[1] else "")
 
 
-def settings_table(findings: Findings) -> str:
-    """How each setting trains: what it costs in accuracy, what it gives in fidelity."""
+def settings_table(findings: Findings, settings: Sequence[str] | None = None) -> str:
+    """How each setting trains, or some: what it costs in accuracy, what it gives in fidelity."""
     rows = []
     for network, setting in findings.in_order():
+        if settings is not None and setting not in settings:
+            continue
         runs = findings.runs[network, setting]
         figures = {
             name: findings.over_seeds(network, setting, lambda run, name=name: run["fidelity"][name])
@@ -252,7 +271,7 @@ def settings_table(findings: Findings) -> str:
 def methods_table(findings: Findings) -> str:
     """Every method by two removals, each on the model that suits it best."""
     rows = []
-    for network in findings.methods:
+    for network in [network for network in NETWORKS if network in findings.methods]:
         columns = [
             best_of_models(findings.of_methods(network, game, figure))
             for game in ("own", "pixel")
@@ -268,7 +287,7 @@ def methods_table(findings: Findings) -> str:
             )
     removals = ("own removal", "grey pixels")
     header = [f"{figure}, {removal}" for removal in removals for figure in ("insertion − deletion", "AOPC")]
-    return table(["network", "method", *header], rows) if rows else ""
+    return table(["network", "method", *header], rows)
 
 
 def promises_table(findings: Findings) -> str:
@@ -305,7 +324,7 @@ def tables_of() -> dict[Path, dict[str, str]]:
         "precision": precision_table(load("precision")),
         "step": step_table(load("step-cpu") if (RESULTS / "step-cpu.json").exists() else None, newest_gpu_step()),
     }
-    return {README: readme, RECIPE: {"ablation": ablation_table()}}
+    return {README: readme, FIDELITY: {"methods": fidelity_methods_table(), "ablation": ablation_table()}}
 
 
 def render(page: Path, tables: dict[str, str]) -> str:

@@ -19,6 +19,7 @@ import fidelity_report  # noqa: E402
 import fidelity_runs  # noqa: E402
 import tables  # noqa: E402
 from fidelity_compare import Remembered  # noqa: E402
+from fidelity_methods import METHODS  # noqa: E402
 
 
 def archive(path, count):
@@ -107,15 +108,17 @@ def test_equal_coalitions_are_evaluated_once():
     assert len(asked) == 2
 
 
-def test_the_readme_has_tables_of_it(measured, folder, monkeypatch):
+def test_there_are_tables_of_it(measured, folder, monkeypatch):
     (folder / "fidelity").mkdir()
     (folder / "fidelity" / "small").symlink_to(folder / "results" / "tiny")
     monkeypatch.setattr(tables, "RESULTS", folder)
     shown = tables.fidelity_tables()
     row = next(line for line in shown.splitlines() if line.startswith("| ViT | the recipe |"))
-    assert f"| {measured[1]['vit-recipe-0']['accuracy']:.2f} ± 0.00 |" in row
-    assert "| ViT | FastSHAP / ViT-Shapley |" in shown
+    assert f"| {measured[1]['vit-recipe-0']['accuracy']:.2f} |" in row
     assert "| ViT: R², all classes | at least 0.9 |" in shown
+    assert "fine-tuned" not in shown
+    assert "| ViT | fine-tuned from the plain model |" in tables.ablation_table()
+    assert "| ViT | FastSHAP / ViT-Shapley |" in tables.fidelity_methods_table()
 
 
 def test_what_has_a_result_is_not_run_again(measured, folder, monkeypatch):
@@ -222,6 +225,7 @@ def test_kernel_shap_of_equal_error_is_carried_on_from_the_nearest_point(tmp_pat
 
 def test_post_hoc_methods_are_taken_on_the_model_that_suits_them(tmp_path):
     figures = {("plain", "occlusion"): 0.4, ("recipe", "occlusion"): 0.3, ("recipe", "random"): 0.0}
+    figures |= {("plain", "grad_cam"): 0.1, ("recipe", "grad_cam"): 0.23}
     figures |= {("recipe", "ours"): 0.46, ("fastshap", "amortized"): 0.45}
     rows = [
         {
@@ -239,4 +243,10 @@ def test_post_hoc_methods_are_taken_on_the_model_that_suits_them(tmp_path):
     ours = bar(found, "CNN: insertion − deletion, own removal")
     assert (ours["measured"], ours["met"]) == (pytest.approx(1.15), True)
     assert bar(found, "CNN: insertion − deletion minus FastSHAP's")["measured"] == pytest.approx(0.01)
-    assert fidelity_report.best_post_hoc(found.of_methods("cnn", "own", "aopc")) == ("occlusion", pytest.approx(0.2))
+    assert bar(found, "CNN: AOPC, grey pixels: over the best post-hoc")["measured"] == pytest.approx(1.15)
+    assert bar(found, "CNN: AOPC, own removal: over the best gradient")["measured"] == pytest.approx(2.0)
+    assert bar(found, "ViT: AOPC, own removal: over the best gradient")["measured"] is None
+
+
+def test_rivals_that_read_gradients_or_attention_are_methods():
+    assert set(fidelity_report.GRADIENT_OR_ATTENTION) < set(METHODS)

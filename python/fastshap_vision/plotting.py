@@ -26,7 +26,6 @@ _SMOOTH = 8  # points of an outline per pixel
 # What is left of a colour where a photograph is black.
 _DARKEST = 0.5
 _PAGE_CELL = 1.45  # inches
-_PAGE_HEADINGS = ("image", "predicted: ours", "predicted: exact", "runner-up: ours", "runner-up: exact")
 
 
 def plot_explanation(
@@ -77,6 +76,7 @@ def explanation_page(
     explanations: Explanation,
     exact: Tensor,
     classes: Sequence[str] | None = None,
+    reference: str = "exact",
 ) -> tuple[Figure, Any]:
     """A page that sets our Shapley values beside the exact ones: a row an image.
 
@@ -88,6 +88,7 @@ def explanation_page(
         explanations: of every class, made with `target="all"`.
         exact: (B, P, K) exact Shapley values, or an estimate of them, of the same images.
         classes: K names; None for the numbers.
+        reference: what the headings call `exact`, say "KernelSHAP".
 
     Returns:
         (figure, axes): axes is an array (B, 5).
@@ -111,7 +112,8 @@ def explanation_page(
     truth = Explanation(exact.to(explanations.values), explanations.logits, None, explanations.grid, explanations.null)
     for b in range(rows):
         _draw_row(figure, axes[b], _displayable(images[b]), explanations[b], truth[b], classes)
-    for ax, heading in zip(axes[0], _PAGE_HEADINGS, strict=True):
+    headings = ("image", *(f"{of}: {whose}" for of in ("predicted", "runner-up") for whose in ("ours", reference)))
+    for ax, heading in zip(axes[0], headings, strict=True):
         place = {"xy": (0.5, 1.0), "xycoords": "axes fraction", "xytext": (0, 19), "textcoords": "offset points"}
         ax.annotate(heading, **place, ha="center", va="bottom", fontsize=8, fontweight="bold")
     return figure, axes

@@ -118,8 +118,9 @@ def test_zeros_and_gradients_are_drawn():
 def test_page(explanation, generator, channels, tmp_path):
     images = torch.randn(BATCH, channels, 4, 8, generator=generator)
     exact = explanation.values + 0.1 * torch.randn(explanation.values.shape, generator=generator)
-    figure, axes = explanation_page(images, explanation, exact.double(), ["cat", "dog", "hen"])
+    figure, axes = explanation_page(images, explanation, exact.double(), ["cat", "dog", "hen"], "converged")
     assert axes.shape == (BATCH, 5)
+    assert [text.get_text() for text in axes[0, 4].texts] == ["runner-up: converged"]
     for b in range(BATCH):
         best = explanation.logits[b].topk(2).indices.tolist()
         assert [axes[b, column].get_title().split(" · ")[0] for column in (1, 3)] == [
