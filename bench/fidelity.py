@@ -36,8 +36,8 @@ from torch.utils.data import Subset
 import fastshap_vision as fv
 from fastshap_vision.plotting import explanation_page
 
-#: The settings whose models every method explains.
-COMPARED = ("plain", "recipe", "fastshap")
+#: The settings whose models every method explains; the first two must be trained.
+COMPARED = ("plain", "recipe", "grey-pixels", "fastshap")
 #: Images on the page of explanations.
 SHOWN = 6
 
@@ -170,10 +170,9 @@ def compare(network: str, seed: int, options: argparse.Namespace) -> str:
     prepare_process(options)
     budget, device = BUDGETS[options.budget], torch.device(options.device)
     test = load_test(options)
-    models = {name: load_classifier(Run(network, name, seed), options) for name in ("plain", "recipe")}
-    explainers = {}
-    if "fastshap" in budget.settings:
-        explainers["fastshap"] = load_explainer(Run(network, "fastshap", seed), options)
+    runs = {run.setting: run for run in compared(network, seed, options)}
+    models = {name: load_classifier(run, options) for name, run in runs.items() if name != "fastshap"}
+    explainers = {name: load_explainer(run, options) for name, run in runs.items() if name == "fastshap"}
     images = first_images(test, budget.methods_seen, device)
     rows = compare_methods(network, models, explainers, images)
     if seed == budget.seeds[0]:
@@ -202,10 +201,15 @@ def methods_path(network: str, seed: int, options: argparse.Namespace) -> Path:
     return options.output / options.budget / f"methods-{network}-{seed}.json"
 
 
+def compared(network: str, seed: int, options: argparse.Namespace) -> list[Run]:
+    """The runs whose models are compared: those that have a result."""
+    runs = [Run(network, name, seed) for name in COMPARED]
+    return [run for run in runs if has_result(run, options)]
+
+
 def methods_settings(network: str, seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """The settings of the runs compared."""
-    budget = BUDGETS[options.budget]
-    return [settings_of(Run(network, name, seed), budget) for name in COMPARED if name in budget.settings]
+    return [settings_of(run, BUDGETS[options.budget]) for run in compared(network, seed, options)]
 
 
 def folder_of(run: Run, options: argparse.Namespace) -> Path:
@@ -298,12 +302,11 @@ def carry_out(calls: list[Callable[[], str]], jobs: int) -> list[str]:
 
 
 def is_comparable(network: str, seed: int, options: argparse.Namespace) -> bool:
-    """Whether the models compared are trained, and were not compared yet."""
-    budget, path = BUDGETS[options.budget], methods_path(network, seed, options)
-    if not all(has_result(Run(network, name, seed), options) for name in COMPARED if name in budget.settings):
+    """Whether there are models to compare, and these were not compared yet."""
+    if not all(has_result(Run(network, name, seed), options) for name in COMPARED[:2]):
         return False
-    wanted = methods_settings(network, seed, options)
-    return not path.exists() or json.loads(path.read_text())["settings"] != wanted
+    path = methods_path(network, seed, options)
+    return not path.exists() or json.loads(path.read_text())["settings"] != methods_settings(network, seed, options)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,9 @@ def _judge(
     setting: str, ways: dict[str, Explain], model: fv.SelfExplainingClassifier, images: Tensor
 ) -> list[dict[str, Any]]:
     """A row for each way and game; the class explained is the one that the model predicts."""
-    games = {"own": Remembered(model), "pixel": Remembered(metrics.PixelGame(model, model.grid, "mean"))}
+    games = {"pixel": Remembered(metrics.PixelGame(model, model.grid, "mean"))}
+    if model.removal != "image":  # else they are one
+        games["own"] = Remembered(model)
     with torch.no_grad():
         target = model(images).argmax(1)
     rows = []

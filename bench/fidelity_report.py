@@ -157,7 +157,7 @@ def bars(findings: Findings) -> list[Row]:
         for game, removal in (("own", "own removal"), ("pixel", "grey pixels")):
             for figure, name in (("difference", "insertion − deletion"), ("aopc", "AOPC")):
                 of_game = findings.of_methods(network, game, figure)
-                ours = mean(of_game.get(("recipe", OURS)))
+                ours = mean(best_of_models(of_game).get(OURS))
                 ratio = over_best(of_game, ours, lambda method: method not in (OURS, AMORTIZED))
                 add(network, f"{name}, {removal}: over the best post-hoc method's", LEAD, ratio)
                 ratio = over_best(of_game, ours, GRADIENT_OR_ATTENTION.__contains__)

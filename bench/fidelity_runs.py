@@ -79,6 +79,7 @@ SETTINGS: dict[str, Setting] = {
     "depth-1": _model("one block before the shares", head_depth=1),
     "last-features": _model("the shares read the last features alone", intermediates=False),  # the ViT's recipe
     "intermediates": _model("the shares read the features of every stage", intermediates=True),  # the CNN's recipe
+    "grey-pixels": _model("the game of grey pixels to explain", removal="image"),
     "gradient-0": _model("none of the regression's gradient reaches the encoder", backbone_gradient=0.0),
     "gradient-0.1": _model("a tenth of the regression's gradient reaches the encoder", backbone_gradient=0.1),
     "late-masks": _objective("μ from half of the schedule on", masked_task_ramp=(0.5, 0.5)),

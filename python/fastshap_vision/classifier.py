@@ -53,7 +53,9 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
         backbone_gradient: γ in [0, 1], how much of the regression's gradient goes on into the encoder.
         removal: how a patch that is not in a coalition is removed: "drop", its token is taken out of the sequence
             (VisionTransformer and Eva models; where packing does not know their blocks, by attention masks);
-            "pixel", its pixels become 0; "feature", what a convolutional network's stem makes of it becomes 0.
+            "pixel", its pixels become 0, and where the model averages its patches, present ones alone count;
+            "feature", the same with what a convolutional network's stem makes of it; "image", its pixels become 0,
+            and the model sees the masked image as any other (of the shares head only).
             Default "drop" where the model can, else "pixel"; the log says so once where that is slower.
         pretrained: load timm's weights (needs the network or timm's cache).
         model_kwargs: further JSON-able arguments of `timm.create_model`.

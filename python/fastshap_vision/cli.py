@@ -411,8 +411,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--removal",
         choices=REMOVALS,
-        help="how absent patches are removed: their tokens dropped, their pixels or their stem's output set to 0 "
-        "(default: drop where the model can, else pixel)",
+        help="how absent patches are removed: their tokens dropped, their pixels or their stem's output set to 0, "
+        "and left out of the average; image: pixels at 0, and no more (default: drop where the model can, else pixel)",
     )
     group = parser.add_argument_group("objective")
     group.add_argument("--coalitions", type=int, default=4, help="coalitions an image and step")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .cpu_attention import cpu_attention
 from .game import Game, UnsupportedModelError
 from .stem import evaluation_mode, probe_images
 
@@ -35,9 +36,10 @@ def forward_features(game: Game, inputs: Tensor, images: int) -> tuple[Tensor, l
 
     Those are (images, P, C) of every stage but the last; maps finer than the grid are averaged to it.
     """
-    if not game.intermediate_widths:
-        return game.backbone.forward_features(inputs), []
-    return _forward_with_intermediates(game, inputs, images)
+    with cpu_attention(inputs):
+        if not game.intermediate_widths:
+            return game.backbone.forward_features(inputs), []
+        return _forward_with_intermediates(game, inputs, images)
 
 
 def _forward_with_intermediates(game: Game, inputs: Tensor, images: int) -> tuple[Tensor, list[Tensor]]:

@@ -14,10 +14,12 @@ from .game import Game, UnsupportedModelError
 from .masked_attention import MaskedAttention
 from .token_pixels import TokenPixelRemoval, probe_output
 from .vision_transformer import VisionTransformerGame
+from .whole_image import WholeImageCells, WholeImageTokens
 
-#: "drop": the token is taken out of the sequence. "pixel": the patch's pixels become 0. "feature": what a convolutional
-#: network's stem makes of the patch becomes 0.
-REMOVALS = ("drop", "pixel", "feature")
+#: "drop": the token is taken out of the sequence. "pixel": the patch's pixels become 0, and its cell is left out of the
+#: average. "feature": what a convolutional network's stem makes of the patch becomes 0, likewise. "image": its pixels
+#: become 0, and the model sees that image as any other.
+REMOVALS = ("drop", "pixel", "feature", "image")
 
 _log = logging.getLogger(__name__)
 _said: set[str] = set()
@@ -38,7 +40,10 @@ def make_game(backbone: Any, votes: bool, input_size: tuple[int, int, int], remo
                 ) from error
             reason = error.reason
     output = probe_output(backbone, input_size)
-    if output.ndim == 4 and output.shape[1] == backbone.num_features:
+    is_map = output.ndim == 4 and output.shape[1] == backbone.num_features
+    if removal == "image":
+        return (WholeImageCells if is_map else WholeImageTokens)(backbone, votes, input_size), removal
+    if is_map:
         if removal is None:
             _say_once(f"A {type(backbone).__name__} plays by pixel removal.", logging.INFO)
         return PixelRemoval(backbone, votes, input_size, removal or "pixel"), removal or "pixel"

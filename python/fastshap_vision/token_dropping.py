@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 from fastshap_kernels import layer_norm_segment_sum, pack_tokens, packed_attention, segment_sum
 
-from .cpu_attention import cpu_attention
 from .cpu_linear import cpu_linears
 from .game import JointPass, UnsupportedModelError, linear_classifier
 from .intermediates import forward_features
@@ -98,9 +97,7 @@ class TokenDropping:
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The full image, through timm's own forward pass: features (B, P, L + ΣC), logits (B, K)."""
-        with cpu_attention(images):
-            tokens, earlier = forward_features(self, images, len(images))
-        return self._read_images(tokens, earlier)
+        return self._read_images(*forward_features(self, images, len(images)))
 
     # -- coalitions --------------------------------------------------------------------------------------
 

@@ -51,7 +51,6 @@ class TokenPixelRemoval:
                 "patch of pixels of its own. Choose an image size that is a multiple of the patch size."
             )
         self._is_map = output.ndim == 4
-        self._has_batch_norm = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in backbone.modules())
         self._averages, is_linear = self._probe_head(output)
         self.feature_width = self._features(output).shape[2]
         self.intermediate_widths: list[int] = []
@@ -88,12 +87,7 @@ class TokenPixelRemoval:
             return weight.new_zeros(weight.shape[0])
         if self._averages:
             return self.backbone.forward_head(self._one_cell(weight.new_zeros(1, self.backbone.num_features)))[0]
-        image = weight.new_zeros(1, *self.input_size)
-        if not self._has_batch_norm:
-            return self.backbone(image)[0]
-        # An image of zeros would be a batch without variance, and would spoil the running statistics.
-        with evaluation_mode(self.backbone):
-            return self.backbone(image)[0]
+        return empty_image_value(self.backbone, self.input_size)
 
     def vote_weight(self) -> tuple[Tensor, Tensor | None]:
         """(W, b) of the votes; a distilled model's two classifiers are averaged, as in its own forward pass."""
@@ -159,6 +153,16 @@ class TokenPixelRemoval:
             except (RuntimeError, AssertionError):
                 return False, False  # the head wants all the cells
         return _is_close(found, expected), _is_close(found, average)
+
+
+def empty_image_value(backbone: Any, input_size: tuple[int, int, int]) -> Tensor:
+    """The output on an image of zeros, (K,)."""
+    image = next(backbone.parameters()).new_zeros(1, *input_size)
+    if not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in backbone.modules()):
+        return backbone(image)[0]
+    # It would be a batch without variance, and would spoil the running statistics.
+    with evaluation_mode(backbone):
+        return backbone(image)[0]
 
 
 @torch.no_grad()
