@@ -208,19 +208,19 @@ def fidelity_tables() -> str:
     if (found := newest_findings()) is None:
         return NO_FIDELITY
     findings, budget = found
-    return "\n\n".join([settings_table(findings, COMPARED), promises_table(findings), about_fidelity(budget)])
+    return "\n\n".join([settings_table(findings, COMPARED), promises_table(findings), about_fidelity(findings, budget)])
 
 
 def fidelity_methods_table() -> str:
     if (found := newest_findings()) is None or not found[0].methods:
         return NO_FIDELITY
-    return "\n\n".join([methods_table(found[0]), about_fidelity(found[1])])
+    return "\n\n".join([methods_table(found[0]), about_fidelity(*found)])
 
 
 def ablation_table() -> str:
     """Every setting that the small budget trained."""
     findings = Findings(RESULTS / "fidelity" / "small")
-    return "\n\n".join([settings_table(findings), about_fidelity("small")]) if findings.runs else NO_FIDELITY
+    return "\n\n".join([settings_table(findings), about_fidelity(findings, "small")]) if findings.runs else NO_FIDELITY
 
 
 #: The settings in the README.
@@ -228,9 +228,12 @@ COMPARED = ("plain", "recipe", "fastshap")
 NO_FIDELITY = "Not measured yet: `make bench-fidelity DATA=folder` (of the CIFAR-10 archives)."
 
 
-def about_fidelity(budget: str) -> str:
-    command = f"`make bench-fidelity DATA=folder BUDGET={budget}`"
-    return f"CIFAR-10, budget `{budget}`; mean ± standard deviation over the seeds. Made by {command}."
+def about_fidelity(findings: Findings, budget: str) -> str:
+    plain = next(runs[0]["settings"] for (_, setting), runs in findings.runs.items() if setting == "plain")
+    return (
+        f"CIFAR-10, budget `{budget}`: {plain['images']:,} training images, {plain['epochs']} epochs; mean ± standard "
+        f"deviation over the seeds. Made by `make bench-fidelity DATA=folder BUDGET={budget}`."
+    )
 
 
 def plus_minus(both: tuple[float, float] | None, style: str) -> str:
