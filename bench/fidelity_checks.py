@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 import fastshap_vision as fv
 
 #: KernelSHAP's evaluations an image that a model's own values are set beside.
-EVALUATIONS = (64, 128, 256, 512, 1024, 2048, 4096)
+EVALUATIONS = (64, 128, 256, 512, 2048)
 #: Fewer than this many a player may not determine its values.
 FEWEST = 4
 #: Explanations are timed so often, after a few that are not.
