@@ -195,10 +195,11 @@ def precision_table(results: dict[str, Any]) -> str:
 
 
 def newest_findings() -> tuple[Findings, str] | None:
-    """Of the experiment on photographs: the largest budget that was run, and its name."""
+    """Of the experiment on photographs: the largest budget that was run to its comparison of methods, and its name."""
     for name in ("full", "medium", "small"):
         findings = Findings(RESULTS / "fidelity" / name)
-        if findings.runs:
+        trained = {network for network, _ in findings.runs}
+        if trained and trained == set(findings.methods):
             return findings, name
     return None
 
@@ -212,7 +213,7 @@ def fidelity_tables() -> str:
 
 
 def fidelity_methods_table() -> str:
-    if (found := newest_findings()) is None or not found[0].methods:
+    if (found := newest_findings()) is None:
         return NO_FIDELITY
     return "\n\n".join([methods_table(found[0]), about_fidelity(*found)])
 
