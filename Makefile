@@ -104,8 +104,9 @@ bench-precision: $(INSTALLED)
 	$(BIN)/python bench/tables.py
 
 # DATA: the folder of cifar10_train.npz and cifar10_test.npz. BUDGET: small, medium or full.
+# SETTINGS: others than the budget's own, of those in bench/fidelity_runs.py.
 bench-fidelity: $(INSTALLED)
-	$(BIN)/python bench/fidelity.py --data $(DATA) --budget $(or $(BUDGET),small)
+	$(BIN)/python bench/fidelity.py --data $(DATA) --budget $(or $(BUDGET),small) $(if $(SETTINGS),--settings $(SETTINGS))
 	$(BIN)/python bench/tables.py
 
 gpu:

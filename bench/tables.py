@@ -233,7 +233,8 @@ def about_fidelity(findings: Findings, budget: str) -> str:
     plain = next(runs[0]["settings"] for (_, setting), runs in findings.runs.items() if setting == "plain")
     return (
         f"CIFAR-10, budget `{budget}`: {plain['images']:,} training images, {plain['epochs']} epochs; mean ± standard "
-        f"deviation over the seeds. Made by `make bench-fidelity DATA=folder BUDGET={budget}`."
+        f"deviation over the seeds. Made by `make bench-fidelity DATA=folder BUDGET={budget}`, "
+        "settings beyond the budget's with `SETTINGS=…`."
     )
 
 

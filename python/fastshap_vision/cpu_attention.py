@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -20,13 +20,16 @@ from fastshap_kernels import packed_attention
 WIDTH_STEP, WIDEST = 8, 128
 
 
-def cpu_attention(like: Tensor) -> AbstractContextManager[Any]:
+def cpu_attention(like: Tensor, model: nn.Module | None = None) -> AbstractContextManager[Any]:
     """A context in which the self-attention of bfloat16 tensors on the CPU, `like` one's device, is packed attention.
 
     Attention with a mask, dropout or other keys than queries, other dtypes and devices, passes without gradients, and
-    what torch.compile traces stay as they are.
+    what torch.compile traces stay as they are; so does a `model` that checkpoints gradients, whose blocks are computed
+    again outside of the context and must be what they were.
     """
     if torch.compiler.is_compiling() or like.device.type != "cpu" or not torch.is_grad_enabled():
+        return nullcontext()
+    if model is not None and any(getattr(part, "grad_checkpointing", False) for part in model.modules()):
         return nullcontext()
     return _CpuAttention()
 

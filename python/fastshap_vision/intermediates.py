@@ -36,7 +36,7 @@ def forward_features(game: Game, inputs: Tensor, images: int) -> tuple[Tensor, l
 
     Those are (images, P, C) of every stage but the last; maps finer than the grid are averaged to it.
     """
-    with cpu_attention(inputs):
+    with cpu_attention(inputs, game.backbone):
         if not game.intermediate_widths:
             return game.backbone.forward_features(inputs), []
         return _forward_with_intermediates(game, inputs, images)

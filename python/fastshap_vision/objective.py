@@ -36,7 +36,7 @@ class TaskObjective:
 
     def terms(self, model: nn.Module, images: Tensor, labels: Tensor) -> ObjectiveTerms:
         """The loss of one batch, a pure function."""
-        with cpu_attention(images):
+        with cpu_attention(images, model):
             logits = model(images)
         loss = self.task_loss(logits, labels)
         return ObjectiveTerms(loss, loss.detach())

@@ -84,3 +84,17 @@ def test_explanations_do_not(generator, served):
     with torch.autocast("cpu", torch.bfloat16):
         model().explain(torch.randn(2, 3, 64, 64, generator=generator))
     assert served == []
+
+
+@pytest.mark.parametrize("masked_task_weight", [0.0, 1.0])
+@pytest.mark.parametrize("kind", [fv.TaskObjective, fv.ShapleyObjective])
+def test_checkpointed_blocks_keep_their_attention(generator, served, kind, masked_task_weight):
+    """What is computed again must be what was computed."""
+    options = {"coalitions": 2, "regression_ramp": (0.0, 0.0), "masked_task_weight": masked_task_weight}
+    objective = kind(**options) if kind is fv.ShapleyObjective else kind()
+    checkpointed = model(head_depth=0)
+    checkpointed.set_grad_checkpointing()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = objective(checkpointed, torch.randn(4, 3, 64, 64, generator=generator), torch.arange(4)).loss
+    loss.backward()
+    assert served == []

@@ -58,14 +58,12 @@ def test_trains_and_is_kept_by_checkpoints(tmp_path):
     torch.manual_seed(0)
     size = {"model_name": "test_byobnet", "num_classes": 7, "img_size": 64}
     model = fv.SelfExplainingClassifier(**size, removal="image", head_depth=1)
-    statistics = {name: value.clone() for name, value in model.backbone.named_buffers()}
     objective = fv.ShapleyObjective(coalitions=2, regression_ramp=(0.0, 0.0))
     terms = objective(model, images(size=64), torch.arange(3))
     terms.loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     model.null_value()  # a batch without variance: its statistics are not counted
     counted = [value for name, value in model.backbone.named_buffers() if name.endswith("num_batches_tracked")]
-    assert statistics
     assert {int(count) for count in counted} == {1}
     model.save_pretrained(tmp_path)
     again = fv.SelfExplainingClassifier.from_pretrained(tmp_path)
