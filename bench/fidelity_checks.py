@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ import fastshap_vision as fv
 EVALUATIONS = (64, 128, 256, 512, 2048)
 #: Fewer than this many a player may not determine its values.
 FEWEST = 4
-#: Explanations are timed so often, after a few that are not.
+#: One image's explanation is timed so often, after a few that are not.
 TIMED, UNTIMED = 50, 5
+#: Many images' explanation and KernelSHAP's, in turn so often: of so many images at once, and of so many evaluations.
+TURNS, BATCH, KERNEL_SHAP_BATCH, KERNEL_SHAP_EVALUATIONS = 7, 64, 4, 2048
 
 
 def first_images(data: Dataset, count: int, device: torch.device) -> Tensor:
@@ -39,8 +42,8 @@ def check_model(
         "task_loss": accuracy.loss,
         "fidelity": fidelity.as_dict(),
         "kernel_shap": [_kernel_shap(model, images, reference, count) for count in counts],
-        "ms_per_explanation": milliseconds(model, list(images.split(1))),
-        "ms_per_image": milliseconds(model, [images]) / len(images),  # all at once, as KernelSHAP takes them
+        "ms_per_explanation": one_explanation(model, images),
+        "time": time_in_turn(model, images),
     }
 
 
@@ -52,22 +55,45 @@ def converge(model: Any, images: Tensor, evaluations: int) -> fv.ReferenceValues
 def _kernel_shap(
     model: fv.SelfExplainingClassifier, images: Tensor, reference: fv.ReferenceValues, evaluations: int
 ) -> dict[str, float]:
-    """How far KernelSHAP with so many evaluations of an image is from the reference, and how long it takes."""
+    """How far KernelSHAP with so many evaluations of an image is from the reference."""
     # Other coalitions than the reference's own.
     found = fv.kernel_shap_values(model, images, evaluations, seed=1)
     error = (found.phi - reference.phi).square().mean((1, 2))
+    return {"evaluations": evaluations, "mean_squared_error": float(error.mean())}
+
+
+def one_explanation(model: fv.SelfExplainingClassifier, images: Tensor) -> float:
+    """Median of the milliseconds of one image, every class explained."""
+    turns = UNTIMED + TIMED
+    times = [_milliseconds(lambda turn=turn: _explain(model, images, turn, 1)) for turn in range(turns)]
+    return statistics.median(times[UNTIMED:])
+
+
+def time_in_turn(model: fv.SelfExplainingClassifier, images: Tensor) -> dict[str, float]:
+    """Median milliseconds an image of our values and of KernelSHAP's, in turn, each in batches that suit it."""
+    ours, theirs = [], []
+    for turn in range(-1, TURNS):
+        ours.append(_milliseconds(lambda turn=turn: _explain(model, images, turn, BATCH)) / BATCH)
+        few = _batch(images, turn, KERNEL_SHAP_BATCH)
+        found = fv.kernel_shap_values(model, few, KERNEL_SHAP_EVALUATIONS)
+        theirs.append(found.seconds / len(few) * 1e3)
     return {
-        "evaluations": evaluations,
-        "mean_squared_error": float(error.mean()),
-        "ms_per_image": found.seconds / len(images) * 1e3,
+        "ms_per_image": statistics.median(ours[1:]),  # the first turn warms up
+        "kernel_shap_evaluations": KERNEL_SHAP_EVALUATIONS,
+        "kernel_shap_ms_per_image": statistics.median(theirs[1:]),
     }
 
 
-def milliseconds(model: fv.SelfExplainingClassifier, batches: list[Tensor]) -> float:
-    """Median over batches of the time of one, every class explained."""
-    times = []
-    for turn in range(UNTIMED + TIMED):
-        start = time.perf_counter()
-        model.explain(batches[turn % len(batches)], target="all").values.cpu()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[UNTIMED:]) * 1e3
+def _batch(images: Tensor, turn: int, count: int) -> Tensor:
+    """The turn's next `count` images, from the first again after the last."""
+    return images[torch.arange(turn * count, (turn + 1) * count, device=images.device) % len(images)]
+
+
+def _explain(model: fv.SelfExplainingClassifier, images: Tensor, turn: int, count: int) -> Tensor:
+    return model.explain(_batch(images, turn, count), target="all").values.cpu()
+
+
+def _milliseconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from fidelity_methods import METHODS
-from fidelity_report import AMORTIZED, OURS
+from fidelity_report import AMORTIZED, OURS, SURROGATE
 from fidelity_subject import Subject
 from torch import Tensor
 
@@ -23,7 +23,11 @@ from fastshap_vision import metrics
 SIZES = (0.1, 0.3, 0.5, 0.7, 0.9)
 #: Shares of the players removed, of AOPC and LOdds.
 NINE_LEVELS = tuple(tenths / 10 for tenths in range(1, 10))
-NAMES = {OURS: "ours", AMORTIZED: "FastSHAP / ViT-Shapley"}
+NAMES = {
+    OURS: "ours",
+    AMORTIZED: "FastSHAP / ViT-Shapley",
+    SURROGATE: "KernelSHAP, 4096, of FastSHAP's surrogate",
+}
 Explain = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -55,7 +59,7 @@ def compare_methods(
     Args:
         network: "vit" or "cnn": which methods there are.
         models: by setting; those that explain themselves are the ones with trained shares or votes ("plain" is not).
-        explainers: amortised explainers, by setting, of their own surrogates.
+        explainers: amortised explainers, by setting, of their own surrogates; KernelSHAP shows what their games hold.
         images: (B, C, H, W) test images.
     """
     rows = []
@@ -67,7 +71,11 @@ def compare_methods(
             ways[OURS] = lambda x, y, model=model: model.explain(x, y).values
         rows += _judge(setting, ways, model, images)
     for setting, explainer in explainers.items():
-        ways = {AMORTIZED: lambda x, y, explainer=explainer: explainer.explain(x, y).values}
+        surrogate = Subject.of(explainer.surrogate)
+        ways = {
+            AMORTIZED: lambda x, y, explainer=explainer: explainer.explain(x, y).values,
+            SURROGATE: lambda x, y, surrogate=surrogate: METHODS["kernel_shap_4096"](surrogate, x, y),
+        }
         rows += _judge(setting, ways, explainer.surrogate, images)
     return rows
 

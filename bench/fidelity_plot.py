@@ -60,7 +60,7 @@ def _curves(findings: Findings, network: str, curve: str) -> list[tuple[str | No
     found: dict[str, list[list[float]]] = {}
     for result in findings.methods.get(network, []):
         for row in result["rows"]:
-            if row["game"] == "own" and row["model"] in ("recipe", "fastshap"):
+            if row["game"] == "own" and (row["model"] == "recipe" or row["method"] == AMORTIZED):
                 found.setdefault(row["method"], []).append(row[curve])
     lines = []
     named = {

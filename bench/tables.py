@@ -218,10 +218,10 @@ def fidelity_methods_table() -> str:
     return "\n\n".join([methods_table(found[0]), about_fidelity(*found)])
 
 
-def ablation_table() -> str:
-    """Every setting that the small budget trained."""
-    findings = Findings(RESULTS / "fidelity" / "small")
-    return "\n\n".join([settings_table(findings), about_fidelity(findings, "small")]) if findings.runs else NO_FIDELITY
+def ablation_table(budget: str) -> str:
+    """Every setting that the budget trained."""
+    findings = Findings(RESULTS / "fidelity" / budget)
+    return "\n\n".join([settings_table(findings), about_fidelity(findings, budget)]) if findings.runs else NO_FIDELITY
 
 
 #: The settings in the README.
@@ -231,10 +231,15 @@ NO_FIDELITY = "Not measured yet: `make bench-fidelity DATA=folder` (of the CIFAR
 
 def about_fidelity(findings: Findings, budget: str) -> str:
     plain = next(runs[0]["settings"] for (_, setting), runs in findings.runs.items() if setting == "plain")
+    weights = ", ".join(
+        f"{findings.runs[network, 'recipe'][0]['settings']['objective']['regression_weight']:g} ({name})"
+        for network, name in NETWORKS.items()
+        if (network, "recipe") in findings.runs
+    )
     return (
-        f"CIFAR-10, budget `{budget}`: {plain['images']:,} training images, {plain['epochs']} epochs; mean ± standard "
-        f"deviation over the seeds. Made by `make bench-fidelity DATA=folder BUDGET={budget}`, "
-        "settings beyond the budget's with `SETTINGS=…`."
+        f"CIFAR-10, budget `{budget}`: {plain['images']:,} training images, {plain['epochs']} epochs, the recipe's λ "
+        f"{weights}; mean ± standard deviation over the seeds. Made by `make bench-fidelity DATA=folder "
+        f"BUDGET={budget}`, settings beyond the budget's with `SETTINGS=…`."
     )
 
 
@@ -329,7 +334,12 @@ def tables_of() -> dict[Path, dict[str, str]]:
         "precision": precision_table(load("precision")),
         "step": step_table(load("step-cpu") if (RESULTS / "step-cpu.json").exists() else None, newest_gpu_step()),
     }
-    return {README: readme, FIDELITY: {"methods": fidelity_methods_table(), "ablation": ablation_table()}}
+    fidelity = {
+        "methods": fidelity_methods_table(),
+        "ablation": ablation_table("small"),
+        "longer": ablation_table("medium"),
+    }
+    return {README: readme, FIDELITY: fidelity}
 
 
 def render(page: Path, tables: dict[str, str]) -> str:

@@ -126,6 +126,7 @@ class ShapleyObjective(CoalitionObjective):
         self.target_precision = target_precision
         self.task_loss = task_loss or nn.functional.cross_entropy
         self._without_coalitions = TaskObjective(task_loss)
+        self._needs_votes = False
 
     @classmethod
     def viashap(cls, alpha: float = 1.0, beta: float = 10.0, coalitions: int = 2, seed: int = 0) -> ShapleyObjective:
@@ -145,6 +146,9 @@ class ShapleyObjective(CoalitionObjective):
         Returns:
             the objective; labels are int64 (B,).
 
+        Raises:
+            ValueError: in a step, for a model with another head.
+
         Source: Alkhatib et al., Prediction via Shapley Value Regression (ViaSHAP), ICML 2025.
         """
 
@@ -152,7 +156,7 @@ class ShapleyObjective(CoalitionObjective):
             wanted = nn.functional.one_hot(labels, logits.shape[1]).to(logits.dtype)
             return alpha * nn.functional.mse_loss(logits, wanted)
 
-        return cls(
+        objective = cls(
             coalitions,
             regression_weight=beta,
             masked_task_weight=0.0,
@@ -163,10 +167,17 @@ class ShapleyObjective(CoalitionObjective):
             task_loss=task,
             seed=seed,
         )
+        objective._needs_votes = True
+        return objective
 
     # A compiled step is one call of `terms`, with everything that changes from step to step among its arguments.
     def __call__(self, model: SelfExplainingClassifier, images: Tensor, labels: Tensor) -> ObjectiveTerms:
         """The loss of one batch: images (B, C, H, W), labels as `task_loss` takes them, first dimension B."""
+        if self._needs_votes and model.head != "votes":
+            raise ValueError(
+                f"ViaSHAP's objective regresses votes, but the model has head={model.head!r}. Create it with "
+                "head='votes'."
+            )
         regression_weight = self.regression_weight * self._rise(self.regression_ramp)
         masked_task_weight = self.masked_task_weight * self._rise(self.masked_task_ramp)
         if regression_weight == masked_task_weight == 0:

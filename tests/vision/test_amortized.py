@@ -355,3 +355,8 @@ def test_viashap_is_its_formula():
     for one, other in zip(ours, theirs, strict=True):
         assert (one is None) == (other is None)
         assert one is None or (one - other).norm() <= 1e-3 * other.norm() + 1e-6
+
+
+def test_viashap_needs_a_model_that_votes():
+    with pytest.raises(ValueError, match="head='votes'"):
+        fv.ShapleyObjective.viashap()(fv.convert(create("class token")), images(), LABELS)
