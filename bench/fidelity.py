@@ -51,7 +51,7 @@ def settings_of(run: Run, budget: Budget) -> dict[str, Any]:
         "evaluations": fidelity_runs.evaluations_of(run, budget),
         "training": budget.training,
         "kind": setting.kind,
-        "objective": fidelity_runs.objective_of(run, budget),
+        "objective": fidelity_runs.objective_of(run),
         "model": budget.networks[run.network] | setting.model,
         "explained": fidelity_runs.explained_of(run, budget),
         "starts_from": setting.starts_from and settings_of(Run(run.network, setting.starts_from, run.seed), budget),
@@ -118,7 +118,7 @@ def train_classifier(run: Run, train: Any, classes: int, options: argparse.Names
         model.backbone.load_state_dict(before.backbone.state_dict())
     trained = model.backbone if setting.kind == "task" else model
     epochs = fidelity_runs.epochs_of(run, budget)
-    result = fit(trained, train, fidelity_runs.make_objective(run, budget), epochs, run.seed, folder, options)
+    result = fit(trained, train, fidelity_runs.make_objective(run), epochs, run.seed, folder, options)
     model.save_pretrained(folder / "trained")
     return model, [result]
 

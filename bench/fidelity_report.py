@@ -135,15 +135,13 @@ def bars(findings: Findings) -> list[Row]:
     def mean(both: tuple[float, float] | None) -> float | None:
         return None if both is None else both[0]
 
+    def minus(ours: float | None, theirs: float | None) -> float | None:
+        return None if ours is None or theirs is None else ours - theirs
+
     for network in NETWORKS:
         recipe = (network, "recipe")
         add(network, "accuracy minus plain, points", -0.3, mean(findings.accuracy_difference(*recipe)))
-        add(
-            network,
-            "R², all classes",
-            R2[network],
-            mean(findings.over_seeds(*recipe, r2_of)),
-        )
+        add(network, "R², all classes", R2[network], mean(findings.over_seeds(*recipe, r2_of)))
         correlation = findings.over_seeds(*recipe, lambda run: run["fidelity"]["correlation_predicted"])
         add(network, "correlation, predicted class", 0.95, mean(correlation))
         add(
@@ -163,16 +161,14 @@ def bars(findings: Findings) -> list[Row]:
                 add(network, f"{name}, {removal}: over the best gradient or attention method's", LEAD, ratio)
         theirs = mean(findings.over_seeds(network, "fastshap", r2_of))
         ours = mean(findings.over_seeds(*recipe, r2_of))
-        difference = None if theirs is None or ours is None else ours - theirs
-        add(network, "R² minus FastSHAP's", 0.0, difference)
+        add(network, "R² minus FastSHAP's", 0.0, minus(ours, theirs))
         of_game = findings.of_methods(network, "own", "difference")
         ours, theirs = (mean(of_game.get(key)) for key in (("recipe", OURS), ("fastshap", AMORTIZED)))
-        difference = None if ours is None or theirs is None else ours - theirs
-        add(network, "insertion − deletion minus FastSHAP's", 0.0, difference)
+        add(network, "insertion − deletion minus FastSHAP's", 0.0, minus(ours, theirs))
         # Each in the game that it explains, beside the best that can be found there.
         ours = over_best(of_game, ours, ("recipe", "kernel_shap_4096").__eq__)
         theirs = over_best(of_game, theirs, ("fastshap", SURROGATE).__eq__)
-        difference = None if ours is None or theirs is None else ours - theirs
+        difference = minus(ours, theirs)
         add(network, "insertion − deletion over KernelSHAP's in the same game, minus FastSHAP's", 0.0, difference)
     return found
 

@@ -9,14 +9,15 @@ import torch
 
 import fastshap_vision as fv
 
-#: Of `fv.ShapleyObjective`: its defaults, in full. The task on masked images from the start regularises.
+#: Of `fv.ShapleyObjective`: its defaults, in full but for μ.
 RECIPE: dict[str, Any] = {
     "coalitions": 4,
-    "regression_weight": 3.0,
-    "masked_task_weight": 1.0,
+    "regression_weight": 4.0,
     "regression_ramp": (0.0, 0.5),
     "masked_task_ramp": (0.0, 0.0),
 }
+#: μ, where absent patches are dropped from the sequence, and where they are masked.
+DROPPED, MASKED = 1.0, 0.0
 #: Of `fv.SelfExplainingClassifier`.
 RECIPE_MODEL: dict[str, Any] = {"head": "shares", "head_depth": 2}
 #: An image and step, of the amortised explainer.
@@ -82,14 +83,15 @@ SETTINGS: dict[str, Setting] = {
     "grey-pixels": _model("the game of grey pixels to explain", removal="image"),
     "gradient-0": _model("none of the regression's gradient reaches the encoder", backbone_gradient=0.0),
     "gradient-0.1": _model("a tenth of the regression's gradient reaches the encoder", backbone_gradient=0.1),
-    "late-masks": _objective("μ from half of the schedule on", masked_task_ramp=(0.5, 0.5)),
+    "late-masks": _objective("μ 1, from half of the schedule on", masked_task_weight=1.0, masked_task_ramp=(0.5, 0.5)),
     "late-regression": _objective("λ rises from half of the schedule on", regression_ramp=(0.5, 0.75)),
     "no-ramp": _objective("λ full from the start", regression_ramp=FULL),
     "lambda-1": _objective("λ 1", regression_weight=1.0),
-    "lambda-3": _objective("λ 3", regression_weight=3.0),  # the recipe's, but for budgets that say another
+    "lambda-2": _objective("λ 2", regression_weight=2.0),
     "lambda-16": _objective("λ 16", regression_weight=16.0),
-    "mu-0": _objective("no task on masked images", masked_task_weight=0.0),
+    "mu-0": _objective("μ 0", masked_task_weight=0.0),  # the CNN's recipe
     "mu-0.3": _objective("μ 0.3", masked_task_weight=0.3),
+    "mu-1": _objective("μ 1", masked_task_weight=1.0),  # the ViT's recipe
     "live": _objective("gradient through v(S) too", target="live"),
     "raw": _objective("raw squared error", error="raw"),
     "variance": _objective("error relative to the variance of v", error="variance"),
@@ -118,7 +120,6 @@ class Budget:
     methods_seen: int  # test images on which methods are compared
     networks: dict[str, dict[str, Any]]
     evaluations: int  # most coalitions an image that the reference may take
-    recipe: dict[str, dict[str, Any]] = field(default_factory=dict)  # in what a network's objective differs
     training: dict[str, Any] = field(default_factory=lambda: dict(TRAINING))
 
 
@@ -184,8 +185,6 @@ _TINY_NETWORKS = {
         "model_kwargs": {"depths": [1], "channels": [16], "stem_type": "3x3", "stem_chs": 16, "output_stride": 8},
     },
 }
-#: Where there is time to train, λ as each network bears it: more brings R², less keeps accuracy.
-_LONG_RECIPE = {"vit": {"regression_weight": 4.0}, "cnn": {"regression_weight": 2.0}}
 _FIRST = ("plain", "recipe", "fastshap")
 BUDGETS: dict[str, Budget] = {
     "tiny": Budget(
@@ -201,9 +200,7 @@ BUDGETS: dict[str, Budget] = {
         training=TRAINING | {"batch_size": 32, "mixed_precision": "no"},
     ),
     "small": Budget(16000, 6, (0,), ("plain", "recipe", "votes", "M-2"), 20, 20, 20, _SMALL_NETWORKS, 8192),
-    "medium": Budget(
-        16000, 24, (0, 1, 2), (*_FIRST, *SETTINGS), 200, 50, 100, _SMALL_NETWORKS, 65536, recipe=_LONG_RECIPE
-    ),
+    "medium": Budget(16000, 24, (0, 1, 2), (*_FIRST, *SETTINGS), 200, 50, 100, _SMALL_NETWORKS, 65536),
     "full": Budget(
         40000,
         100,
@@ -214,7 +211,6 @@ BUDGETS: dict[str, Budget] = {
         200,
         _LARGE_NETWORKS,
         65536,
-        recipe=_LONG_RECIPE,
         training=TRAINING | {"batch_size": 256, "lr": 1e-3, "warmup_epochs": 5},
     ),
 }
@@ -248,20 +244,21 @@ def make_model(run: Run, budget: Budget, classes: int) -> fv.SelfExplainingClass
     return fv.SelfExplainingClassifier(num_classes=classes, **options)
 
 
-def objective_of(run: Run, budget: Budget) -> dict[str, Any]:
+def objective_of(run: Run) -> dict[str, Any]:
     """Arguments of the run's objective."""
     setting = SETTINGS[run.setting]
     if setting.kind != "shapley":
         return setting.objective
-    return RECIPE | budget.recipe.get(run.network, {}) | setting.objective
+    is_dropped = run.network == "vit" and "removal" not in setting.model
+    return RECIPE | {"masked_task_weight": DROPPED if is_dropped else MASKED} | setting.objective
 
 
-def make_objective(run: Run, budget: Budget) -> Any:
-    kind = SETTINGS[run.setting].kind
-    if kind == "task":
+def make_objective(run: Run) -> Any:
+    setting = SETTINGS[run.setting]
+    if setting.kind == "task":
         return fv.TaskObjective()
-    make = fv.ShapleyObjective.viashap if kind == "viashap" else fv.ShapleyObjective
-    return make(**objective_of(run, budget), seed=run.seed)
+    make = fv.ShapleyObjective.viashap if setting.kind == "viashap" else fv.ShapleyObjective
+    return make(**objective_of(run), seed=run.seed)
 
 
 def epochs_of(run: Run, budget: Budget) -> int:
@@ -284,7 +281,7 @@ def evaluations_of(run: Run, budget: Budget) -> int:
     setting = SETTINGS[run.setting]
     if setting.kind == "amortized":
         return budget.images * explainer_epochs(run, budget) * _EXPLAINER_EVALUATIONS
-    objective = {"coalitions": 0, "masked_task_weight": 1.0, "regression_weight": 1.0} | objective_of(run, budget)
+    objective = {"coalitions": 0, "masked_task_weight": 1.0, "regression_weight": 1.0} | objective_of(run)
     starts = [
         objective.get(f"{term}_ramp", FULL)[0] for term in ("regression", "masked_task") if objective[f"{term}_weight"]
     ]

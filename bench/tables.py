@@ -231,15 +231,10 @@ NO_FIDELITY = "Not measured yet: `make bench-fidelity DATA=folder` (of the CIFAR
 
 def about_fidelity(findings: Findings, budget: str) -> str:
     plain = next(runs[0]["settings"] for (_, setting), runs in findings.runs.items() if setting == "plain")
-    weights = ", ".join(
-        f"{findings.runs[network, 'recipe'][0]['settings']['objective']['regression_weight']:g} ({name})"
-        for network, name in NETWORKS.items()
-        if (network, "recipe") in findings.runs
-    )
     return (
-        f"CIFAR-10, budget `{budget}`: {plain['images']:,} training images, {plain['epochs']} epochs, the recipe's λ "
-        f"{weights}; mean ± standard deviation over the seeds. Made by `make bench-fidelity DATA=folder "
-        f"BUDGET={budget}`, settings beyond the budget's with `SETTINGS=…`."
+        f"CIFAR-10, budget `{budget}`: {plain['images']:,} training images, {plain['epochs']} epochs; mean ± standard "
+        f"deviation over the seeds. Made by `make bench-fidelity DATA=folder BUDGET={budget}`, "
+        "settings beyond the budget's with `SETTINGS=…`."
     )
 
 

@@ -145,26 +145,25 @@ def test_another_recipe_is_another_run(monkeypatch, tmp_path):
     assert before[1] == after[1]
 
 
-def test_the_recipe_is_the_default_of_the_objective():
-    found = vars(fidelity_runs.make_objective(fidelity_runs.Run("vit", "recipe", 0), fidelity_runs.BUDGETS["small"]))
-    default = vars(fidelity_runs.fv.ShapleyObjective())
-    compared = [name for name, value in default.items() if not callable(value) and not name.startswith("_")]
+@pytest.mark.parametrize("setting", ["recipe", "grey-pixels"])
+@pytest.mark.parametrize("network", ["vit", "cnn"])
+def test_the_recipe_is_the_default_of_the_objective(network, setting):
+    run = fidelity_runs.Run(network, setting, 0)
+    objective, default = fidelity_runs.make_objective(run), fidelity_runs.fv.ShapleyObjective()
+    model = fidelity_runs.make_model(run, fidelity_runs.BUDGETS["tiny"], 10)
+    assert objective.masked_task_weight_of(model) == default.masked_task_weight_of(model)
+    found, wanted = vars(objective), vars(default)
+    compared = {name for name, value in wanted.items() if not callable(value) and not name.startswith("_")}
     assert "regression_ramp" in compared
-    for name in compared:
-        assert found[name] == default[name], name
+    for name in compared - {"masked_task_weight"}:
+        assert found[name] == wanted[name], name
 
 
-def test_a_setting_changes_the_recipe_of_its_network_and_nothing_else():
-    def weight(network, setting):
-        return objective(network, setting)["regression_weight"]
-
-    def objective(network, setting):
-        return fidelity_runs.objective_of(fidelity_runs.Run(network, setting, 0), fidelity_runs.BUDGETS["medium"])
-
-    assert (weight("vit", "recipe"), weight("cnn", "recipe")) == (4.0, 2.0)
-    assert (weight("vit", "lambda-3"), weight("cnn", "lambda-3")) == (3.0, 3.0)
-    assert objective("vit", "M-8") == objective("vit", "recipe") | {"coalitions": 8}
-    assert objective("vit", "viashap") == {"coalitions": 2}
+def test_a_setting_changes_the_recipe_and_nothing_else():
+    found = {name: fidelity_runs.objective_of(fidelity_runs.Run("vit", name, 0)) for name in fidelity_runs.SETTINGS}
+    assert found["recipe"] == fidelity_runs.RECIPE | {"masked_task_weight": 1.0}
+    assert found["M-8"] == found["recipe"] | {"coalitions": 8}
+    assert found["viashap"] == {"coalitions": 2}
 
 
 @pytest.mark.parametrize("network", ["vit", "cnn"])

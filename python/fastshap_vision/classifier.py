@@ -296,7 +296,9 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
         the shares head, logits and base are detached: the regression moves the shares, and the encoder as far as
         `backbone_gradient` says. `classes`, int64 (B, k), are those of each image that count; None for all.
         """
-        if self.backbone_gradient < 1.0:
+        if self.backbone_gradient == 0.0:
+            features = features.detach()
+        elif self.backbone_gradient < 1.0:
             features = features.detach() + self.backbone_gradient * (features - features.detach())
         if self.head == "votes":
             weight, bias = self.game.vote_weight()

@@ -416,8 +416,12 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("objective")
     group.add_argument("--coalitions", type=int, default=4, help="coalitions an image and step")
-    group.add_argument("--regression-weight", type=float, default=3.0, help="lambda, of the Shapley regression")
-    group.add_argument("--masked-task-weight", type=float, default=1.0, help="mu, of the task on masked images")
+    group.add_argument("--regression-weight", type=float, default=4.0, help="lambda, of the Shapley regression")
+    group.add_argument(
+        "--masked-task-weight",
+        type=float,
+        help="mu, of the task on masked images (default: 1 where absent patches' tokens are dropped, else 0)",
+    )
     group.add_argument("--error", choices=ERRORS, default="uniform", help="unit of the regression")
     group.add_argument("--target", choices=TARGETS, default="detached", help="whether the regression moves v(S)")
     group.add_argument(

@@ -59,7 +59,7 @@ class CoalitionObjective:
             raise ValueError(f"Argument `coalitions` must be at least 1, but it is {coalitions}.")
         self.coalitions, self.paired, self.sizes, self.seed = coalitions, paired, sizes, seed
         self.with_ends = with_ends
-        self.progress = 0.0
+        self.progress = 1.0
         self._drawn = 0  # coalitions so far: the counter of the sampler
         self._compiled: Callable[..., ObjectiveTerms] | None = None
 

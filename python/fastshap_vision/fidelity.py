@@ -20,6 +20,7 @@ from fastshap_kernels import exact_shapley, kernel_shap, pack_bits, sample_coali
 from fastshap_kernels._checks import check_count, fail
 
 from .explanation import relative_efficiency_gap
+from .stem import evaluation_mode
 
 if TYPE_CHECKING:
     from .classifier import SelfExplainingClassifier
@@ -350,14 +351,8 @@ def _bar(title: str, coalitions: int, progress: bool) -> tqdm:
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluation_mode(model), torch.no_grad():
+        yield
 
 
 def check_images(op: str, images: object) -> None:

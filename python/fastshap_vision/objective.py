@@ -16,6 +16,7 @@ from .coalition_objective import SIZES, CoalitionObjective, Draw, ObjectiveTerms
 from .cpu_attention import cpu_attention
 from .game import JointPass
 from .precision import PRECISIONS
+from .stem import evaluation_mode
 
 TARGETS = ("detached", "live")
 ERRORS = ("uniform", "variance", "raw")
@@ -28,7 +29,7 @@ class TaskObjective:
 
     def __init__(self, task_loss: TaskLoss | None = None) -> None:
         self.task_loss = task_loss or nn.functional.cross_entropy
-        self.progress = 0.0
+        self.progress = 1.0
         self._compiled: Callable[..., ObjectiveTerms] | None = None
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> ObjectiveTerms:
@@ -61,7 +62,9 @@ class ShapleyObjective(CoalitionObjective):
     Args:
         coalitions: M, coalitions per image and step; drawn anew each step.
         regression_weight: λ.
-        masked_task_weight: μ.
+        masked_task_weight: μ. Default 1 for a model that drops absent patches from its sequence, which learns from
+            short sequences too, and 0 for one that masks them, where the task on masked images costs accuracy. With
+            0 no gradient flows back through v(S), which makes a step cheaper.
         error: unit of R: "uniform", what the even split (f − v(∅))/P leaves; "variance", the variance of v(S) over
             the batch; "raw", none. The divisor is detached.
         target: "detached", v(S) is a fixed target of R; "live", R's gradient also moves v(S).
@@ -79,7 +82,8 @@ class ShapleyObjective(CoalitionObjective):
         seed: of the sampler.
 
     Attributes:
-        progress: share of the training done, in [0, 1]; `fit` sets it each step.
+        progress: share of the training done, in [0, 1], for the ramps. `fit` sets it each step; it is 1 until then, so
+            that in a loop of your own λ and μ are full from the start unless you set it.
 
     Deterministic: yes, for one seed and sequence of calls. `state_dict` holds the sampler's counter.
 
@@ -89,8 +93,8 @@ class ShapleyObjective(CoalitionObjective):
     def __init__(
         self,
         coalitions: int = 4,
-        regression_weight: float = 3.0,
-        masked_task_weight: float = 1.0,
+        regression_weight: float = 4.0,
+        masked_task_weight: float | None = None,
         *,
         error: str = "uniform",
         target: str = "detached",
@@ -108,7 +112,7 @@ class ShapleyObjective(CoalitionObjective):
         check_choice("target_precision", target_precision, PRECISIONS)
         check_choice("sizes", sizes, SIZES)
         super().__init__(coalitions, paired=paired, sizes=sizes, seed=seed)
-        if regression_weight < 0 or masked_task_weight < 0:
+        if regression_weight < 0 or (masked_task_weight or 0.0) < 0:
             raise ValueError(
                 "Arguments `regression_weight` and `masked_task_weight` must not be negative, but they are "
                 f"{regression_weight} and {masked_task_weight}."
@@ -179,7 +183,7 @@ class ShapleyObjective(CoalitionObjective):
                 "head='votes'."
             )
         regression_weight = self.regression_weight * self._rise(self.regression_ramp)
-        masked_task_weight = self.masked_task_weight * self._rise(self.masked_task_ramp)
+        masked_task_weight = self.masked_task_weight_of(model) * self._rise(self.masked_task_ramp)
         if regression_weight == masked_task_weight == 0:
             return self._without_coalitions(model, images, labels)
         bits, rows = self.draw(model, images)
@@ -187,6 +191,12 @@ class ShapleyObjective(CoalitionObjective):
         weights = [torch.full((), weight, device=images.device) for weight in (regression_weight, masked_task_weight)]
         masked = weights[1] if masked_task_weight else None
         return (self._compiled or self.terms)(model, images, labels, bits, weights[0], masked, rows)
+
+    def masked_task_weight_of(self, model: SelfExplainingClassifier) -> float:
+        """μ, as given or else as the model's removal asks for."""
+        if self.masked_task_weight is not None:
+            return self.masked_task_weight
+        return 1.0 if model.removal == "drop" else 0.0
 
     def terms(
         self,
@@ -257,11 +267,13 @@ class ShapleyObjective(CoalitionObjective):
     def _forward(self, model: SelfExplainingClassifier, images: Tensor, draw: Draw, masked_task: bool) -> JointPass:
         if self.target == "live" or masked_task:
             return model.joint(images, draw.bits, self.is_packed_in_pairs, draw.rows)
-        # Nothing flows back through v(S): its activations need not be kept, and less precision will do.
-        with torch.no_grad():
+        # Nothing flows back through v(S): its activations need not be kept, and less precision will do. It is the game
+        # of the trained model: without dropout, and no batch norm's running statistics count masked images.
+        with torch.no_grad(), evaluation_mode(model):
             values = evaluate_draw(model, images, draw, self.is_packed_in_pairs, self.target_precision)
+            null = model.null_value()
         features, logits = model.game.features_and_logits(images)
-        return JointPass(features, logits, values.to(logits.dtype))
+        return JointPass(features, logits, values.to(logits.dtype), null)
 
     def _null(self, model: SelfExplainingClassifier) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.target == "live"):

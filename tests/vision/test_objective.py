@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -112,9 +114,39 @@ def test_no_values_are_kept_when_nothing_flows_back():
     assert torch.allclose(gradient, tiny, atol=1e-6 * float(tiny.abs().max()))
 
 
+def test_masked_images_leave_the_batch_norms_alone_when_nothing_flows_back():
+    """Running statistics are those of a plain step, and v(S) is that of the trained model's game."""
+    model, x = model_and_images("resnet18")
+    bits = fk.sample_coalitions(3, 4, model.players, seed=0)
+    expected = model.coalition_values(x, bits)
+    plain = copy.deepcopy(model).train()
+    plain(x)
+    inner, seen = model.regression_loss, []
+
+    def watch(features, logits, bits, values, *others):
+        seen.append(values)
+        return inner(features, logits, bits, values, *others)
+
+    model.regression_loss = watch
+    fv.ShapleyObjective(4, seed=0)(model.train(), x, LABELS).loss.backward()
+    assert torch.allclose(seen[0], expected, atol=1e-5)
+    assert all(module.training for module in model.modules())
+    for (name, ours), theirs in zip(model.named_buffers(), plain.buffers(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize(("kind", "weight"), [("class token", 1.0), ("resnet18", 0.0)])
+def test_the_masked_task_is_for_models_that_drop_tokens(kind, weight):
+    model, x = model_and_images(kind)
+    assert fv.ShapleyObjective().masked_task_weight_of(model) == weight
+    assert (fv.ShapleyObjective()(model, x, LABELS).masked_task is not None) is (weight > 0)
+    assert fv.ShapleyObjective(masked_task_weight=0.5).masked_task_weight_of(model) == 0.5
+
+
 def test_ramps():
     model, x = model_and_images()
     objective = fv.ShapleyObjective(2, 2.0, 3.0, regression_ramp=(0.25, 0.75), masked_task_ramp=(0.5, 0.5))
+    objective.progress = 0.0
     plain = objective(model, x, LABELS)
     assert plain.regression is None
     assert torch.equal(plain.loss, F.cross_entropy(model(x), LABELS))
