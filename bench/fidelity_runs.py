@@ -9,17 +9,15 @@ import torch
 
 import fastshap_vision as fv
 
-#: Of `fv.ShapleyObjective`: its defaults, in full but for μ.
+#: Of `fv.ShapleyObjective`: its defaults.
 RECIPE: dict[str, Any] = {
-    "coalitions": 4,
-    "regression_weight": 4.0,
+    "coalitions": 8,
+    "regression_weight": 1.0,
+    "masked_task_weight": 0.0,
     "regression_ramp": (0.0, 0.5),
-    "masked_task_ramp": (0.0, 0.0),
 }
-#: μ, where absent patches are dropped from the sequence, and where they are masked.
-DROPPED, MASKED = 1.0, 0.0
-#: Of `fv.SelfExplainingClassifier`.
-RECIPE_MODEL: dict[str, Any] = {"head": "shares", "head_depth": 2}
+#: Of `fv.SelfExplainingClassifier`: no gradient of the regression reaches the encoder, which trains as if alone.
+RECIPE_MODEL: dict[str, Any] = {"head": "shares", "head_depth": 2, "intermediates": True, "backbone_gradient": 0.0}
 #: An image and step, of the amortised explainer.
 EXPLAINER_COALITIONS = 2
 #: Of an image in an epoch of each: the surrogate's teacher and coalition; the explainer, v(N) and the coalitions.
@@ -66,6 +64,10 @@ def _model(about: str, **changes: Any) -> Setting:
     return Setting(about, model=RECIPE_MODEL | changes)
 
 
+def _joint(about: str, **changes: Any) -> Setting:
+    return Setting(about, objective=changes, model=RECIPE_MODEL | {"backbone_gradient": 1.0})
+
+
 def _task(about: str, **changes: Any) -> Setting:
     return Setting(about, kind="task", model={}, **changes)
 
@@ -78,25 +80,23 @@ SETTINGS: dict[str, Setting] = {
     "even": _model("shares on the even split", base="even"),
     "depth-0": _model("no block before the shares", head_depth=0),
     "depth-1": _model("one block before the shares", head_depth=1),
-    "last-features": _model("the shares read the last features alone", intermediates=False),  # the ViT's recipe
-    "intermediates": _model("the shares read the features of every stage", intermediates=True),  # the CNN's recipe
+    "last-features": _model("the shares read the last features alone", intermediates=False),
     "grey-pixels": _model("the game of grey pixels to explain", removal="image"),
-    "gradient-0": _model("none of the regression's gradient reaches the encoder", backbone_gradient=0.0),
-    "gradient-0.1": _model("a tenth of the regression's gradient reaches the encoder", backbone_gradient=0.1),
+    "joint": _joint("the regression's gradient reaches the encoder, λ 4", regression_weight=4.0),
+    "joint-lambda-1": _joint("the regression's gradient reaches the encoder, λ 1", regression_weight=1.0),
+    "joint-masks": _joint(
+        "the regression's gradient reaches the encoder, λ 4, μ 1", regression_weight=4.0, masked_task_weight=1.0
+    ),
+    "masks": _objective("the task on masked images too, μ 1", masked_task_weight=1.0),
     "late-masks": _objective("μ 1, from half of the schedule on", masked_task_weight=1.0, masked_task_ramp=(0.5, 0.5)),
     "late-regression": _objective("λ rises from half of the schedule on", regression_ramp=(0.5, 0.75)),
     "no-ramp": _objective("λ full from the start", regression_ramp=FULL),
-    "lambda-1": _objective("λ 1", regression_weight=1.0),
-    "lambda-2": _objective("λ 2", regression_weight=2.0),
-    "lambda-16": _objective("λ 16", regression_weight=16.0),
-    "mu-0": _objective("μ 0", masked_task_weight=0.0),  # the CNN's recipe
-    "mu-0.3": _objective("μ 0.3", masked_task_weight=0.3),
-    "mu-1": _objective("μ 1", masked_task_weight=1.0),  # the ViT's recipe
     "live": _objective("gradient through v(S) too", target="live"),
     "raw": _objective("raw squared error", error="raw"),
     "variance": _objective("error relative to the variance of v", error="variance"),
     "M-2": _objective("2 coalitions an image", coalitions=2),
-    "M-8": _objective("8 coalitions an image", coalitions=8),
+    "M-4": _objective("4 coalitions an image", coalitions=4),
+    "M-16": _objective("16 coalitions an image", coalitions=16),
     "unpaired": _objective("coalitions not in pairs", paired=False),
     "top-3": _objective("the 3 likeliest classes", top_classes=3),
     "uniform": _objective("coalitions of uniform size", sizes="uniform"),
@@ -141,7 +141,6 @@ _SMALL_NETWORKS: dict[str, dict[str, Any]] = {
     "cnn": {
         "model_name": "nf_resnet26",
         "img_size": 32,
-        "intermediates": True,
         "model_kwargs": {
             "depths": [1, 1, 1],
             "channels": [48, 96, 192],
@@ -162,7 +161,6 @@ _LARGE_NETWORKS: dict[str, dict[str, Any]] = {
     "cnn": {
         "model_name": "nf_resnet26",
         "img_size": 32,
-        "intermediates": True,
         "model_kwargs": {"stem_type": "3x3", "stem_chs": 64, "output_stride": 4},
     },
 }
@@ -181,7 +179,6 @@ _TINY_NETWORKS = {
     "cnn": {
         "model_name": "nf_resnet26",
         "img_size": 32,
-        "intermediates": True,
         "model_kwargs": {"depths": [1], "channels": [16], "stem_type": "3x3", "stem_chs": 16, "output_stride": 8},
     },
 }
@@ -199,7 +196,7 @@ BUDGETS: dict[str, Budget] = {
         256,
         training=TRAINING | {"batch_size": 32, "mixed_precision": "no"},
     ),
-    "small": Budget(16000, 6, (0,), ("plain", "recipe", "votes", "M-2"), 20, 20, 20, _SMALL_NETWORKS, 8192),
+    "small": Budget(16000, 6, (0,), ("plain", "recipe", "votes", "joint"), 20, 20, 20, _SMALL_NETWORKS, 8192),
     "medium": Budget(16000, 24, (0, 1, 2), (*_FIRST, *SETTINGS), 200, 50, 100, _SMALL_NETWORKS, 65536),
     "full": Budget(
         40000,
@@ -249,8 +246,7 @@ def objective_of(run: Run) -> dict[str, Any]:
     setting = SETTINGS[run.setting]
     if setting.kind != "shapley":
         return setting.objective
-    is_dropped = run.network == "vit" and "removal" not in setting.model
-    return RECIPE | {"masked_task_weight": DROPPED if is_dropped else MASKED} | setting.objective
+    return RECIPE | setting.objective
 
 
 def make_objective(run: Run) -> Any:

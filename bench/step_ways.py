@@ -66,7 +66,9 @@ def make_setting(step: Step, device: torch.device) -> Setting:
     """Random weights, images and labels; the coalitions that the objective draws first."""
     torch.manual_seed(0)
     name, arguments = MODELS[step.model]
-    model = fv.SelfExplainingClassifier(name, step.classes, img_size=step.image_size, model_kwargs=arguments)
+    model = fv.SelfExplainingClassifier(
+        name, step.classes, img_size=step.image_size, backbone_gradient=1.0, model_kwargs=arguments
+    )
     torch.nn.init.normal_(model.shares.weight, std=0.02)
     dtype = torch.bfloat16 if step.dtype == "bfloat16" else torch.float32
     images = torch.randn(step.batch, 3, step.image_size, step.image_size)

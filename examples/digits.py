@@ -71,7 +71,7 @@ SHOWN = 3
 def build(kind: str, head: str, seed: int) -> fv.SelfExplainingClassifier:
     """The model of one kind; equal seeds give equal backbones, whatever the head."""
     torch.manual_seed(seed)
-    return fv.SelfExplainingClassifier(num_classes=10, head=head, **MODELS[kind])
+    return fv.SelfExplainingClassifier(num_classes=10, head=head, backbone_gradient=1.0, **MODELS[kind])
 
 
 def train(kind: str, head: str | None, seed: int, data: Any, test: Any) -> tuple[fv.SelfExplainingClassifier, Any]:

@@ -280,7 +280,12 @@ class ProbabilityExplanation(Explanation):
 def _network(surrogate: SelfExplainingClassifier, backbone: nn.Module | str) -> SelfExplainingClassifier:
     """The backbone with the shares head, whose additive normalisation is the explainer's."""
     channels, *size = surrogate.game.input_size
-    options: dict[str, Any] = {"img_size": (size[0], size[1]), "head": "shares", "base": "even"}
+    options: dict[str, Any] = {
+        "img_size": (size[0], size[1]),
+        "head": "shares",
+        "base": "even",
+        "backbone_gradient": 1.0,
+    }
     if isinstance(backbone, str):
         kwargs = {"in_chans": channels}
         network = SelfExplainingClassifier(backbone, surrogate.num_classes, model_kwargs=kwargs, **options)

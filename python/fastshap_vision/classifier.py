@@ -50,7 +50,9 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
         head_depth: blocks between the features and the shares, 0, 1 or 2. Of the shares head only.
         intermediates: whether these blocks read the features of every stage of the encoder (each block of a
             transformer), added up by a linear layer, instead of the last ones alone. Of the shares head only.
-        backbone_gradient: γ in [0, 1], how much of the regression's gradient goes on into the encoder.
+        backbone_gradient: γ in [0, 1], how much of the regression's gradient goes on into the encoder. Default 0 with
+            shares: the encoder trains as if nothing were explained (with μ = 0 in `fit`, to the same bits); 1 with
+            votes, which are the classifier's.
         removal: how a patch that is not in a coalition is removed: "drop", its token is taken out of the sequence
             (VisionTransformer and Eva models; where packing does not know their blocks, by attention masks);
             "pixel", its pixels become 0, and where the model averages its patches, present ones alone count;
@@ -82,7 +84,7 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
         base: str | None = None,
         head_depth: int = 1,
         intermediates: bool = False,
-        backbone_gradient: float = 1.0,
+        backbone_gradient: float | None = None,
         removal: str | None = None,
         pretrained: bool = False,
         model_kwargs: dict[str, Any] | None = None,
@@ -95,6 +97,8 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
         check_choice("head_depth", head_depth, HEAD_DEPTHS)
         if removal is not None:
             check_choice("removal", removal, REMOVALS)
+        if backbone_gradient is None:
+            backbone_gradient = 0.0 if head == "shares" else 1.0
         if not 0.0 <= backbone_gradient <= 1.0:
             raise ValueError(f"Argument `backbone_gradient` must be in [0, 1], but it is {backbone_gradient!r}.")
         # What is saved beside the weights; they replace timm's own, which need not be fetched again.
@@ -390,7 +394,7 @@ def convert(
     base: str | None = None,
     head_depth: int = 1,
     intermediates: bool = False,
-    backbone_gradient: float = 1.0,
+    backbone_gradient: float | None = None,
     removal: str | None = None,
 ) -> SelfExplainingClassifier:
     """Makes a timm model, trained or not, self-explaining. The model itself becomes the backbone: no copy is made.

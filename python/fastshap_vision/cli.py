@@ -405,8 +405,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--backbone-gradient",
         type=float,
-        default=1.0,
-        help="how much of the regression's gradient reaches the encoder, 0 to 1",
+        help="how much of the regression's gradient reaches the encoder, 0 to 1 (default: 0 with shares, 1 with votes)",
     )
     group.add_argument(
         "--removal",
@@ -415,13 +414,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "and left out of the average; image: pixels at 0, and no more (default: drop where the model can, else pixel)",
     )
     group = parser.add_argument_group("objective")
-    group.add_argument("--coalitions", type=int, default=4, help="coalitions an image and step")
-    group.add_argument("--regression-weight", type=float, default=4.0, help="lambda, of the Shapley regression")
-    group.add_argument(
-        "--masked-task-weight",
-        type=float,
-        help="mu, of the task on masked images (default: 1 where absent patches' tokens are dropped, else 0)",
-    )
+    group.add_argument("--coalitions", type=int, default=8, help="coalitions an image and step")
+    group.add_argument("--regression-weight", type=float, default=1.0, help="lambda, of the Shapley regression")
+    group.add_argument("--masked-task-weight", type=float, default=0.0, help="mu, of the task on masked images")
     group.add_argument("--error", choices=ERRORS, default="uniform", help="unit of the regression")
     group.add_argument("--target", choices=TARGETS, default="detached", help="whether the regression moves v(S)")
     group.add_argument(

@@ -61,10 +61,10 @@ class ShapleyObjective(CoalitionObjective):
 
     Args:
         coalitions: M, coalitions per image and step; drawn anew each step.
-        regression_weight: λ.
-        masked_task_weight: μ. Default 1 for a model that drops absent patches from its sequence, which learns from
-            short sequences too, and 0 for one that masks them, where the task on masked images costs accuracy. With
-            0 no gradient flows back through v(S), which makes a step cheaper.
+        regression_weight: λ. It matters where the regression's gradient reaches the encoder (the model's
+            `backbone_gradient`), and for optimisers that follow the gradient's size.
+        masked_task_weight: μ. With 0 there is no task on masked images, and no gradient flows back through v(S): it is
+            evaluated as the trained model will be, and a step is cheaper.
         error: unit of R: "uniform", what the even split (f − v(∅))/P leaves; "variance", the variance of v(S) over
             the batch; "raw", none. The divisor is detached.
         target: "detached", v(S) is a fixed target of R; "live", R's gradient also moves v(S).
@@ -92,9 +92,9 @@ class ShapleyObjective(CoalitionObjective):
 
     def __init__(
         self,
-        coalitions: int = 4,
-        regression_weight: float = 4.0,
-        masked_task_weight: float | None = None,
+        coalitions: int = 8,
+        regression_weight: float = 1.0,
+        masked_task_weight: float = 0.0,
         *,
         error: str = "uniform",
         target: str = "detached",
@@ -112,7 +112,7 @@ class ShapleyObjective(CoalitionObjective):
         check_choice("target_precision", target_precision, PRECISIONS)
         check_choice("sizes", sizes, SIZES)
         super().__init__(coalitions, paired=paired, sizes=sizes, seed=seed)
-        if regression_weight < 0 or (masked_task_weight or 0.0) < 0:
+        if regression_weight < 0 or masked_task_weight < 0:
             raise ValueError(
                 "Arguments `regression_weight` and `masked_task_weight` must not be negative, but they are "
                 f"{regression_weight} and {masked_task_weight}."
@@ -183,7 +183,7 @@ class ShapleyObjective(CoalitionObjective):
                 "head='votes'."
             )
         regression_weight = self.regression_weight * self._rise(self.regression_ramp)
-        masked_task_weight = self.masked_task_weight_of(model) * self._rise(self.masked_task_ramp)
+        masked_task_weight = self.masked_task_weight * self._rise(self.masked_task_ramp)
         if regression_weight == masked_task_weight == 0:
             return self._without_coalitions(model, images, labels)
         bits, rows = self.draw(model, images)
@@ -191,12 +191,6 @@ class ShapleyObjective(CoalitionObjective):
         weights = [torch.full((), weight, device=images.device) for weight in (regression_weight, masked_task_weight)]
         masked = weights[1] if masked_task_weight else None
         return (self._compiled or self.terms)(model, images, labels, bits, weights[0], masked, rows)
-
-    def masked_task_weight_of(self, model: SelfExplainingClassifier) -> float:
-        """μ, as given or else as the model's removal asks for."""
-        if self.masked_task_weight is not None:
-            return self.masked_task_weight
-        return 1.0 if model.removal == "drop" else 0.0
 
     def terms(
         self,

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .checkpoint import Checkpoints
+from .classifier import SelfExplainingClassifier
 
 _log = logging.getLogger(__name__)
 
@@ -111,7 +112,8 @@ def fit(
         epochs: passes over train_data; the last, incomplete batch of each is left out.
         batch_size: images a step and process.
         opt, lr, weight_decay, sched, warmup_epochs: as in timm (create_optimizer_v2, create_scheduler_v2).
-        clip_grad: largest norm of the gradient, or None.
+        clip_grad: largest norm of the gradient, or None. The encoder of a self-explaining model and its explainer are
+            clipped apart.
         seed: of the data's order, augmentation and dropout. Two runs with one seed are equal.
         workers: processes that load data.
         mixed_precision: "no", "bf16" or "fp16".
@@ -294,7 +296,7 @@ class _Run:
             terms = self.step(images, labels)
             self.accelerator.backward(terms["loss"])
             if self.settings["clip_grad"] is not None:
-                self.accelerator.clip_grad_norm_(self.step.parameters(), self.settings["clip_grad"])
+                self._clip(self.settings["clip_grad"])
             self.optimizer.step()
             self.optimizer.zero_grad()
             reader.add(images, terms)
@@ -306,6 +308,15 @@ class _Run:
             "eval_accuracy": None,
             "seconds": time.perf_counter() - start,
         }
+
+    def _clip(self, limit: float) -> None:
+        """Clips the encoder's gradient and the explainer's apart: no explainer changes how the encoder is trained."""
+        backbone = self.model.backbone if isinstance(self.model, SelfExplainingClassifier) else self.model
+        encoder = list(backbone.parameters())
+        of_encoder = {id(parameter) for parameter in encoder}
+        self.accelerator.clip_grad_norm_(encoder, limit)
+        explainer = [parameter for parameter in self.model.parameters() if id(parameter) not in of_encoder]
+        nn.utils.clip_grad_norm_(explainer, limit)
 
     def evaluate(self, data: Dataset) -> dict[str, float]:
         """The columns of the history that an evaluation fills."""

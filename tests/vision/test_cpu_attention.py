@@ -67,8 +67,8 @@ def model(**options):
 @pytest.mark.parametrize(
     ("objective", "rows"),
     [
-        (fv.ShapleyObjective(coalitions=2), [16, 16]),  # the blocks before the shares
-        (fv.ShapleyObjective(coalitions=2, masked_task_weight=0.0), [17, 16, 16]),
+        (fv.ShapleyObjective(coalitions=2, masked_task_weight=1.0), [16, 16]),  # the blocks before the shares
+        (fv.ShapleyObjective(coalitions=2), [17, 16, 16]),
         (fv.TaskObjective(), [17]),
     ],
     ids=["joint", "v(S) without gradient", "task"],

@@ -103,7 +103,7 @@ def test_detached_targets_run_lower(precision, monkeypatch):
         return inner(features, logits, bits, values, *others)
 
     monkeypatch.setattr(model, "regression_loss", watch)
-    objective = fv.ShapleyObjective(8, masked_task_weight=0.0, target_precision=precision, seed=0)
+    objective = fv.ShapleyObjective(8, target_precision=precision, seed=0)
     terms = objective(model, x, LABELS)
     exact = model.coalition_values(x, fk.sample_coalitions(3, 8, model.players, seed=0)).detach()
     assert targets["values"].dtype == targets["features"].dtype == torch.float32
@@ -116,7 +116,8 @@ def test_detached_targets_run_lower(precision, monkeypatch):
 def test_values_that_carry_gradient_keep_the_precision_of_the_task():
     model, x, _ = model_images_bits()
     losses = [
-        fv.ShapleyObjective(4, target_precision=precision)(model, x, LABELS).loss for precision in ("same", "fp8")
+        fv.ShapleyObjective(4, masked_task_weight=1, target_precision=precision)(model, x, LABELS).loss
+        for precision in ("same", "fp8")
     ]
     assert torch.equal(*losses)
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import Subset, TensorDataset
 
-from fastshap_vision import SelfExplainingClassifier, ShapleyObjective, load_dataset
+from fastshap_vision import SelfExplainingClassifier, ShapleyObjective, TaskObjective, load_dataset
 from fastshap_vision.checkpoint import CheckpointError
 from fastshap_vision.training import TrainingError, evaluate, fit
 
@@ -212,6 +212,41 @@ def test_resumed_self_explaining_run_ends_in_the_same_bits(tmp_path, head):
     assert again.state_dict() == objective.state_dict()
     assert timeless(result.history) == timeless(unbroken.history)
     assert_same_weights(resumed, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("vit_tiny_patch16_224", {"patch_size": 2, "embed_dim": 16, "depth": 2, "num_heads": 2}),
+        ("test_byobnet", {}),  # with batch norms
+    ],
+)
+def test_without_gradient_from_the_regression_the_encoder_trains_as_if_alone(name, arguments):
+    """To the last bit: accuracy minus the plain model's is 0 by construction."""
+
+    def run(kind):
+        torch.manual_seed(0)
+        model = SelfExplainingClassifier(
+            name,
+            10,
+            img_size=8 if arguments else 64,
+            intermediates=True,
+            model_kwargs={"in_chans": 1, **arguments},
+        )
+        digits = load_dataset("digits", "train", augment=True)
+        data = (
+            Subset(digits, range(24)) if arguments else TensorDataset(torch.randn(24, 1, 64, 64), torch.arange(24) % 10)
+        )
+        trained, objective = model, ShapleyObjective(2, masked_task_weight=0.0)
+        if kind == "plain":
+            trained, objective = model.backbone, TaskObjective()
+        result = fit(trained, data, objective=objective, epochs=3, batch_size=8, lr=0.01, clip_grad=0.1, progress=False)
+        return model, result
+
+    (plain, _), (explained, result) = run("plain"), run("self-explaining")
+    assert result.history[-1]["regression"] > 0
+    assert explained.shares.weight.abs().sum() > 0
+    assert_same_weights(plain.backbone, explained.backbone)
 
 
 def test_killed_run_resumes_to_the_same_bits(tmp_path):
