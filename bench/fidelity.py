@@ -53,7 +53,7 @@ def settings_of(run: Run, budget: Budget) -> dict[str, Any]:
         "kind": setting.kind,
         "objective": fidelity_runs.objective_of(run),
         "model": budget.networks[run.network] | setting.model,
-        "explained": fidelity_runs.explained_of(run, budget),
+        "explained": budget.explained,
         "starts_from": setting.starts_from and settings_of(Run(run.network, setting.starts_from, run.seed), budget),
     }
     return json.loads(json.dumps(found))
@@ -97,7 +97,7 @@ def train_and_check(run: Run, options: argparse.Namespace) -> str:
         "setting": run.setting,
         "seed": run.seed,
         "about": setting.about,
-        **check_model(model, test, fidelity_runs.explained_of(run, budget), budget.evaluations, device),
+        **check_model(model, test, budget.explained, budget.evaluations, device, options.runs / "games"),
         "training_evaluations": fidelity_runs.evaluations_of(run, budget),
         "training_seconds": sum(fit.seconds for fit in fits),
         "history": [{name: row[name] for name in ("task", "masked_task", "r2", "spread")} for row in fits[-1].history],

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,23 +30,47 @@ def first_images(data: Dataset, count: int, device: torch.device) -> Tensor:
 
 
 def check_model(
-    model: fv.SelfExplainingClassifier, test: Dataset, explained: int, evaluations: int, device: torch.device
+    model: Any, test: Dataset, explained: int, evaluations: int, device: torch.device, games: Path
 ) -> dict[str, Any]:
-    """Accuracy, fidelity to the Shapley values of the model's own game, and what KernelSHAP takes to be as close."""
+    """Accuracy, fidelity to the Shapley values of the model's own game, and what KernelSHAP takes to be as close.
+
+    `games` is the folder of what is known of games already: of all models that share an encoder, one pays for it.
+    """
     model.eval()
     accuracy = fv.evaluate(model, test)
     images = first_images(test, explained, device)
-    reference = converge(model, images, evaluations)
-    fidelity = fv.fidelity(model, images, reference)
-    counts = [count for count in EVALUATIONS if FEWEST * model.players <= count <= evaluations]
+    path = games / f"{_game_key(model, explained, evaluations)}.pt"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(_play(model, images, evaluations), path)
+    played = torch.load(path, map_location=device)
+    fidelity = fv.fidelity(model, images, fv.ReferenceValues(**played["reference"]))
     return {
         "accuracy": accuracy.accuracy,
         "task_loss": accuracy.loss,
         "fidelity": fidelity.as_dict(),
-        "kernel_shap": [_kernel_shap(model, images, reference, count) for count in counts],
+        "kernel_shap": played["kernel_shap"],
         "ms_per_explanation": one_explanation(model, images),
         "time": time_in_turn(model, images),
     }
+
+
+def _game_key(model: Any, explained: int, evaluations: int) -> str:
+    """All that the game depends on, and what is asked of it. An explainer that is trained apart plays a surrogate's."""
+    player = getattr(model, "surrogate", model)
+    about = (type(model).__name__, player.head, player.removal, explained, evaluations)
+    digest = hashlib.sha256(repr(about).encode())
+    for name, weight in player.backbone.state_dict().items():
+        digest.update(name.encode() + weight.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _play(model: Any, images: Tensor, evaluations: int) -> dict[str, Any]:
+    """The converged values of the images, and how far KernelSHAP with fewer evaluations is from them."""
+    reference = converge(model, images, evaluations)
+    counts = [count for count in EVALUATIONS if FEWEST * model.players <= count <= evaluations]
+    errors = [_kernel_shap(model, images, reference, count) for count in counts]
+    return {"reference": reference._asdict(), "kernel_shap": errors}
 
 
 def converge(model: Any, images: Tensor, evaluations: int) -> fv.ReferenceValues:

@@ -115,8 +115,7 @@ class Budget:
     epochs: int
     seeds: tuple[int, ...]
     settings: tuple[str, ...]  # that are trained where no others are asked for
-    explained: int  # test images whose Shapley values are compared, of the recipe and of what it is set beside
-    explained_others: int  # the same, of the other settings
+    explained: int  # test images whose Shapley values are compared
     methods_seen: int  # test images on which methods are compared
     networks: dict[str, dict[str, Any]]
     evaluations: int  # most coalitions an image that the reference may take
@@ -190,20 +189,18 @@ BUDGETS: dict[str, Budget] = {
         (0,),
         ("plain", "recipe", "fine-tuned", "fastshap"),
         3,
-        3,
         4,
         _TINY_NETWORKS,
         256,
         training=TRAINING | {"batch_size": 32, "mixed_precision": "no"},
     ),
-    "small": Budget(16000, 6, (0,), ("plain", "recipe", "votes", "joint"), 20, 20, 20, _SMALL_NETWORKS, 8192),
-    "medium": Budget(16000, 24, (0, 1, 2), (*_FIRST, *SETTINGS), 200, 50, 100, _SMALL_NETWORKS, 65536),
+    "small": Budget(16000, 6, (0,), ("plain", "recipe", "votes", "joint"), 20, 20, _SMALL_NETWORKS, 8192),
+    "medium": Budget(16000, 24, (0, 1, 2), (*_FIRST, *SETTINGS), 200, 100, _SMALL_NETWORKS, 65536),
     "full": Budget(
         40000,
         100,
         (0, 1, 2),
         (*_FIRST, *SETTINGS),
-        200,
         200,
         200,
         _LARGE_NETWORKS,
@@ -259,11 +256,6 @@ def make_objective(run: Run) -> Any:
 
 def epochs_of(run: Run, budget: Budget) -> int:
     return max(1, round(budget.epochs * SETTINGS[run.setting].share))
-
-
-def explained_of(run: Run, budget: Budget) -> int:
-    """Test images whose Shapley values are compared."""
-    return budget.explained if run.setting in ("recipe", "fastshap") else budget.explained_others
 
 
 def explainer_epochs(run: Run, budget: Budget) -> int:

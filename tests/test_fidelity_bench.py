@@ -79,6 +79,14 @@ def test_every_run_of_the_budget_has_its_result(measured, folder):
         assert (folder / picture).stat().st_size > 5000
 
 
+def test_models_that_share_an_encoder_are_set_beside_the_same_values(measured, folder):
+    references = {
+        name: measured[1][f"vit-{name}-0"]["fidelity"]["seconds"] for name in ("plain", "recipe", "fine-tuned")
+    }
+    assert references["plain"] == references["recipe"] != references["fine-tuned"]
+    assert len(list((folder / "runs" / "games").iterdir())) == 4  # plain's, plain-half's, fine-tuned's, the surrogate's
+
+
 def test_all_methods_are_compared_on_both_models(measured):
     rows = measured[1]["methods-vit-0"]["rows"]
     by_model = {

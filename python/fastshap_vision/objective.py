@@ -14,9 +14,9 @@ from ._checks import check_choice
 from .classifier import SelfExplainingClassifier
 from .coalition_objective import SIZES, CoalitionObjective, Draw, ObjectiveTerms, evaluate_draw, variance_of
 from .cpu_attention import cpu_attention
+from .fidelity import evaluating
 from .game import JointPass
 from .precision import PRECISIONS
-from .stem import evaluation_mode
 
 TARGETS = ("detached", "live")
 ERRORS = ("uniform", "variance", "raw")
@@ -263,7 +263,7 @@ class ShapleyObjective(CoalitionObjective):
             return model.joint(images, draw.bits, self.is_packed_in_pairs, draw.rows)
         # Nothing flows back through v(S): its activations need not be kept, and less precision will do. It is the game
         # of the trained model: without dropout, and no batch norm's running statistics count masked images.
-        with torch.no_grad(), evaluation_mode(model):
+        with evaluating(model):
             values = evaluate_draw(model, images, draw, self.is_packed_in_pairs, self.target_precision)
             null = model.null_value()
         features, logits = model.game.features_and_logits(images)

@@ -255,6 +255,10 @@ class _Run:
         _check_batch(self.settings)
         self.model = model
         self.objective = objective
+        backbone = model.backbone if isinstance(model, SelfExplainingClassifier) else model
+        self.encoder = list(backbone.parameters())
+        of_encoder = {id(parameter) for parameter in self.encoder}
+        self.explainer = [parameter for parameter in model.parameters() if id(parameter) not in of_encoder]
         _prepare_step(model, objective, settings)
         set_seed(settings["seed"])  # the seedable sampler takes this seed
         optimizer = _create_optimizer(model, settings)
@@ -296,7 +300,9 @@ class _Run:
             terms = self.step(images, labels)
             self.accelerator.backward(terms["loss"])
             if self.settings["clip_grad"] is not None:
-                self._clip(self.settings["clip_grad"])
+                # Apart: no explainer changes how the encoder is trained.
+                self.accelerator.clip_grad_norm_(self.encoder, self.settings["clip_grad"])
+                nn.utils.clip_grad_norm_(self.explainer, self.settings["clip_grad"])
             self.optimizer.step()
             self.optimizer.zero_grad()
             reader.add(images, terms)
@@ -308,15 +314,6 @@ class _Run:
             "eval_accuracy": None,
             "seconds": time.perf_counter() - start,
         }
-
-    def _clip(self, limit: float) -> None:
-        """Clips the encoder's gradient and the explainer's apart: no explainer changes how the encoder is trained."""
-        backbone = self.model.backbone if isinstance(self.model, SelfExplainingClassifier) else self.model
-        encoder = list(backbone.parameters())
-        of_encoder = {id(parameter) for parameter in encoder}
-        self.accelerator.clip_grad_norm_(encoder, limit)
-        explainer = [parameter for parameter in self.model.parameters() if id(parameter) not in of_encoder]
-        nn.utils.clip_grad_norm_(explainer, limit)
 
     def evaluate(self, data: Dataset) -> dict[str, float]:
         """The columns of the history that an evaluation fills."""
