@@ -38,6 +38,8 @@ from fastshap_vision.plotting import explanation_page
 
 #: The settings whose models every method explains; the first two must be trained.
 COMPARED = ("plain", "recipe", "grey-pixels", "fastshap")
+#: Precision of the games that are played once.
+PLAYED = "bf16"
 #: Images on the page of explanations.
 SHOWN = 6
 
@@ -74,9 +76,9 @@ def prepare_process(options: argparse.Namespace) -> None:
         torch.set_num_threads(1)  # a core for each process
 
 
-def load_train(options: argparse.Namespace, budget: Budget) -> Subset:
+def load_train(options: argparse.Namespace, budget: Budget, augment: bool) -> Subset:
     """The training images of the budget."""
-    train = fv.load_dataset("cifar10", "train", data_dir=options.data)
+    train = fv.load_dataset("cifar10", "train", data_dir=options.data, augment=augment)
     return Subset(train, range(min(budget.images, len(train))))
 
 
@@ -88,8 +90,9 @@ def train_and_check(run: Run, options: argparse.Namespace) -> str:
     """One run, from where it was left; writes its results file."""
     prepare_process(options)
     budget, device = BUDGETS[options.budget], torch.device(options.device)
-    train, test = load_train(options, budget), load_test(options)
     setting = SETTINGS[run.setting]
+    # What is played once must be the same image later.
+    train, test = load_train(options, budget, augment=setting.kind != "played"), load_test(options)
     training = train_explainer if setting.kind == "amortized" else train_classifier
     model, fits = training(run, train, len(test.classes), options)
     result = {
@@ -116,6 +119,9 @@ def train_classifier(run: Run, train: Any, classes: int, options: argparse.Names
     if setting.starts_from:
         before = load_classifier(Run(run.network, setting.starts_from, run.seed), options)
         model.backbone.load_state_dict(before.backbone.state_dict())
+    if setting.kind == "played":
+        coalitions = fidelity_runs.objective_of(run)["coalitions"]
+        train = fv.play(model, train, coalitions, seed=run.seed, precision=PLAYED, progress=False)
     trained = model.backbone if setting.kind == "task" else model
     epochs = fidelity_runs.epochs_of(run, budget)
     result = fit(trained, train, fidelity_runs.make_objective(run), epochs, run.seed, folder, options)

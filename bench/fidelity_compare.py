@@ -62,10 +62,13 @@ def compare_methods(
         explainers: amortised explainers, by setting, of their own surrogates; KernelSHAP shows what their games hold.
         images: (B, C, H, W) test images.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for setting, model in models.items():
         ways: dict[str, Explain] = {}
-        if model.is_exact_conversion:
+        twin = next((name for name in dict.fromkeys(row["model"] for row in rows) if _alike(models[name], model)), None)
+        if twin:
+            rows += [row | {"model": setting} for row in rows if row["model"] == twin and row["method"] != OURS]
+        elif model.is_exact_conversion:
             ways |= _post_hoc(network, Subject.of(model))
         if setting != "plain":
             ways[OURS] = lambda x, y, model=model: model.explain(x, y).values
@@ -78,6 +81,13 @@ def compare_methods(
         }
         rows += _judge(setting, ways, explainer.surrogate, images)
     return rows
+
+
+def _alike(first: fv.SelfExplainingClassifier, second: fv.SelfExplainingClassifier) -> bool:
+    """Whether two models are one to a post-hoc method: equal weights, one game."""
+    ours, theirs = first.backbone.state_dict(), second.backbone.state_dict()
+    is_one_game = (first.head, first.removal) == (second.head, second.removal)
+    return is_one_game and all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
 
 
 def _post_hoc(network: str, subject: Subject) -> dict[str, Explain]:

@@ -9,15 +9,17 @@ import torch
 
 import fastshap_vision as fv
 
-#: Of `fv.ShapleyObjective`: its defaults.
-RECIPE: dict[str, Any] = {
+#: Of `fv.play`: its default.
+RECIPE: dict[str, Any] = {"coalitions": 64}
+#: Of `fv.SelfExplainingClassifier`.
+RECIPE_MODEL: dict[str, Any] = {"head": "shares", "head_depth": 2, "intermediates": True, "backbone_gradient": 0.0}
+#: Of `fv.ShapleyObjective`, for training the classifier and its explanation together: its defaults.
+TOGETHER: dict[str, Any] = {
     "coalitions": 8,
     "regression_weight": 1.0,
     "masked_task_weight": 0.0,
     "regression_ramp": (0.0, 0.5),
 }
-#: Of `fv.SelfExplainingClassifier`: no gradient of the regression reaches the encoder, which trains as if alone.
-RECIPE_MODEL: dict[str, Any] = {"head": "shares", "head_depth": 2, "intermediates": True, "backbone_gradient": 0.0}
 #: An image and step, of the amortised explainer.
 EXPLAINER_COALITIONS = 2
 #: Of an image in an epoch of each: the surrogate's teacher and coalition; the explainer, v(N) and the coalitions.
@@ -40,9 +42,11 @@ class Setting:
 
     Args:
         about: what is different from the recipe, in words.
-        kind: "task" trains the task alone, "shapley" with `objective`, "viashap" with ViaSHAP's objective, "amortized"
-            FastSHAP's surrogate and explainer, for a model that another setting trained.
-        objective: arguments of the objective; of "shapley" those that differ from the recipe's.
+        kind: "task" trains the task alone; "played" the explainer of a model that another setting trained, on games
+            played once; "shapley" the task and the regression together; "viashap" with ViaSHAP's objective;
+            "amortized" FastSHAP's surrogate and explainer, for a model that another setting trained.
+        objective: arguments of the objective, of "played" those of `fv.play`; of "played" and "shapley" those that
+            differ from `RECIPE` and `TOGETHER`.
         model: arguments of `fv.SelfExplainingClassifier`.
         starts_from: the setting whose trained weights it goes on from.
         share: of the budget's epochs.
@@ -56,16 +60,13 @@ class Setting:
     share: float = 1.0
 
 
-def _objective(about: str, **changes: Any) -> Setting:
-    return Setting(about, objective=changes)
+def _played(about: str, share: float = 1.0, coalitions: int | None = None, **changes: Any) -> Setting:
+    objective = {} if coalitions is None else {"coalitions": coalitions}
+    return Setting(about, "played", objective, RECIPE_MODEL | changes, starts_from="plain", share=share)
 
 
-def _model(about: str, **changes: Any) -> Setting:
-    return Setting(about, model=RECIPE_MODEL | changes)
-
-
-def _joint(about: str, **changes: Any) -> Setting:
-    return Setting(about, objective=changes, model=RECIPE_MODEL | {"backbone_gradient": 1.0})
+def _together(about: str, gradient: float = 0.0, **changes: Any) -> Setting:
+    return Setting(f"together: {about}", objective=changes, model=RECIPE_MODEL | {"backbone_gradient": gradient})
 
 
 def _task(about: str, **changes: Any) -> Setting:
@@ -75,33 +76,42 @@ def _task(about: str, **changes: Any) -> Setting:
 _VOTES = {"head": "votes"}
 SETTINGS: dict[str, Setting] = {
     "plain": _task("the task alone"),
-    "recipe": Setting("the recipe"),
-    "votes": Setting("votes head", model=_VOTES),
-    "even": _model("shares on the even split", base="even"),
-    "depth-0": _model("no block before the shares", head_depth=0),
-    "depth-1": _model("one block before the shares", head_depth=1),
-    "last-features": _model("the shares read the last features alone", intermediates=False),
-    "grey-pixels": _model("the game of grey pixels to explain", removal="image"),
-    "joint": _joint("the regression's gradient reaches the encoder, λ 4", regression_weight=4.0),
-    "joint-lambda-1": _joint("the regression's gradient reaches the encoder, λ 1", regression_weight=1.0),
-    "joint-masks": _joint(
-        "the regression's gradient reaches the encoder, λ 4, μ 1", regression_weight=4.0, masked_task_weight=1.0
+    "recipe": _played("the recipe"),
+    "half": _played("the explainer trained half as long", share=0.5),
+    "double": _played("the explainer trained twice as long", share=2.0),
+    "played-16": _played("16 coalitions an image", coalitions=16),
+    "played-96": _played("96 coalitions an image", coalitions=96),
+    "even": _played("shares on the even split", base="even"),
+    "depth-0": _played("no block before the shares", head_depth=0),
+    "depth-1": _played("one block before the shares", head_depth=1),
+    "last-features": _played("the shares read the last features alone", intermediates=False),
+    "grey-pixels": _played("the game of grey pixels to explain", removal="image"),
+    "together": _together("no gradient of the regression in the encoder"),
+    "M-2": _together("2 coalitions an image and step", coalitions=2),
+    "M-16": _together("16 coalitions an image and step", coalitions=16),
+    "unpaired": _together("coalitions not in pairs", paired=False),
+    "uniform": _together("coalitions of uniform size", sizes="uniform"),
+    "top-3": _together("the 3 likeliest classes", top_classes=3),
+    "no-ramp": _together("λ full from the start", regression_ramp=FULL),
+    "late-regression": _together("λ rises from half of the schedule on", regression_ramp=(0.5, 0.75)),
+    "raw": _together("raw squared error", error="raw"),
+    "variance": _together("error relative to the variance of v", error="variance"),
+    "masks": _together("the task on masked images too, μ 1", masked_task_weight=1.0),
+    "late-masks": _together("μ 1, from half of the schedule on", masked_task_weight=1.0, masked_task_ramp=(0.5, 0.5)),
+    "joint": _together("the regression's gradient in the encoder, λ 4", gradient=1.0, regression_weight=4.0),
+    "joint-lambda-1": _together("the regression's gradient in the encoder, λ 1", gradient=1.0),
+    "joint-masks": _together(
+        "the regression's gradient in the encoder, λ 4, μ 1",
+        gradient=1.0,
+        regression_weight=4.0,
+        masked_task_weight=1.0,
     ),
-    "masks": _objective("the task on masked images too, μ 1", masked_task_weight=1.0),
-    "late-masks": _objective("μ 1, from half of the schedule on", masked_task_weight=1.0, masked_task_ramp=(0.5, 0.5)),
-    "late-regression": _objective("λ rises from half of the schedule on", regression_ramp=(0.5, 0.75)),
-    "no-ramp": _objective("λ full from the start", regression_ramp=FULL),
-    "live": _objective("gradient through v(S) too", target="live"),
-    "raw": _objective("raw squared error", error="raw"),
-    "variance": _objective("error relative to the variance of v", error="variance"),
-    "M-2": _objective("2 coalitions an image", coalitions=2),
-    "M-4": _objective("4 coalitions an image", coalitions=4),
-    "M-16": _objective("16 coalitions an image", coalitions=16),
-    "unpaired": _objective("coalitions not in pairs", paired=False),
-    "top-3": _objective("the 3 likeliest classes", top_classes=3),
-    "uniform": _objective("coalitions of uniform size", sizes="uniform"),
+    "live": _together("gradient through v(S) too, λ 1", gradient=1.0, target="live"),
+    "votes": Setting("together: votes head", model=_VOTES),
     "plain-half": _task("the task alone, half as long", share=0.5),
-    "fine-tuned": replace(_objective("fine-tuned from the plain model"), starts_from="plain-half", share=0.5),
+    "fine-tuned": replace(
+        _together("from the plain model, λ 4", gradient=1.0, regression_weight=4.0), starts_from="plain-half", share=0.5
+    ),
     "viashap": Setting("ViaSHAP's objective", kind="viashap", objective={"coalitions": 2}, model=_VOTES),
     "fastshap": Setting("FastSHAP / ViT-Shapley of the plain model", kind="amortized", model={}, starts_from="plain"),
 }
@@ -194,7 +204,7 @@ BUDGETS: dict[str, Budget] = {
         256,
         training=TRAINING | {"batch_size": 32, "mixed_precision": "no"},
     ),
-    "small": Budget(16000, 6, (0,), ("plain", "recipe", "votes", "joint"), 20, 20, _SMALL_NETWORKS, 8192),
+    "small": Budget(16000, 6, (0,), ("plain", "recipe", "together", "joint"), 20, 20, _SMALL_NETWORKS, 8192),
     "medium": Budget(16000, 24, (0, 1, 2), (*_FIRST, *SETTINGS), 200, 100, _SMALL_NETWORKS, 65536),
     "full": Budget(
         40000,
@@ -239,17 +249,17 @@ def make_model(run: Run, budget: Budget, classes: int) -> fv.SelfExplainingClass
 
 
 def objective_of(run: Run) -> dict[str, Any]:
-    """Arguments of the run's objective."""
+    """Arguments of the run's objective, of a "played" one those of `fv.play`."""
     setting = SETTINGS[run.setting]
-    if setting.kind != "shapley":
-        return setting.objective
-    return RECIPE | setting.objective
+    return {"played": RECIPE, "shapley": TOGETHER}.get(setting.kind, {}) | setting.objective
 
 
 def make_objective(run: Run) -> Any:
     setting = SETTINGS[run.setting]
     if setting.kind == "task":
         return fv.TaskObjective()
+    if setting.kind == "played":
+        return fv.ExplainerObjective()
     make = fv.ShapleyObjective.viashap if setting.kind == "viashap" else fv.ShapleyObjective
     return make(**objective_of(run), seed=run.seed)
 
@@ -265,13 +275,14 @@ def explainer_epochs(run: Run, budget: Budget) -> int:
 
 
 def evaluations_of(run: Run, budget: Budget) -> int:
-    """Images and coalitions that the training evaluates, all networks counted alike."""
-    setting = SETTINGS[run.setting]
+    """Images and coalitions that this training evaluates, not that of what it starts from; all networks alike."""
+    setting, epochs = SETTINGS[run.setting], epochs_of(run, budget)
     if setting.kind == "amortized":
         return budget.images * explainer_epochs(run, budget) * _EXPLAINER_EVALUATIONS
+    if setting.kind == "played":
+        return budget.images * (objective_of(run)["coalitions"] + epochs)
     objective = {"coalitions": 0, "masked_task_weight": 1.0, "regression_weight": 1.0} | objective_of(run)
     starts = [
         objective.get(f"{term}_ramp", FULL)[0] for term in ("regression", "masked_task") if objective[f"{term}_weight"]
     ]
-    steps = budget.images * epochs_of(run, budget)
-    return round(steps * (1 + objective["coalitions"] * (1.0 - min(starts))))
+    return round(budget.images * epochs * (1 + objective["coalitions"] * (1.0 - min(starts))))

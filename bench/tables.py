@@ -231,23 +231,11 @@ NO_FIDELITY = "Not measured yet: `make bench-fidelity DATA=folder` (of the CIFAR
 
 def about_fidelity(findings: Findings, budget: str) -> str:
     plain = next(runs[0]["settings"] for (_, setting), runs in findings.runs.items() if setting == "plain")
-    recipes = "; ".join(
-        f"{name}: {recipe_of(findings.runs[network, 'recipe'][0]['settings'])}"
-        for network, name in NETWORKS.items()
-        if (network, "recipe") in findings.runs
-    )
     return (
         f"CIFAR-10, budget `{budget}`: {plain['images']:,} training images, {plain['epochs']} epochs; mean ± standard "
-        f"deviation over the seeds. Recipe of these runs: {recipes}. Made by `make bench-fidelity DATA=folder "
-        f"BUDGET={budget}`, settings beyond the budget's with `SETTINGS=…`."
+        f"deviation over the seeds. Made by `make bench-fidelity DATA=folder BUDGET={budget}`, settings beyond the "
+        "budget's with `SETTINGS=…`."
     )
-
-
-def recipe_of(settings: dict[str, Any]) -> str:
-    """The numbers of a run's recipe; γ was 1 before it was chosen."""
-    objective, gamma = settings["objective"], settings["model"].get("backbone_gradient", 1.0)
-    weights = {"M": "coalitions", "λ": "regression_weight", "μ": "masked_task_weight"}
-    return ", ".join([*(f"{sign} {objective[name]:g}" for sign, name in weights.items()), f"γ {gamma:g}"])
 
 
 def plus_minus(both: tuple[float, float] | None, style: str) -> str:

@@ -1,6 +1,7 @@
 """bench/fidelity.py: the whole experiment on a few images, and what its report makes of results."""
 
 import argparse
+import inspect
 import io
 import json
 import sys
@@ -125,7 +126,7 @@ def test_there_are_tables_of_it(measured, folder, monkeypatch):
     assert f"| {measured[1]['vit-recipe-0']['accuracy']:.2f} |" in row
     assert "| ViT: R², all classes | at least 0.9 |" in shown
     assert "fine-tuned" not in shown
-    assert "| ViT | fine-tuned from the plain model |" in tables.ablation_table("small")
+    assert "| ViT | together: from the plain model, λ 4 |" in tables.ablation_table("small")
     assert "| ViT | FastSHAP / ViT-Shapley |" in tables.fidelity_methods_table()
 
 
@@ -147,14 +148,14 @@ def test_another_recipe_is_another_run(monkeypatch, tmp_path):
         return [program.folder_of(fidelity_runs.Run("vit", name, 0), options) for name in ("recipe", "plain")]
 
     before = folders()
-    monkeypatch.setitem(fidelity_runs.SETTINGS, "recipe", fidelity_runs.SETTINGS["M-4"])
+    monkeypatch.setitem(fidelity_runs.SETTINGS, "recipe", fidelity_runs.SETTINGS["played-16"])
     after = folders()
     assert before[0] != after[0]
     assert before[1] == after[1]
 
 
-def test_the_recipe_is_the_default_of_the_objective():
-    found = vars(fidelity_runs.make_objective(fidelity_runs.Run("vit", "recipe", 0)))
+def test_together_is_the_default_of_the_objective():
+    found = vars(fidelity_runs.make_objective(fidelity_runs.Run("vit", "together", 0)))
     default = vars(fidelity_runs.fv.ShapleyObjective())
     compared = [name for name, value in default.items() if not callable(value) and not name.startswith("_")]
     assert "regression_ramp" in compared
@@ -162,10 +163,17 @@ def test_the_recipe_is_the_default_of_the_objective():
         assert found[name] == default[name], name
 
 
-def test_a_setting_changes_the_recipe_and_nothing_else():
+def test_the_recipe_is_the_default_of_play():
+    default = inspect.signature(fidelity_runs.fv.play).parameters["coalitions"].default
+    assert fidelity_runs.objective_of(fidelity_runs.Run("vit", "recipe", 0)) == {"coalitions": default}
+
+
+def test_a_setting_changes_what_it_names_and_nothing_else():
     found = {name: fidelity_runs.objective_of(fidelity_runs.Run("vit", name, 0)) for name in fidelity_runs.SETTINGS}
-    assert found["recipe"] == fidelity_runs.RECIPE
-    assert found["M-4"] == fidelity_runs.RECIPE | {"coalitions": 4}
+    assert found["recipe"] == found["depth-1"] == fidelity_runs.RECIPE
+    assert found["played-16"] == {"coalitions": 16}
+    assert found["together"] == fidelity_runs.TOGETHER
+    assert found["M-2"] == fidelity_runs.TOGETHER | {"coalitions": 2}
     assert found["viashap"] == {"coalitions": 2}
 
 

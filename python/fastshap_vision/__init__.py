@@ -13,6 +13,7 @@ from .interoperability import Attribution
 from .memory import keep_freed_memory
 from .metrics import PixelGame
 from .objective import ObjectiveTerms, ShapleyObjective, TaskObjective
+from .played import ExplainerObjective, PlayedGames, play
 from .training import Evaluation, FitResult, TrainingError, evaluate, fit
 
 __all__ = [
@@ -21,11 +22,13 @@ __all__ = [
     "Attribution",
     "CheckpointError",
     "Evaluation",
+    "ExplainerObjective",
     "Explanation",
     "Fidelity",
     "FitResult",
     "ObjectiveTerms",
     "PixelGame",
+    "PlayedGames",
     "Preprocessing",
     "ReferenceValues",
     "SelfExplainingClassifier",
@@ -44,4 +47,5 @@ __all__ = [
     "kernel_shap_values",
     "load_dataset",
     "metrics",
+    "play",
 ]

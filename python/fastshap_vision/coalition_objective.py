@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fastshap_kernels import pack_bits, sample_coalitions, unpack_bits
+from fastshap_kernels import coalition_sum, pack_bits, sample_coalitions, unpack_bits
 
 from .classifier import SelfExplainingClassifier
 from .precision import lowered
@@ -139,6 +139,16 @@ def evaluate_draw(
 def variance_of(values: Tensor) -> Tensor:
     """Variance of v(S), (B, M, K), over batch and coalitions, mean over classes; never 0."""
     return values.flatten(0, 1).var(0, correction=0).mean().clamp_min(torch.finfo(values.dtype).tiny)
+
+
+def even_split_error(values: Tensor, logits: Tensor, null: Tensor, bits: Tensor, players: int) -> Tensor:
+    """Mean squared error that the even split (f − v(∅))/P leaves of v(S), (B, M, K); never 0.
+
+    Logits (B, K); v(∅) (K,), or of each image (B, 1, K).
+    """
+    share = coalition_sum(values.new_ones(len(values), players, 1), bits) / players
+    even = null + share * (logits.unsqueeze(1) - null)
+    return (values - even).square().mean().clamp_min(torch.finfo(values.dtype).tiny)
 
 
 def _first_of_process() -> int:

@@ -8,11 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastshap_kernels import coalition_sum
-
 from ._checks import check_choice
 from .classifier import SelfExplainingClassifier
-from .coalition_objective import SIZES, CoalitionObjective, Draw, ObjectiveTerms, evaluate_draw, variance_of
+from .coalition_objective import (
+    SIZES,
+    CoalitionObjective,
+    Draw,
+    ObjectiveTerms,
+    evaluate_draw,
+    even_split_error,
+    variance_of,
+)
 from .cpu_attention import cpu_attention
 from .fidelity import evaluating
 from .game import JointPass
@@ -283,9 +289,4 @@ class ShapleyObjective(CoalitionObjective):
         if classes is not None:
             values = values.gather(2, classes.unsqueeze(1).expand(-1, values.shape[1], -1))
             logits, null = logits.gather(1, classes), null[classes].unsqueeze(1)
-        ones = values.new_ones(values.shape[0], players, 1)
-        share = coalition_sum(ones, bits) / players
-        even = null + share * (logits.unsqueeze(1) - null)
-        smallest = torch.finfo(values.dtype).tiny
-        uniform = (values - even).square().mean().clamp_min(smallest)
-        return uniform, variance_of(values)
+        return even_split_error(values, logits, null, bits, players), variance_of(values)
