@@ -63,7 +63,8 @@ class ShapleyObjective(CoalitionObjective):
     """task(f(x), y) + λ · R + μ · task(f(x_S), y), with one joint forward pass a step.
 
     R = mean over B, M, K of (v(S) − v(∅) − Σ_{p∈S} Φ_p)², divided by what `error` says. No (B, P, K) tensor exists.
-    The defaults are the recipe that docs/fidelity.md compares with other settings.
+    Classifier and explainer train together; `ExplainerObjective` trains the explainer of a classifier that stays as it
+    is. docs/fidelity.md compares both, and the settings here.
 
     Args:
         coalitions: M, coalitions per image and step; drawn anew each step.

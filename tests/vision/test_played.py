@@ -1,0 +1,128 @@
+"""Games that are played once, and the explainer that learns from the record of a model that stays as it is."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils.data import Subset, TensorDataset
+from vision_transformers import create, images
+
+import fastshap_kernels as fk
+import fastshap_vision as fv
+
+
+def converted(kind, **options):
+    return fv.convert(create(kind), img_size=64 if kind == "resnet18" else 32, **options)
+
+
+def dataset(kind, count=10):
+    return TensorDataset(images(batch=count, size=64 if kind == "resnet18" else 32), torch.arange(count) % 7)
+
+
+@pytest.mark.parametrize("kind", ["class token", "resnet18"])
+def test_a_record_holds_the_values_of_coalitions_that_only_the_seed_decides(kind):
+    model, data = converted(kind), dataset(kind)
+    games = fv.play(model, data, 6, seed=3, batch_size=4)
+    bits = fk.sample_coalitions(10, 6, model.players, seed=3)
+    assert torch.equal(games.bits, bits)
+    with torch.no_grad():
+        values = model.eval().coalition_values(data.tensors[0], bits)
+    torch.testing.assert_close(games.values, values, rtol=1e-4, atol=1e-5)
+    assert len(games) == 10
+    rows = [7, 2]
+    for row, (image, (label, packed, value)) in zip(rows, games.__getitems__(rows), strict=True):
+        assert torch.equal(image, data.tensors[0][row])
+        assert label == row % 7
+        assert torch.equal(packed, bits[row])
+        assert torch.equal(value, games.values[row])
+    assert torch.equal(games[2][0], data.tensors[0][2])
+
+
+def test_classes_are_those_of_the_data():
+    digits = fv.load_dataset("digits", "test")
+    games = fv.play(converted("class token"), dataset("class token", 2), 2)
+    assert games.classes is None
+    assert fv.PlayedGames(digits, games.bits, games.values).classes == digits.classes
+
+
+def test_playing_leaves_modes_as_they_were():
+    model = converted("class token").train()
+    fv.play(model, dataset("class token", 2), 2)
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("base", ["even", "votes"])
+def test_the_regression_follows_its_formula(base):
+    model, data = converted("average pooling", base=base).train(), dataset("average pooling", 3)
+    torch.nn.init.normal_(model.shares.weight, std=0.1)
+    games = fv.play(model, data, 8)
+    x = data.tensors[0]
+    terms = fv.ExplainerObjective()(model, x, [data.tensors[1], games.bits, games.values])
+    phi, logits = model.eval().shapley_values(x)
+    null, present = model.null_value(), fk.unpack_bits(games.bits, model.players).float()
+    residual = games.values - null - torch.einsum("bmp,bpk->bmk", present, phi)
+    left = games.values - null - present.mean(2, keepdim=True) * (logits - null).unsqueeze(1)
+    expected = residual.square().mean() / left.square().mean()
+    torch.testing.assert_close(terms.loss, expected, rtol=1e-4, atol=1e-6)
+    variance = games.values.flatten(0, 1).var(0, correction=0).mean()
+    torch.testing.assert_close(terms.r2, 1 - residual.square().mean() / variance, rtol=1e-4, atol=1e-5)
+    terms.loss.backward()
+    assert all(weight.grad is None for weight in model.backbone.parameters())
+    assert all(weight.grad is not None for weight in [*model.explainer.parameters(), model.shares.weight])
+
+
+@pytest.mark.parametrize("kind", ["class token", "resnet18"])
+def test_the_explainer_learns_and_all_else_stays_as_it_is(kind):
+    """Norms' statistics too, with dropout and weight decay, though training puts the model in training mode."""
+    model, data = converted(kind), dataset(kind)
+    for module in model.backbone.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    before = copy.deepcopy(model)
+    games = fv.play(model, data, 32)
+    options = {"epochs": 20, "batch_size": 5, "lr": 3e-3, "clip_grad": 1.0, "progress": False}
+    result = fv.fit(model, games, data, objective=fv.ExplainerObjective(), **options)
+    for name, tensor in before.backbone.state_dict().items():
+        assert torch.equal(tensor, model.backbone.state_dict()[name]), name
+    x = data.tensors[0]
+    assert torch.equal(before.eval()(x), model.eval()(x))
+    assert result.accuracy == fv.evaluate(before, data).accuracy
+    regression = [row["regression"] for row in result.history]
+    assert regression[-1] < 0.8 * regression[0]
+    assert fv.fidelity(model, x[:2], "kernel_shap", 512).r2 > fv.fidelity(before, x[:2], "kernel_shap", 512).r2
+
+
+def test_data_that_changes_is_refused():
+    """What a coalition is worth was found on another image than the explainer would see."""
+    augmented = Subset(fv.load_dataset("digits", "train", augment=True), range(40))
+    with pytest.raises(ValueError, match=r"`data`.*same whenever they are read.*augmentation"):
+        fv.play(converted("class token"), augmented)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"coalitions": 3}, "coalitions.*even"),
+        ({"coalitions": 0}, "coalitions"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"precision": "half"}, "precision"),
+    ],
+)
+def test_bad_arguments_of_play(options, words):
+    with pytest.raises(ValueError, match=words):
+        fv.play(converted("class token"), dataset("class token", 2), **options)
+
+
+def test_no_image_is_refused():
+    with pytest.raises(ValueError, match="data"):
+        fv.play(converted("class token"), Subset(dataset("class token"), []))
+
+
+def test_what_was_not_played_is_refused():
+    data = dataset("class token")
+    options = {"objective": fv.ExplainerObjective(), "epochs": 1, "batch_size": 5, "progress": False}
+    with pytest.raises(ValueError, match=r"given labels.*fv\.play"):
+        fv.fit(converted("class token"), data, **options)
+    votes = converted("average pooling", head="votes")
+    with pytest.raises(ValueError, match="shares"):
+        fv.fit(votes, fv.play(votes, data, 2), **options)
