@@ -1,4 +1,4 @@
-"""The command line: fastshap train | explain | evaluate | info, with timm's flag names."""
+"""The command line: fastshap train | train-explainer | explain | evaluate | info, with timm's flag names."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from .checkpoint import CheckpointError, whole_checkpoints
 from .classifier import BASES, HEAD_DEPTHS, HEADS, SelfExplainingClassifier
 from .memory import keep_freed_memory
 from .objective import ERRORS, TARGETS, ShapleyObjective
+from .played import ExplainerObjective, play
 from .precision import PRECISIONS
 from .removal import REMOVALS
 from .training import SCHEDULES, TrainingError, evaluate, fit
@@ -73,9 +74,24 @@ def train(options: argparse.Namespace) -> None:
         masked_task_ramp=tuple(options.masked_task_ramp),
         seed=options.seed,
     )
-    is_main_process = PartialState().is_main_process
-    if is_main_process and not whole_checkpoints(options.output):
+    if PartialState().is_main_process and not whole_checkpoints(options.output):
         _write_run(options, train_data)
+    _fit(model, train_data, test_data, objective, options)
+
+
+def train_explainer(options: argparse.Namespace) -> None:
+    """Trains the explainer of a run's model, which stays as it is, and writes a run's folder."""
+    run = _Run.read(options.checkpoint, options.device)
+    options.data_dir = options.data_dir or run.data_dir
+    train_data, test_data = run.dataset("train", options.data_dir), run.dataset("test", options.data_dir)
+    if PartialState().is_main_process and not whole_checkpoints(options.output):
+        _write_run(argparse.Namespace(**run.arguments | vars(options)), train_data)
+    games = play(run.model, train_data, options.coalitions, seed=options.seed, workers=options.workers)
+    _fit(run.model, games, test_data, ExplainerObjective(), options)
+
+
+def _fit(model: SelfExplainingClassifier, train_data: Any, test_data: Any, objective: Any, options: Any) -> None:
+    """`fit` as the flags say."""
     keep_freed_memory()
     with _epochs_logged():
         result = fit(
@@ -94,12 +110,12 @@ def train(options: argparse.Namespace) -> None:
             seed=options.seed,
             workers=options.workers,
             mixed_precision={"float16": "fp16", "bfloat16": "bf16"}[options.amp_dtype] if options.amp else "no",
-            compile=options.compile,
-            grad_checkpointing=options.grad_checkpointing,
+            compile=getattr(options, "compile", False),
+            grad_checkpointing=getattr(options, "grad_checkpointing", False),
             output=options.output,
             resume=options.resume,
         )
-    if is_main_process:
+    if PartialState().is_main_process:
         print(
             f"accuracy {result.accuracy:.2f} % (best {result.best_accuracy:.2f} %) after {options.epochs} epochs in "
             f"{result.seconds:.0f} s; the run is in {options.output}"
@@ -194,13 +210,19 @@ class _Run(NamedTuple):
         model = SelfExplainingClassifier.from_pretrained(str(folder)).to(chosen).eval()
         return cls(model, chosen, preprocessing, classes, arguments)
 
+    @property
+    def data_dir(self) -> Path | None:
+        found = self.arguments["data_dir"]
+        return None if found is None else Path(found)
+
     def dataset(self, split: str, data_dir: Path | None = None) -> datasets.ArrayImages | datasets.FolderImages:
-        """The run's own data, or the same kind of data from another folder."""
+        """The run's own data as they are, not augmented, or the same kind of data from another folder."""
         channels, size, _ = self.preprocessing.input_size
         found = datasets.load_dataset(
             self.arguments["dataset"],
             split,
-            data_dir=data_dir or self.arguments["data_dir"],
+            data_dir=data_dir or self.data_dir,
+            augment=False,
             image_size=size,
             in_chans=channels,
             mean=self.preprocessing.mean,
@@ -354,8 +376,12 @@ class _KeyValues(ParseKwargs):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fastshap", description="Vision models that explain themselves with Shapley values.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('fastshap-kernels')}")
-    commands = parser.add_subparsers(dest="name", required=True, metavar="train | explain | evaluate | info")
+    commands = parser.add_subparsers(
+        dest="name", required=True, metavar="train | train-explainer | explain | evaluate | info"
+    )
     _add_train(_command(commands, "train", train, "train a self-explaining model"))
+    text = "train the explainer of a trained model, which stays as it is, on games that are played once"
+    _add_train_explainer(_command(commands, "train-explainer", train_explainer, text))
     _add_explain(_command(commands, "explain", explain, "explain images with a trained model"))
     _add_evaluate(_command(commands, "evaluate", evaluate_run, "measure accuracy and fidelity of a trained model"))
     _command(commands, "info", info, "versions and backends")
@@ -431,6 +457,20 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
             metavar=("START", "END"),
             help=f"where in the training (0 to 1) {weight} rises from 0 to full",
         )
+    group = _add_training(parser)
+    group.add_argument("--compile", action="store_true", help="compile the training step with torch.compile")
+    group.add_argument("--grad-checkpointing", action="store_true", help="less memory, more time, the same gradients")
+
+
+def _add_train_explainer(parser: argparse.ArgumentParser) -> None:
+    _add_checkpoint(parser)
+    parser.add_argument("--data-dir", type=Path, help="other data with the same classes (default: the run's)")
+    parser.add_argument("--coalitions", type=int, default=64, help="coalitions of each image, even")
+    parser.add_argument("-j", "--workers", type=int, default=0, help="processes that load data")
+    _add_training(parser)
+
+
+def _add_training(parser: argparse.ArgumentParser) -> Any:
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=int, default=100, help="passes over the data")
     group.add_argument("-b", "--batch-size", type=int, default=128, help="images a step and process")
@@ -443,10 +483,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="of weights, data order and coalitions")
     group.add_argument("--amp", action="store_true", help="mixed precision")
     group.add_argument("--amp-dtype", choices=("bfloat16", "float16"), default="bfloat16", help="of mixed precision")
-    group.add_argument("--compile", action="store_true", help="compile the training step with torch.compile")
-    group.add_argument("--grad-checkpointing", action="store_true", help="less memory, more time, the same gradients")
     group.add_argument("--output", type=Path, required=True, help="the run's folder")
     group.add_argument("--resume", nargs="?", const="auto", metavar="PATH", help="go on with this run, or with PATH's")
+    return group
 
 
 def _add_explain(parser: argparse.ArgumentParser) -> None:

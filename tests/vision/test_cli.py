@@ -103,6 +103,22 @@ def test_train_writes_a_run(run, pictures, capsys):
     assert json.loads((run / "run.json").read_text()) == record
 
 
+def test_the_explainer_of_a_run_is_trained_and_all_else_stays(run, tmp_path, capsys):
+    output = tmp_path / "explained"
+    arguments = ["train-explainer", "--checkpoint", str(run), "--coalitions", "6", "--epochs", "2", "--batch-size", "4"]
+    assert main([*arguments, "--lr", "0.01", "--output", str(output)]) == 0
+    assert "after 2 epochs" in capsys.readouterr().out
+    before, after = (SelfExplainingClassifier.from_pretrained(folder).state_dict() for folder in (run, output))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "shares.weight" in changed
+    assert not any(name.startswith("backbone.") for name in changed)
+    record = json.loads((output / "run.json").read_text())
+    assert record["arguments"]["checkpoint"] == str(run)
+    assert record["arguments"]["coalitions"] == 6
+    assert main(["evaluate", "--checkpoint", str(output), "--num-images", "2"]) == 0
+    assert main([*arguments, "--resume", "--lr", "0.01", "--output", str(output)]) == 0
+
+
 def test_explain_image_files(run, pictures, tmp_path, capsys):
     images = [pictures / "val" / "ant" / "0.png", pictures / "val" / "bee" / "0.png"]
     command = ["explain", *images, "--checkpoint", run, "--output", tmp_path / "out", "--target-class", "bee"]
