@@ -55,7 +55,7 @@ def settings_of(run: Run, budget: Budget) -> dict[str, Any]:
         "kind": setting.kind,
         "objective": fidelity_runs.objective_of(run),
         "model": budget.networks[run.network] | setting.model,
-        "explained": budget.explained,
+        "explained": fidelity_runs.explained_of(run, budget),
         "starts_from": setting.starts_from and settings_of(Run(run.network, setting.starts_from, run.seed), budget),
     }
     return json.loads(json.dumps(found))
@@ -90,7 +90,7 @@ def train_and_check(run: Run, options: argparse.Namespace) -> str:
     """One run, from where it was left; writes its results file."""
     prepare_process(options)
     budget, device = BUDGETS[options.budget], torch.device(options.device)
-    setting = SETTINGS[run.setting]
+    setting, explained = SETTINGS[run.setting], fidelity_runs.explained_of(run, budget)
     # What is played once must be the same image later.
     train, test = load_train(options, budget, augment=setting.kind != "played"), load_test(options)
     training = train_explainer if setting.kind == "amortized" else train_classifier
@@ -100,7 +100,7 @@ def train_and_check(run: Run, options: argparse.Namespace) -> str:
         "setting": run.setting,
         "seed": run.seed,
         "about": setting.about,
-        **check_model(model, test, budget.explained, budget.evaluations, device, options.runs / "games"),
+        **check_model(model, test, explained, budget.evaluations, device, options.runs / "games"),
         "training_evaluations": fidelity_runs.evaluations_of(run, budget),
         "training_seconds": sum(fit.seconds for fit in fits),
         "history": [{name: row[name] for name in ("task", "masked_task", "r2", "spread")} for row in fits[-1].history],
