@@ -24,7 +24,7 @@ import fidelity_runs
 import gpu
 import matplotlib as mpl
 import torch
-from fidelity_checks import check_model, converge, first_images
+from fidelity_checks import check_model, converge, first_images, game_key
 from fidelity_compare import compare_methods
 from fidelity_plot import plot_curves, plot_settings
 from fidelity_report import Findings, summary
@@ -120,13 +120,23 @@ def train_classifier(run: Run, train: Any, classes: int, options: argparse.Names
         before = load_classifier(Run(run.network, setting.starts_from, run.seed), options)
         model.backbone.load_state_dict(before.backbone.state_dict())
     if setting.kind == "played":
-        coalitions = fidelity_runs.objective_of(run)["coalitions"]
-        train = fv.play(model, train, coalitions, seed=run.seed, precision=PLAYED, progress=False)
+        train = played(run, model, train, options)
     trained = model.backbone if setting.kind == "task" else model
     epochs = fidelity_runs.epochs_of(run, budget)
     result = fit(trained, train, fidelity_runs.make_objective(run), epochs, run.seed, folder, options)
     model.save_pretrained(folder / "trained")
     return model, [result]
+
+
+def played(run: Run, model: fv.SelfExplainingClassifier, train: Any, options: argparse.Namespace) -> fv.PlayedGames:
+    """The games of the training images, which all settings that share an encoder play once."""
+    coalitions = fidelity_runs.objective_of(run)["coalitions"]
+    path = options.runs / "games" / f"{game_key(model, len(train), coalitions, run.seed)}.played.pt"
+    if not path.exists():
+        games = fv.play(model, train, coalitions, seed=run.seed, precision=PLAYED, progress=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save((games.bits, games.values), path)
+    return fv.PlayedGames(train, *torch.load(path))
 
 
 def train_explainer(run: Run, train: Any, classes: int, options: argparse.Namespace) -> tuple[Any, list[fv.FitResult]]:

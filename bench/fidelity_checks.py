@@ -39,7 +39,7 @@ def check_model(
     model.eval()
     accuracy = fv.evaluate(model, test)
     images = first_images(test, explained, device)
-    path = games / f"{_game_key(model, explained, evaluations)}.pt"
+    path = games / f"{game_key(model, explained, evaluations)}.pt"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(_play(model, images, evaluations), path)
@@ -55,10 +55,10 @@ def check_model(
     }
 
 
-def _game_key(model: Any, explained: int, evaluations: int) -> str:
+def game_key(model: Any, *asked: int) -> str:
     """All that the game depends on, and what is asked of it. An explainer that is trained apart plays a surrogate's."""
     player = getattr(model, "surrogate", model)
-    about = (type(model).__name__, player.head, player.removal, explained, evaluations)
+    about = (type(model).__name__, player.head, player.removal, *asked)
     digest = hashlib.sha256(repr(about).encode())
     for name, weight in player.backbone.state_dict().items():
         digest.update(name.encode() + weight.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

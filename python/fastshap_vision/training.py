@@ -106,7 +106,7 @@ def fit(
 
     Args:
         model: takes images and returns logits (B, K); it is trained in place.
-        train_data, eval_data: datasets of (image, label).
+        train_data, eval_data: datasets of (image, label); train_data may be what `play` returned.
         objective: called as objective(model, images, labels), it returns the terms of the loss; `.progress`, the
             share of the training that is done, is set before each step.
         epochs: passes over train_data; the last, incomplete batch of each is left out.
