@@ -74,6 +74,7 @@ def test_every_run_of_the_budget_has_its_result(measured, folder):
         result = results[f"vit-{name}-0"]
         assert 0 <= result["accuracy"] <= 100
         assert result["fidelity"]["images"] == (1 if name == "fastshap" else 4)
+        assert result["fidelity"]["efficiency_gap"] < 1e-5
         assert result["ms_per_explanation"] > 0
         assert 0 < result["time"]["ms_per_image"] < result["time"]["kernel_shap_ms_per_image"]
     for picture in ("fidelity_settings.png", "fidelity_curves.png", "fidelity_vit.png"):
