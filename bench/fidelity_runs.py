@@ -10,7 +10,7 @@ import torch
 import fastshap_vision as fv
 
 #: Of `fv.play`: its default.
-RECIPE: dict[str, Any] = {"coalitions": 64}
+RECIPE: dict[str, Any] = {"coalitions": 128}
 #: Of `fv.SelfExplainingClassifier`.
 RECIPE_MODEL: dict[str, Any] = {"head": "shares", "head_depth": 2, "intermediates": True, "backbone_gradient": 0.0}
 #: Of `fv.ShapleyObjective`, for training the classifier and its explanation together: its defaults.
@@ -79,8 +79,8 @@ SETTINGS: dict[str, Setting] = {
     "recipe": _played("the recipe"),
     "half": _played("the explainer trained half as long", share=0.5),
     "double": _played("the explainer trained twice as long", share=2.0),
-    "played-16": _played("16 coalitions an image", coalitions=16),
-    "played-96": _played("96 coalitions an image", coalitions=96),
+    "played-32": _played("32 coalitions an image", coalitions=32),
+    "played-64": _played("64 coalitions an image", coalitions=64),
     "even": _played("shares on the even split", base="even"),
     "depth-0": _played("no block before the shares", head_depth=0),
     "depth-1": _played("one block before the shares", head_depth=1),

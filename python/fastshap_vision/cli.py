@@ -465,7 +465,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 def _add_train_explainer(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint(parser)
     parser.add_argument("--data-dir", type=Path, help="other data with the same classes (default: the run's)")
-    parser.add_argument("--coalitions", type=int, default=64, help="coalitions of each image, even")
+    parser.add_argument("--coalitions", type=int, default=128, help="coalitions of each image, even")
     parser.add_argument("-j", "--workers", type=int, default=0, help="processes that load data")
     _add_training(parser)
 

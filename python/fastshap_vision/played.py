@@ -62,7 +62,7 @@ class PlayedGames(Dataset):
 def play(
     model: SelfExplainingClassifier,
     data: Dataset,
-    coalitions: int = 64,
+    coalitions: int = 128,
     *,
     seed: int = 0,
     batch_size: int = 64,
