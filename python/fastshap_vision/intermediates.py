@@ -44,7 +44,12 @@ def forward_features(game: Game, inputs: Tensor, images: int) -> tuple[Tensor, l
 
 def _forward_with_intermediates(game: Game, inputs: Tensor, images: int) -> tuple[Tensor, list[Tensor]]:
     output, maps = game.backbone.forward_intermediates(inputs)
-    return output, [functional.adaptive_avg_pool2d(stage[:images], game.grid).flatten(2).mT for stage in maps[:-1]]
+    return output, [_to_grid(stage[:images], game.grid).flatten(2).mT for stage in maps[:-1]]
+
+
+def _to_grid(stage: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Averages a finer map (B, C, H, W) to the grid; one that has it already is not read through."""
+    return stage if stage.shape[-2:] == grid else functional.adaptive_avg_pool2d(stage, grid)
 
 
 @torch.no_grad()
