@@ -17,7 +17,7 @@ def plot_settings(findings: Findings, path: Path) -> None:
     A setting that lost more than `_LOWEST` points stands at the bottom, with its loss in its name.
     """
     plt = _pyplot()
-    figure, panels = plt.subplots(1, len(NETWORKS), figsize=(10.5, 4.2), layout="constrained")
+    figure, panels = plt.subplots(1, len(NETWORKS), figsize=(10.5, 4.8), layout="constrained")
     for panel, (network, name) in zip(panels, NETWORKS.items(), strict=True):
         for setting in [setting for of, setting in findings.runs if of == network and setting != "plain"]:
             accuracy = findings.accuracy_difference(network, setting)
@@ -28,10 +28,15 @@ def plot_settings(findings: Findings, path: Path) -> None:
             shown = max(accuracy[0], _LOWEST)
             panel.errorbar(r2[0], shown, accuracy[1], r2[1], "o", color=colour, markersize=5, linewidth=0.8)
             label = setting if accuracy[0] >= _LOWEST else f"{setting} ({accuracy[0]:.0f})"
-            side = {"xytext": (5, 4), "ha": "left"} if r2[0] < 0.97 else {"xytext": (-5, 4), "ha": "right"}
+            side: dict[str, Any] = {"xytext": (5, 4), "ha": "left"}
+            if accuracy == (0.0, 0.0):  # an encoder left alone: many points in a row
+                side |= {"xytext": (0, 5), "rotation": 55}
+            elif r2[0] >= 0.97:
+                side = {"xytext": (-5, 4), "ha": "right"}
             panel.annotate(label, (r2[0], shown), color=colour, textcoords="offset points", fontsize=7, **side)
         panel.axhline(-0.3, color="0.7", linewidth=0.8, linestyle=":")
-        panel.set(xlabel="R² to the Shapley values of its own game", title=name)
+        panel.set_xlabel("R² to the Shapley values of its own game")
+        panel.set_title(name, loc="left", pad=52)  # above the names that stand upright
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("accuracy minus plain, points")
     _save(figure, path)
