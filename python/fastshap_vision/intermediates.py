@@ -43,6 +43,9 @@ def forward_features(game: Game, inputs: Tensor, images: int) -> tuple[Tensor, l
 
 
 def _forward_with_intermediates(game: Game, inputs: Tensor, images: int) -> tuple[Tensor, list[Tensor]]:
+    if game.packs:  # tokens stay tokens: no map is made of them and taken apart again
+        output, stages = game.backbone.forward_intermediates(inputs, output_fmt="NLC")
+        return output, [stage[:images] for stage in stages[:-1]]
     output, maps = game.backbone.forward_intermediates(inputs)
     return output, [_to_grid(stage[:images], game.grid).flatten(2).mT for stage in maps[:-1]]
 
