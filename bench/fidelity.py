@@ -31,7 +31,7 @@ from fidelity_report import Findings, summary
 from fidelity_runs import BUDGETS, SETTINGS, Budget, Run
 from safetensors.torch import load_model, save_model
 from torch import Tensor
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 import fastshap_vision as fv
 from fastshap_vision.plotting import explanation_page
@@ -48,7 +48,7 @@ def settings_of(run: Run, budget: Budget) -> dict[str, Any]:
     """All that a run's result depends on, as JSON: a result of other settings is not this run's."""
     setting = SETTINGS[run.setting]
     found = {
-        "images": budget.images,
+        "images": fidelity_runs.images_of(run, budget),
         "epochs": fidelity_runs.epochs_of(run, budget) if setting.kind != "amortized" else None,
         "evaluations": fidelity_runs.evaluations_of(run, budget),
         "training": budget.training,
@@ -76,10 +76,26 @@ def prepare_process(options: argparse.Namespace) -> None:
         torch.set_num_threads(1)  # a core for each process
 
 
-def load_train(options: argparse.Namespace, budget: Budget, augment: bool) -> Subset:
-    """The training images of the budget."""
-    train = fv.load_dataset("cifar10", "train", data_dir=options.data, augment=augment)
-    return Subset(train, range(min(budget.images, len(train))))
+class Mirrored(Dataset):
+    """The mirror images of a dataset."""
+
+    def __init__(self, data: Dataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)  # type: ignore[arg-type]
+
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        image, label = self.data[row]
+        return image.flip(-1), label
+
+
+def load_train(run: Run, options: argparse.Namespace) -> Dataset:
+    """The training images of a run. What is played once must be the same image later: it is not augmented."""
+    images, setting = BUDGETS[options.budget].images, SETTINGS[run.setting]
+    train = fv.load_dataset("cifar10", "train", data_dir=options.data, augment=setting.kind != "played")
+    train = Subset(train, range(min(images, len(train))))
+    return ConcatDataset([train, Mirrored(train)]) if setting.mirrored else train
 
 
 def load_test(options: argparse.Namespace) -> Any:
@@ -91,8 +107,7 @@ def train_and_check(run: Run, options: argparse.Namespace) -> str:
     prepare_process(options)
     budget, device = BUDGETS[options.budget], torch.device(options.device)
     setting, explained = SETTINGS[run.setting], fidelity_runs.explained_of(run, budget)
-    # What is played once must be the same image later.
-    train, test = load_train(options, budget, augment=setting.kind != "played"), load_test(options)
+    train, test = load_train(run, options), load_test(options)
     training = train_explainer if setting.kind == "amortized" else train_classifier
     model, fits = training(run, train, len(test.classes), options)
     result = {

@@ -50,6 +50,7 @@ class Setting:
         model: arguments of `fv.SelfExplainingClassifier`.
         starts_from: the setting whose trained weights it goes on from.
         share: of the budget's epochs.
+        mirrored: whether each training image is there a second time, as its mirror image.
     """
 
     about: str
@@ -58,11 +59,12 @@ class Setting:
     model: dict[str, Any] = field(default_factory=lambda: dict(RECIPE_MODEL))
     starts_from: str | None = None
     share: float = 1.0
+    mirrored: bool = False
 
 
-def _played(about: str, share: float = 1.0, coalitions: int | None = None, **changes: Any) -> Setting:
+def _played(about: str, coalitions: int | None = None, **changes: Any) -> Setting:
     objective = {} if coalitions is None else {"coalitions": coalitions}
-    return Setting(about, "played", objective, RECIPE_MODEL | changes, starts_from="plain", share=share)
+    return Setting(about, "played", objective, RECIPE_MODEL | changes, starts_from="plain")
 
 
 def _together(about: str, gradient: float = 0.0, **changes: Any) -> Setting:
@@ -77,8 +79,9 @@ _VOTES = {"head": "votes"}
 SETTINGS: dict[str, Setting] = {
     "plain": _task("the task alone"),
     "recipe": _played("the recipe"),
-    "half": _played("the explainer trained half as long", share=0.5),
-    "double": _played("the explainer trained twice as long", share=2.0),
+    "half": replace(_played("the explainer trained half as long"), share=0.5),
+    "double": replace(_played("the explainer trained twice as long"), share=2.0),
+    "mirrored": replace(_played("mirror images too, as many steps"), share=0.5, mirrored=True),
     "played-32": _played("32 coalitions an image", coalitions=32),
     "played-64": _played("64 coalitions an image", coalitions=64),
     "even": _played("shares on the even split", base="even"),
@@ -264,6 +267,10 @@ def make_objective(run: Run) -> Any:
     return make(**objective_of(run), seed=run.seed)
 
 
+def images_of(run: Run, budget: Budget) -> int:
+    return budget.images * (1 + SETTINGS[run.setting].mirrored)
+
+
 def epochs_of(run: Run, budget: Budget) -> int:
     return max(1, round(budget.epochs * SETTINGS[run.setting].share))
 
@@ -281,13 +288,13 @@ def explainer_epochs(run: Run, budget: Budget) -> int:
 
 def evaluations_of(run: Run, budget: Budget) -> int:
     """Images and coalitions that this training evaluates, not that of what it starts from; all networks alike."""
-    setting, epochs = SETTINGS[run.setting], epochs_of(run, budget)
+    setting, images, epochs = SETTINGS[run.setting], images_of(run, budget), epochs_of(run, budget)
     if setting.kind == "amortized":
-        return budget.images * explainer_epochs(run, budget) * _EXPLAINER_EVALUATIONS
+        return images * explainer_epochs(run, budget) * _EXPLAINER_EVALUATIONS
     if setting.kind == "played":
-        return budget.images * (objective_of(run)["coalitions"] + epochs)
+        return images * (objective_of(run)["coalitions"] + epochs)
     objective = {"coalitions": 0, "masked_task_weight": 1.0, "regression_weight": 1.0} | objective_of(run)
     starts = [
         objective.get(f"{term}_ramp", FULL)[0] for term in ("regression", "masked_task") if objective[f"{term}_weight"]
     ]
-    return round(budget.images * epochs * (1 + objective["coalitions"] * (1.0 - min(starts))))
+    return round(images * epochs * (1 + objective["coalitions"] * (1.0 - min(starts))))
