@@ -180,6 +180,19 @@ def test_a_setting_changes_what_it_names_and_nothing_else():
     assert found["viashap"] == {"coalitions": 2}
 
 
+def test_mirror_images_double_the_data_and_not_the_steps(folder):
+    options, budget = argparse.Namespace(data=folder, budget="tiny"), fidelity_runs.BUDGETS["tiny"]
+    recipe, mirrored = (fidelity_runs.Run("vit", name, 0) for name in ("recipe", "mirrored"))
+    plain, both = program.load_train(recipe, options), program.load_train(mirrored, options)
+    assert len(both) == 2 * len(plain) == fidelity_runs.images_of(mirrored, budget)
+    for row, offset in ((3, 0), (3, len(plain))):
+        (image, label), (expected, same) = both[row + offset], plain[row]
+        assert label == same
+        assert torch.equal(image.flip(-1) if offset else image, expected)
+    steps = [len(data) * fidelity_runs.epochs_of(run, budget) for data, run in ((plain, recipe), (both, mirrored))]
+    assert steps[0] == steps[1]
+
+
 @pytest.mark.parametrize("network", ["vit", "cnn"])
 @pytest.mark.parametrize("setting", fidelity_runs.SETTINGS)
 def test_every_setting_has_a_model_of_the_same_backbone(network, setting):
