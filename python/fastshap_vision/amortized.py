@@ -22,6 +22,7 @@ from ._checks import check_choice
 from .classifier import SelfExplainingClassifier, convert
 from .coalition_objective import SIZES, CoalitionObjective, Draw, ObjectiveTerms, evaluate_draw, variance_of
 from .explanation import Explanation
+from .stem import evaluation_mode
 
 #: What v(S) is, of logits.
 LINKS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -178,11 +179,15 @@ class AmortizedExplainer(nn.Module):
         They sum to v(N) − v(∅). Gradients flow to the network.
         """
         self.network._check_images(images)
-        grand = LINKS[self.link](self.surrogate(images))
+        return self._explained(images)[:2]
+
+    def _explained(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Shapley values (B, P, K), v(N) (B, K) and v(∅) (K,)."""
+        grand, null = LINKS[self.link](self.surrogate(images)), self.null_value()
         features, _ = self.network.game.features_and_logits(images)
         delta = self.network.shares(self.network.explainer(features))
-        missing = grand - self.null_value() - delta.sum(1)
-        return delta + (missing / self.players).unsqueeze(1), grand
+        missing = grand - null - delta.sum(1)
+        return delta + (missing / self.players).unsqueeze(1), grand, null
 
     @torch.no_grad()
     def explain(self, images: Tensor, target: int | Tensor | str | None = None) -> Explanation:
@@ -204,13 +209,8 @@ class AmortizedExplainer(nn.Module):
         self.network._check_images(images)
         if not torch.isfinite(images).all():
             raise ValueError("Argument `images` must be finite, but it holds NaN or infinite pixels. Clean the input.")
-        was_training = self.training
-        self.eval()
-        try:
-            phi, grand = self.shapley_values(images)
-            null = self.null_value()
-        finally:
-            self.train(was_training)
+        with evaluation_mode(self):
+            phi, grand, null = self._explained(images)
         chosen = self.surrogate._target(target, grand)
         if chosen is not None:
             phi = phi.gather(2, chosen[:, None, None].expand(-1, self.players, 1))[..., 0]

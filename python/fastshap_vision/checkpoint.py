@@ -44,7 +44,7 @@ class Checkpoints:
     def __init__(self, output: str | Path | None, accelerator: Accelerator, settings: Mapping[str, Any]) -> None:
         self.output = None if output is None else Path(output)
         self.accelerator = accelerator
-        self.settings = dict(settings)
+        self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings)))  # tuples become lists, as in the file
         self.newest: Path | None = None
 
     def save(self, model: nn.Module, history: Sequence[Mapping[str, Any]]) -> None:
@@ -72,7 +72,7 @@ class Checkpoints:
 
     def resume(self, resume: str | Path | None) -> list[dict[str, Any]]:
         """Restores the state that `resume` names and returns its history; an empty one where the run starts anew."""
-        folder = self._choose(resume)
+        folder = find_checkpoint(self.output, resume)
         if folder is None:
             return []
         record = _read_record(folder)
@@ -86,28 +86,6 @@ class Checkpoints:
             ) from error
         self.newest = folder
         return record["history"]
-
-    def _choose(self, resume: str | Path | None) -> Path | None:
-        own = [] if self.output is None else whole_checkpoints(self.output)
-        if resume is None:
-            if own:
-                raise CheckpointError(
-                    f"fit: {str(self.output)!r} already holds a run ({own[-1].name}). "
-                    "Pass resume='auto' to go on with it, or another output folder."
-                )
-            return None
-        if resume == "auto":
-            return own[-1] if own else None
-        folder = Path(resume)
-        if (folder / RECORD).is_file():
-            return folder
-        inner = whole_checkpoints(folder)
-        if not inner:
-            raise CheckpointError(
-                f"fit: there is no checkpoint in {str(folder)!r}. Pass a run's folder, one of its "
-                f"{FOLDER}/epoch_* folders, or resume=None to start anew."
-            )
-        return inner[-1]
 
     def _check_settings(self, folder: Path, saved: Mapping[str, Any]) -> None:
         changed = [
@@ -146,6 +124,30 @@ def _write_summary(history: Sequence[Mapping[str, Any]], output: Path) -> None:
         writer.writeheader()
         writer.writerows(history)
     os.replace(partial, output / "summary.csv")
+
+
+def find_checkpoint(output: Path | None, resume: str | Path | None) -> Path | None:
+    """The checkpoint that `resume` names; None where the run starts anew, which an output that holds one forbids."""
+    own = [] if output is None else whole_checkpoints(output)
+    if resume is None:
+        if own:
+            raise CheckpointError(
+                f"fit: {str(output)!r} already holds a run ({own[-1].name}). "
+                "Pass resume='auto' to go on with it, or another output folder."
+            )
+        return None
+    if resume == "auto":
+        return own[-1] if own else None
+    folder = Path(resume)
+    if (folder / RECORD).is_file():
+        return folder
+    inner = whole_checkpoints(folder)
+    if not inner:
+        raise CheckpointError(
+            f"fit: there is no checkpoint in {str(folder)!r}. Pass a run's folder, one of its "
+            f"{FOLDER}/epoch_* folders, or resume=None to start anew."
+        )
+    return inner[-1]
 
 
 def whole_checkpoints(output: Path) -> list[Path]:

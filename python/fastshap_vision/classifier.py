@@ -24,6 +24,7 @@ from .game import JointPass, UnsupportedModelError
 from .intermediates import MergedFeatures, probe_widths
 from .precision import lowered
 from .removal import REMOVALS, make_game
+from .stem import evaluation_mode
 
 HEADS = ("shares", "votes")
 BASES = ("even", "votes")
@@ -184,10 +185,15 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
     def shapley_values(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Shapley values (B, P, K) of every patch and class, and logits (B, K), from one forward pass."""
         self._check_images(images)
-        features, logits = self.game.features_and_logits(images)
-        return self._phi(features, logits), logits
+        return self._explained(images)[:2]
 
-    def _phi(self, features: Tensor, logits: Tensor) -> Tensor:
+    def _explained(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Shapley values (B, P, K), logits (B, K) and v(∅) (K,)."""
+        features, logits = self.game.features_and_logits(images)
+        null = self.null_value()
+        return self._phi(features, logits, null), logits, null
+
+    def _phi(self, features: Tensor, logits: Tensor, null: Tensor) -> Tensor:
         if self.head == "votes":
             weight, bias = self.game.vote_weight()
             return nn.functional.linear(features, weight, bias) / self.players
@@ -195,11 +201,14 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
         delta = delta - delta.mean(1, keepdim=True)
         if self.base == "votes":
             return delta + nn.functional.linear(self._last(features), *self.game.vote_weight()) / self.players
-        return delta + ((logits - self.null_value()) / self.players).unsqueeze(1)
+        return delta + ((logits - null) / self.players).unsqueeze(1)
 
     @torch.no_grad()
     def explain(self, images: Tensor, target: int | Tensor | str | None = None) -> Explanation:
         """Explains images in one forward pass, in evaluation mode.
+
+        Where v(∅) is not 0 by construction, as it is where patches vote, it takes a pass of one empty image more; of
+        its class and register tokens alone where absent tokens are dropped.
 
         Args:
             images: (B, C, H, W), normalised as in training, finite.
@@ -216,13 +225,8 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
         self._check_images(images)
         if not torch.isfinite(images).all():
             raise ValueError("Argument `images` must be finite, but it holds NaN or infinite pixels. Clean the input.")
-        was_training = self.training
-        self.eval()
-        try:
-            phi, logits = self.shapley_values(images)
-            null = self.null_value()
-        finally:
-            self.train(was_training)
+        with evaluation_mode(self):
+            phi, logits, null = self._explained(images)
         chosen = self._target(target, logits)
         if chosen is None:
             return Explanation(values=phi, logits=logits, target=None, grid=self.grid, null=null)
@@ -338,6 +342,17 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
             raise ValueError(
                 f"Argument `images` must be a tensor (B, {', '.join(map(str, expected))}), but it is {got}. Resize the "
                 "images, or create the model with another img_size or in_chans."
+            )
+        weight = next(self.parameters())
+        if images.device != weight.device:
+            raise ValueError(
+                f"Argument `images` must be on the model's device, {weight.device}, but it is on {images.device}. Pass "
+                f"images.to({str(weight.device)!r})."
+            )
+        if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
+            raise ValueError(
+                f"Argument `images` must be {weight.dtype} like the model's weights, but it is {images.dtype}. Pass "
+                f"images.to({weight.dtype}), or use torch.autocast."
             )
 
     def _target(self, target: int | Tensor | str | None, logits: Tensor) -> Tensor | None:

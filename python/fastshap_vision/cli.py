@@ -21,16 +21,17 @@ from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from . import data as datasets
-from .checkpoint import CheckpointError, whole_checkpoints
-from .classifier import BASES, HEAD_DEPTHS, HEADS, SelfExplainingClassifier
+from .checkpoint import CheckpointError, find_checkpoint, whole_checkpoints
+from .classifier import BASES, HEAD_DEPTHS, HEADS, SelfExplainingClassifier, convert
 from .memory import keep_freed_memory
 from .objective import ERRORS, TARGETS, ShapleyObjective
-from .played import ExplainerObjective, play
+from .played import ExplainerObjective, PlayedGames, play
 from .precision import PRECISIONS
 from .removal import REMOVALS
 from .training import SCHEDULES, TrainingError, evaluate, fit
 
 RUN = "run.json"
+GAMES = "games.safetensors"
 VISION_PACKAGES = ("accelerate", "safetensors", "torchvision", "huggingface_hub")
 VERSIONS = ("fastshap-kernels", "torch", "timm", *VISION_PACKAGES)
 
@@ -80,14 +81,43 @@ def train(options: argparse.Namespace) -> None:
 
 
 def train_explainer(options: argparse.Namespace) -> None:
-    """Trains the explainer of a run's model, which stays as it is, and writes a run's folder."""
-    run = _Run.read(options.checkpoint, options.device)
+    """Trains an explainer of a run's model, which stays as it is, and writes a run's folder."""
+    if options.output.resolve() == options.checkpoint.resolve():
+        raise ValueError("argument --output: the explainer's run needs a folder of its own, not that of --checkpoint.")
+    find_checkpoint(options.output, options.resume)  # before the games, which take longest
+    run = _Run.read(options.checkpoint, PartialState().device)
+    if run.model.head != "shares":
+        raise ValueError(
+            "argument --checkpoint: the run's votes are its explanation already. Pass a run of --head shares."
+        )
     options.data_dir = options.data_dir or run.data_dir
     train_data, test_data = run.dataset("train", options.data_dir), run.dataset("test", options.data_dir)
+    torch.manual_seed(options.seed)
+    model = convert(
+        run.model.backbone,
+        img_size=run.model.game.input_size[1:],
+        head_depth=options.head_depth,
+        intermediates=options.intermediates,
+        removal=run.model.removal,
+    )
     if PartialState().is_main_process and not whole_checkpoints(options.output):
-        _write_run(argparse.Namespace(**run.arguments | vars(options)), train_data)
-    games = play(run.model, train_data, options.coalitions, seed=options.seed, workers=options.workers)
-    _fit(run.model, games, test_data, ExplainerObjective(), options)
+        kept = {name: run.arguments[name] for name in ("dataset", "model")}
+        _write_run(argparse.Namespace(**kept | vars(options)), train_data)
+    _fit(model, _games(model, train_data, options), test_data, ExplainerObjective(), options)
+
+
+def _games(model: SelfExplainingClassifier, data: Any, options: argparse.Namespace) -> PlayedGames:
+    """The games of the run: played, and kept in its folder for a run that is resumed."""
+    path = options.output / GAMES
+    if options.resume and path.exists():
+        games = PlayedGames.load(path, data)
+        if games.bits.shape[1] != options.coalitions:
+            raise ValueError(f"argument --coalitions: the games of this run, {path}, have {games.bits.shape[1]}.")
+        return games
+    games = play(model, data, options.coalitions, seed=options.seed, workers=options.workers)
+    if PartialState().is_main_process:
+        games.save(path)
+    return games
 
 
 def _fit(model: SelfExplainingClassifier, train_data: Any, test_data: Any, objective: Any, options: Any) -> None:
@@ -463,11 +493,20 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_train_explainer(parser: argparse.ArgumentParser) -> None:
-    _add_checkpoint(parser)
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FOLDER", help="the run of the classifier")
     parser.add_argument("--data-dir", type=Path, help="other data with the same classes (default: the run's)")
-    parser.add_argument("--coalitions", type=int, default=128, help="coalitions of each image, even")
     parser.add_argument("-j", "--workers", type=int, default=0, help="processes that load data")
+    parser.add_argument("--coalitions", type=int, default=128, help="coalitions of each image, even")
+    parser.add_argument("--head-depth", type=int, choices=HEAD_DEPTHS, default=2, help="blocks before the shares")
+    parser.add_argument(
+        "--intermediates",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="they read the features of every stage, not the last alone",
+    )
     _add_training(parser)
+    # What docs/fidelity.md measures.
+    parser.set_defaults(epochs=24, batch_size=64, lr=2e-3, warmup_epochs=1, clip_grad=1.0)
 
 
 def _add_training(parser: argparse.ArgumentParser) -> Any:

@@ -72,6 +72,13 @@ class CoalitionObjective:
         self._compiled = torch.compile(self.terms, **options)
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What it was made with, as far as words and numbers say it: a resumed run must have the same."""
+        kinds = (bool, int, float, str, tuple, type(None))
+        own = {name: value for name, value in vars(self).items() if not name.startswith("_") and name != "progress"}
+        return {name: value for name, value in own.items() if isinstance(value, kinds)}
+
+    @property
     def is_packed_in_pairs(self) -> bool:
         return self.paired and self.coalitions % 2 == 0
 

@@ -8,16 +8,20 @@ The encoder and the classifier stay as they are, to the bit.
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from fastshap_kernels import sample_coalitions
-from fastshap_kernels._checks import check_count, fail
+from fastshap_kernels import pack_bits, sample_coalitions, unpack_bits
+from fastshap_kernels._checks import check_count, fail, words
 
 from ._checks import check_choice
 from .classifier import SelfExplainingClassifier
@@ -27,19 +31,49 @@ from .precision import PRECISIONS
 
 #: Images that are read twice, to see that they are the same.
 _READ_TWICE = 32
+#: Played again, values may differ so much: of their spread, as lower precision differs, and of their size, by rounding.
+_OF_SPREAD, _OF_SIZE = 0.1, 0.01
 
 
 class PlayedGames(Dataset):
     """Images with coalitions of their patches and what these are worth: (image, (label, bits, values)).
 
     Args:
-        data: the dataset of (image, label).
+        data: the dataset of (image, label), N of them.
         bits (int32): (N, M, W) coalitions, as `fastshap_kernels.pack_bits` packs them.
         values (float32): (N, M, K) v(S).
+
+    Raises:
+        ValueError: for coalitions or values of another number of images.
     """
 
     def __init__(self, data: Any, bits: Tensor, values: Tensor) -> None:
+        if bits.shape[:2] != values.shape[:2]:
+            fail("PlayedGames", "values", f"(N, M, K) of bits {tuple(bits.shape)}", values)
+        if len(data) != len(bits):
+            fail("PlayedGames", "data", f"the {len(bits)} images that were played", f"{len(data)} images")
         self.data, self.bits, self.values = data, bits, values
+
+    def save(self, path: str | Path) -> None:
+        """Writes coalitions and values, not the images, as a safetensors file: whole or not at all."""
+        path = Path(path)
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+        save_file({"bits": self.bits.contiguous(), "values": self.values.contiguous()}, unfinished)
+        unfinished.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path, data: Any) -> PlayedGames:
+        """The games that `save` wrote, of the same images."""
+        found = load_file(path)
+        return cls(data, found["bits"], found["values"])
+
+    @property
+    def digest(self) -> str:
+        """Of coalitions and values: by it `fit` knows on resuming whether the games are the same."""
+        found = hashlib.sha256()
+        for tensor in (self.bits, self.values):
+            found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        return found.hexdigest()[:16]
 
     @property
     def classes(self) -> Any:
@@ -100,14 +134,14 @@ def play(
         fail("play", "coalitions", "even, as coalitions come in pairs", coalitions)
     check_choice("precision", precision, PRECISIONS)
     check_count("play", "batch_size", batch_size, 1, 2**31 - 1)
-    _check_images(data)
+    _check_data(model, data)
     device = next(model.parameters()).device
-    loader = DataLoader(data, batch_size, num_workers=workers)
+    loader = DataLoader(data, batch_size, num_workers=workers, collate_fn=_images_of)
     all_bits, all_values = [], []
     played = 0
     total, hidden = len(data), None if progress else True  # type: ignore[arg-type]
     with evaluating(model), tqdm(total=total, desc="games", unit=" images", disable=hidden, leave=False) as bar:
-        for images, _ in loader:
+        for images in loader:
             images = images.to(device)
             offset = played * coalitions
             bits = sample_coalitions(len(images), coalitions, model.players, seed=seed, offset=offset, device=device)
@@ -119,11 +153,25 @@ def play(
     return PlayedGames(data, torch.cat(all_bits), torch.cat(all_values))
 
 
-def _check_images(data: Any) -> None:
+def _images_of(items: list[Any]) -> Tensor:
+    """A batch without labels, which have no part in a game."""
+    return torch.stack([item[0] for item in items])
+
+
+def _check_data(model: Any, data: Any) -> None:
+    if not isinstance(model, SelfExplainingClassifier):
+        fail("play", "model", "a SelfExplainingClassifier", type(model), "Use fv.convert(timm_model).")
     if len(data) == 0:
         fail("play", "data", "a dataset of at least one image", "an empty one")
+    item, expected = data[0], model.game.input_size
+    image = item[0] if isinstance(item, (tuple, list)) and len(item) == 2 else item
+    if image is item or not isinstance(image, Tensor) or tuple(image.shape) != expected or image.dtype == torch.uint8:
+        remedy = "Let the dataset normalise and resize, as fv.load_dataset does."
+        fail("play", "data", f"a dataset of (image, label), each image a float tensor {expected}", image, remedy)
     rows = range(min(_READ_TWICE, len(data)))
-    first, second = (torch.stack([data[row][0] for row in rows]) for _ in range(2))
+    first, second = (_images_of([data[row] for row in rows]) for _ in range(2))
+    if not first.isfinite().all():
+        fail("play", "data", "finite", "NaN or infinite in some pixels", "Clean the data.")
     if not torch.equal(first, second):
         raise ValueError(
             "play: argument `data` must hold images that are the same whenever they are read, but they change. Leave "
@@ -147,6 +195,7 @@ class ExplainerObjective:
 
     def __init__(self) -> None:
         self.progress = 1.0
+        self._checked: SelfExplainingClassifier | None = None
 
     def __call__(
         self, model: SelfExplainingClassifier, images: Tensor, played: Sequence[Tensor] | Tensor
@@ -159,10 +208,12 @@ class ExplainerObjective:
             played: labels, which have no part in it; bits, int32 (B, M, W); values, (B, M, K).
 
         Returns:
-            the terms of the loss: regression and r2.
+            the terms of the loss: regression and r2, the share of the variance of these v(S) that is explained. The
+            best values leave what is not additive in the game: this r2 says nothing of how near they are to it.
 
         Raises:
-            ValueError: for a model with another head, or data that `play` did not make.
+            ValueError: for a model with another head, data that `play` did not make, or games that another model
+                played (seen in the first batch).
         """
         if getattr(model, "head", None) != "shares":
             raise ValueError(
@@ -176,6 +227,9 @@ class ExplainerObjective:
             )
         _, bits, values = played
         with evaluating(model):
+            if model is not self._checked:
+                _check_played_by(model, images, bits[:, :2], values[:, :2])
+                self._checked = model
             features, logits = model.game.features_and_logits(images)
             null = model.null_value()
         residual = model.regression_loss(features, logits, bits, values.to(logits.dtype), null)
@@ -188,3 +242,19 @@ class ExplainerObjective:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
+
+
+def _check_played_by(model: SelfExplainingClassifier, images: Tensor, bits: Tensor, values: Tensor) -> None:
+    """Whether these coalitions (B, M, W) are worth to this model what the record says, (B, M, K)."""
+    is_of_players = bits.shape[2] == words(model.players) and torch.equal(
+        pack_bits(unpack_bits(bits, model.players)), bits
+    )
+    if is_of_players and values.shape[2] == model.num_classes:
+        found = model.coalition_values(images, bits)
+        error = (found.float() - values).square().mean().sqrt()
+        if error <= _OF_SPREAD * variance_of(values).sqrt() + _OF_SIZE * values.square().mean().sqrt():
+            return
+    raise ValueError(
+        "ExplainerObjective: these games were played by another model, by this one before it was trained further, or "
+        "with another removal of patches: their values are not this model's. Call fv.play(model, data) again."
+    )

@@ -30,6 +30,10 @@ from tqdm import tqdm
 
 from .checkpoint import Checkpoints
 from .classifier import SelfExplainingClassifier
+from .coalition_objective import CoalitionObjective
+from .objective import TaskObjective
+from .played import ExplainerObjective, PlayedGames
+from .stem import evaluation_mode
 
 _log = logging.getLogger(__name__)
 
@@ -66,7 +70,8 @@ class FitResult:
 
     Args:
         history: one dict an epoch: epoch, lr, the means of the objective's terms (None where there is none),
-            eval_loss, eval_accuracy (percent; None without eval_data), seconds.
+            eval_loss, eval_accuracy (percent; None without eval_data), eval_r2 (of eval_data that was played, as r2 is
+            of the games trained on), seconds.
         seconds: of all epochs, those before a resume too.
         accuracy, best_accuracy: of the last epoch and of the best, percent; None without eval_data.
         checkpoint: the last checkpoint's folder; None without output.
@@ -106,7 +111,7 @@ def fit(
 
     Args:
         model: takes images and returns logits (B, K); it is trained in place.
-        train_data, eval_data: datasets of (image, label); train_data may be what `play` returned.
+        train_data, eval_data: datasets of (image, label), or what `play` returned; of the latter eval_r2 is known.
         objective: called as objective(model, images, labels), it returns the terms of the loss; `.progress`, the
             share of the training that is done, is set before each step.
         epochs: passes over train_data; the last, incomplete batch of each is left out.
@@ -127,7 +132,8 @@ def fit(
         progress: shows a bar on a terminal.
 
     Returns:
-        the history of the run, its duration and accuracy.
+        the history of the run, its duration and accuracy. The model is left in evaluation mode, on the device that
+        accelerate chose.
 
     Raises:
         ValueError: an argument out of its range, or data that fits neither the batch nor the model.
@@ -155,6 +161,7 @@ def fit(
         run = _Run(model, train_data, objective, settings)
         checkpoints = Checkpoints(output, run.accelerator, run.settings)
         history = checkpoints.resume(resume)
+        run.optimizer.zero_grad()  # of what the model was trained in before
         with run.bar(len(history), progress) as bar:
             for epoch in range(len(history), epochs):
                 row = run.train_epoch(epoch, bar)
@@ -165,6 +172,7 @@ def fit(
                     _log.info(_line(row, epochs))
                 _check_game(history, getattr(model, "num_classes", None))
                 checkpoints.save(model, history)
+    model.eval()
     accuracies = [row["eval_accuracy"] for row in history if row["eval_accuracy"] is not None]
     return FitResult(
         history,
@@ -188,28 +196,27 @@ def evaluate(
 
     Args:
         model: takes images and returns logits (B, K); in eval mode for the while.
-        data: a dataset of (image, label).
+        data: a dataset of (image, label), or what `play` returned.
         batch_size: images a step (and process).
         workers: processes that load data.
         accelerator: spreads the work over its processes, in its precision; without one the model's device is used.
     """
     _check_labelled(model, data, "evaluate", "data")
+    data = data.data if isinstance(data, PlayedGames) else data
     loader = DataLoader(data, batch_size, num_workers=workers)
     if accelerator is not None:
         loader = accelerator.prepare_data_loader(loader)
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
     sums = torch.zeros(3, device=device)
-    for images, labels in loader:
-        with accelerator.autocast() if accelerator is not None else nullcontext():
-            logits = model(images.to(device)).float()
-        labels = labels.to(device)
-        if accelerator is not None:
-            logits, labels = accelerator.gather_for_metrics((logits, labels))
-        loss = functional.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([(logits.argmax(dim=1) == labels).sum().float(), loss, loss.new_tensor(len(labels))])
-    model.train(training)
+    with evaluation_mode(model):
+        for images, labels in loader:
+            with accelerator.autocast() if accelerator is not None else nullcontext():
+                logits = model(images.to(device)).float()
+            labels = labels.to(device)
+            if accelerator is not None:
+                logits, labels = accelerator.gather_for_metrics((logits, labels))
+            loss = functional.cross_entropy(logits, labels, reduction="sum")
+            sums += torch.stack([(logits.argmax(dim=1) == labels).sum().float(), loss, loss.new_tensor(len(labels))])
     correct, loss, count = sums.tolist()
     return Evaluation(accuracy=100 * correct / count, loss=loss / count)
 
@@ -245,6 +252,11 @@ class _Run:
     def __init__(self, model: nn.Module, data: Dataset, objective: Any, settings: dict[str, Any]) -> None:
         _check_settings(settings)
         _check_labelled(model, data, "fit", "train_data")
+        if isinstance(data, PlayedGames) and isinstance(objective, (TaskObjective, CoalitionObjective)):
+            raise ValueError(
+                f"fit: {type(objective).__name__} learns from labelled images, but train_data are games that were "
+                "played. Pass the images, or use ExplainerObjective."
+            )
         self.accelerator = Accelerator(
             mixed_precision=settings["mixed_precision"],
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
@@ -252,6 +264,7 @@ class _Run:
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         self.settings = settings | {"images": len(data), "processes": self.accelerator.num_processes}  # type: ignore[arg-type]
+        self.settings |= _identity(data, objective)
         _check_batch(self.settings)
         self.model = model
         self.objective = objective
@@ -312,10 +325,11 @@ class _Run:
             **reader.means(self.accelerator),
             "eval_loss": None,
             "eval_accuracy": None,
+            "eval_r2": None,
             "seconds": time.perf_counter() - start,
         }
 
-    def evaluate(self, data: Dataset) -> dict[str, float]:
+    def evaluate(self, data: Dataset) -> dict[str, float | None]:
         """The columns of the history that an evaluation fills."""
         accuracy, loss = evaluate(
             self.model,
@@ -324,7 +338,21 @@ class _Run:
             workers=self.settings["workers"],
             accelerator=self.accelerator,
         )
-        return {"eval_loss": loss, "eval_accuracy": accuracy}
+        found = self._r2(data) if isinstance(data, PlayedGames) else None
+        return {"eval_loss": loss, "eval_accuracy": accuracy, "eval_r2": found}
+
+    @torch.no_grad()
+    def _r2(self, games: PlayedGames) -> float | None:
+        """The objective's r2 on games that were held out."""
+        if not isinstance(self.objective, ExplainerObjective):
+            return None
+        model: Any = self.model
+        device, found = self.accelerator.device, torch.zeros((), device=self.accelerator.device)
+        with evaluation_mode(model), self.accelerator.autocast():
+            for images, played in DataLoader(games, self.settings["batch_size"], num_workers=self.settings["workers"]):
+                terms: Any = self.objective(model, images.to(device), [part.to(device) for part in played])
+                found += len(images) * terms.r2
+        return float(found) / len(games)
 
 
 class _TermReader:
@@ -394,6 +422,13 @@ def _prepare_step(model: Any, objective: Any, settings: dict[str, Any]) -> None:
         objective.compile(dynamic=False)
 
 
+def _identity(data: Any, objective: Any) -> dict[str, Any]:
+    """What makes a run another one, beside the arguments of `fit`: the objective's own, and the games played."""
+    own = objective.settings if isinstance(objective, CoalitionObjective) else {}
+    found = {f"objective.{name}": value for name, value in own.items()}
+    return found | ({"games": data.digest} if isinstance(data, PlayedGames) else {})
+
+
 def _create_optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimizer:
     try:
         return create_optimizer_v2(model, opt=settings["opt"], lr=settings["lr"], weight_decay=settings["weight_decay"])
@@ -406,7 +441,7 @@ def _create_optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim
 
 def _line(row: dict[str, Any], epochs: int) -> str:
     """One epoch in a log."""
-    shown = {"loss": ".4f", "r2": ".3f", "eval_loss": ".4f", "eval_accuracy": ".2f", "seconds": ".1f"}
+    shown = {"loss": ".4f", "r2": ".3f", "eval_r2": ".3f", "eval_loss": ".4f", "eval_accuracy": ".2f", "seconds": ".1f"}
     values = [f"{name} {row[name]:{form}}" for name, form in shown.items() if row[name] is not None]
     return f"epoch {row['epoch']}/{epochs}: {', '.join(values)}"
 

@@ -104,7 +104,7 @@ def test_regression_loss_is_that_of_the_shapley_values(kind, options):
     values, null = torch.randn(3, 4, 7), model.null_value().detach()
     features, logits = model.game.features_and_logits(x)
     pooled = model.regression_loss(features, logits, bits, values, null)
-    phi = model._phi(features, logits if options["head"] == "votes" else logits.detach())
+    phi = model._phi(features, logits if options["head"] == "votes" else logits.detach(), null)
     explicit = fk.shapley_regression_loss(phi, bits, values, null)
     assert torch.allclose(pooled, explicit, rtol=1e-5)
     parameter = model.shares.weight if options["head"] == "shares" else model.backbone.get_classifier().weight
@@ -139,11 +139,13 @@ def test_explain_targets():
     assert torch.equal(model.explain(x, torch.tensor([0, 1, 2])).values[1], everything.values[1, :, 1])
 
 
-def test_explain_restores_training_mode():
+def test_explain_gives_each_module_its_own_mode_back():
     model = trained("resnet18").train()
+    model.backbone.layer1.eval()
     before = copy.deepcopy(model.state_dict())
     model.explain(images(size=64))
     assert model.training
+    assert not model.backbone.layer1.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -250,6 +252,8 @@ def test_deep_copies_are_independent():
         (lambda: fv.convert(create("resnet18"), img_size=65), "does not divide the image size"),
         (lambda: trained("class token").explain(images(size=16)), r"`images` must be a tensor \(B, 3, 32, 32\)"),
         (lambda: trained("class token").explain(images() * float("nan")), "NaN"),
+        (lambda: trained("class token").explain(images().to("meta")), r"`images`.*device, cpu.*meta.*to\('cpu'\)"),
+        (lambda: trained("class token").explain(images().double()), r"`images` must be torch.float32.*float64"),
         (lambda: trained("class token").explain(images(), 7), "`target`"),
         (lambda: trained("class token").explain(images(), "best"), "`target`"),
         (lambda: trained("class token").coalition_values(images(), torch.zeros(3, 2, 2, dtype=torch.int32)), "`bits`"),

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from fastshap_vision.cli import main
 TRAIN = [
     *("train", "--dataset", "folder", "--img-size", "16", "--in-chans", "1", "--model", "vit_tiny_patch16_224"),
     *("--coalitions", "2", "--epochs", "1", "--batch-size", "4", "--lr", "0.001"),
-    *("--model-kwargs", "patch_size=8", "embed_dim=16", "depth=1", "num_heads=2"),
+    *("--model-kwargs", "patch_size=8", "embed_dim=16", "depth=2", "num_heads=2"),
 ]
 
 
@@ -115,8 +116,36 @@ def test_the_explainer_of_a_run_is_trained_and_all_else_stays(run, tmp_path, cap
     record = json.loads((output / "run.json").read_text())
     assert record["arguments"]["checkpoint"] == str(run)
     assert record["arguments"]["coalitions"] == 6
+    assert "regression_weight" not in record["arguments"]
+    config = json.loads((output / "config.json").read_text())
+    assert (config["head_depth"], config["intermediates"]) == (2, True)
     assert main(["evaluate", "--checkpoint", str(output), "--num-images", "2"]) == 0
-    assert main([*arguments, "--resume", "--lr", "0.01", "--output", str(output)]) == 0
+
+
+def test_the_explainers_games_are_played_once(run, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "explained"
+    arguments = ["train-explainer", "--checkpoint", str(run), "--coalitions", "6", "--epochs", "1", "--batch-size", "4"]
+    arguments += ["--no-intermediates", "--head-depth", "0", "--output", str(output)]
+    assert main(arguments) == 0
+    assert (output / "games.safetensors").is_file()
+
+    def play(*_, **__):
+        raise AssertionError("played again")
+
+    monkeypatch.setattr("fastshap_vision.cli.play", play)
+    assert main([*arguments, "--resume"]) == 0
+    assert "accuracy" in capsys.readouterr().out
+    assert "have 6" in fails(capsys, [*arguments, "--resume", "--coalitions", "8"])
+    assert "already holds a run" in fails(capsys, arguments)
+    assert "folder of its own" in fails(capsys, [*arguments, "--output", str(run)])
+
+
+def test_votes_need_no_explainer(run, tmp_path, capsys, monkeypatch):
+    voting = SimpleNamespace(model=SimpleNamespace(head="votes"))
+    monkeypatch.setattr("fastshap_vision.cli._Run.read", lambda *_: voting)
+    arguments = ["train-explainer", "--checkpoint", run, "--output", tmp_path / "none"]
+    assert "votes are its explanation already" in fails(capsys, arguments)
+    assert not (tmp_path / "none").exists()
 
 
 def test_explain_image_files(run, pictures, tmp_path, capsys):

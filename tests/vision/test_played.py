@@ -38,11 +38,32 @@ def test_a_record_holds_the_values_of_coalitions_that_only_the_seed_decides(kind
     assert torch.equal(games[2][0], data.tensors[0][2])
 
 
+def test_a_record_is_saved_and_loaded(tmp_path):
+    model, data = converted("class token"), dataset("class token")
+    games = fv.play(model, data, 4)
+    games.save(tmp_path / "games.safetensors")
+    found = fv.PlayedGames.load(tmp_path / "games.safetensors", data)
+    assert torch.equal(found.bits, games.bits)
+    assert torch.equal(found.values, games.values)
+    assert found.digest == games.digest != fv.play(model, data, 4, seed=1).digest
+    assert [path.name for path in tmp_path.iterdir()] == ["games.safetensors"]
+    with pytest.raises(ValueError, match="`data` must be the 10 images"):
+        fv.PlayedGames.load(tmp_path / "games.safetensors", Subset(data, range(3)))
+
+
+def test_labels_have_no_part_in_a_game():
+    model, data = converted("class token"), dataset("class token", 3)
+    unlabelled = [(image, None) for image, _ in data]
+    assert torch.equal(fv.play(model, unlabelled, 4).values, fv.play(model, data, 4).values)
+
+
 def test_classes_are_those_of_the_data():
     digits = fv.load_dataset("digits", "test")
     games = fv.play(converted("class token"), dataset("class token", 2), 2)
     assert games.classes is None
-    assert fv.PlayedGames(digits, games.bits, games.values).classes == digits.classes
+    assert fv.PlayedGames(Subset(digits, [0, 1]), games.bits, games.values).classes is None
+    bits, values = (part[:1].expand(len(digits), -1, -1) for part in (games.bits, games.values))
+    assert fv.PlayedGames(digits, bits, values).classes == digits.classes
 
 
 def test_playing_leaves_modes_as_they_were():
@@ -92,11 +113,69 @@ def test_the_explainer_learns_and_all_else_stays_as_it_is(kind):
     assert fv.fidelity(model, x[:2], "kernel_shap", 512).r2 > fv.fidelity(before, x[:2], "kernel_shap", 512).r2
 
 
+def test_games_that_were_held_out_say_what_is_learned():
+    model, data = converted("class token"), dataset("class token", 20)
+    trained, held_out = (fv.play(model, Subset(data, rows), 32) for rows in (range(10), range(10, 20)))
+    options = {"epochs": 3, "batch_size": 5, "progress": False, "lr": 3e-3}
+    history = fv.fit(model, trained, held_out, objective=fv.ExplainerObjective(), **options).history
+    images, played = torch.stack([held_out[row][0] for row in range(10)]), (None, held_out.bits, held_out.values)
+    residuals = []
+    with torch.no_grad():
+        for part in (slice(5), slice(5, 10)):
+            terms = fv.ExplainerObjective()(model, images[part], [None, played[1][part], played[2][part]])
+            residuals.append(float(terms.r2))
+    assert history[-1]["eval_r2"] == pytest.approx(sum(residuals) / 2, abs=1e-5)
+    assert history[-1]["eval_r2"] != history[0]["eval_r2"]
+    assert history[-1]["eval_accuracy"] == fv.evaluate(model, Subset(data, range(10, 20))).accuracy
+    assert fv.evaluate(model, held_out).accuracy == history[-1]["eval_accuracy"]
+
+
+def test_a_run_of_other_games_is_not_resumed(tmp_path):
+    model, data = converted("class token"), dataset("class token")
+    options = {"objective": fv.ExplainerObjective(), "epochs": 1, "batch_size": 5, "progress": False}
+    fv.fit(model, fv.play(model, data, 4), output=tmp_path, **options)
+    assert fv.fit(model, fv.play(model, data, 4), output=tmp_path, resume="auto", **options).history
+    with pytest.raises(fv.CheckpointError, match="games was"):
+        fv.fit(model, fv.play(model, data, 4, seed=1), output=tmp_path, resume="auto", **options)
+
+
+def test_games_of_another_model_are_refused():
+    """Of another one, of another removal, of one with other players, and of this one before it was trained on."""
+    model, data = converted("average pooling"), dataset("average pooling")
+    games = fv.play(model, data, 8)
+    options = {"objective": fv.ExplainerObjective(), "epochs": 1, "batch_size": 5, "progress": False}
+    torch.manual_seed(1)
+    others = {
+        "another": converted("class token"),
+        "removal": converted("average pooling", removal="image"),
+        "players": fv.SelfExplainingClassifier("resnet10t", 7, img_size=32),
+    }
+    model.backbone.load_state_dict(others["removal"].backbone.state_dict())
+    for other in others.values():
+        with pytest.raises(ValueError, match=r"played by another model.*fv\.play"):
+            fv.fit(other, games, **options)
+    model.backbone.head.weight.data *= 1.5
+    with pytest.raises(ValueError, match="before it was trained further"):
+        fv.fit(model, games, **options)
+
+
+def test_a_frozen_encoder_keeps_its_weights_whatever_gradients_it_holds():
+    model, data = converted("class token"), dataset("class token")
+    torch.nn.functional.cross_entropy(model(data.tensors[0]), data.tensors[1]).backward()
+    before = copy.deepcopy(model.backbone.state_dict())
+    options = {"objective": fv.ExplainerObjective(), "epochs": 1, "batch_size": 5, "progress": False}
+    fv.fit(model, fv.play(model, data, 4), **options)
+    for name, tensor in before.items():
+        assert torch.equal(tensor, model.backbone.state_dict()[name]), name
+
+
 def test_data_that_changes_is_refused():
     """What a coalition is worth was found on another image than the explainer would see."""
     augmented = Subset(fv.load_dataset("digits", "train", augment=True), range(40))
+    small = {"patch_size": 2, "in_chans": 1, "embed_dim": 12, "depth": 1, "num_heads": 1}
+    model = fv.SelfExplainingClassifier("vit_tiny_patch16_224", 10, img_size=8, model_kwargs=small)
     with pytest.raises(ValueError, match=r"`data`.*same whenever they are read.*augmentation"):
-        fv.play(converted("class token"), augmented)
+        fv.play(model, augmented)
 
 
 @pytest.mark.parametrize(
@@ -113,9 +192,26 @@ def test_bad_arguments_of_play(options, words):
         fv.play(converted("class token"), dataset("class token", 2), **options)
 
 
-def test_no_image_is_refused():
-    with pytest.raises(ValueError, match="data"):
-        fv.play(converted("class token"), Subset(dataset("class token"), []))
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ([], "at least one image"),
+        ([images(batch=1, size=32)[0]], r"\(image, label\)"),
+        ([{"image": images(batch=1, size=32)[0], "label": 0}], r"\(image, label\)"),
+        ([("a picture", 0)], "float tensor"),
+        ([(images(batch=1, size=16)[0], 0)], r"float tensor \(3, 32, 32\), but it is float32 \(3, 16, 16\)"),
+        ([(images(batch=1, size=32)[0].byte(), 0)], "uint8"),
+        ([(images(batch=1, size=32)[0] * torch.nan, 0)], "finite.*NaN"),
+    ],
+)
+def test_data_that_cannot_be_played_is_refused(data, words):
+    with pytest.raises(ValueError, match=f"play: argument `data` must be .*{words}"):
+        fv.play(converted("class token"), data)
+
+
+def test_a_model_that_plays_no_game_is_refused():
+    with pytest.raises(ValueError, match=r"`model` must be a SelfExplainingClassifier.*fv\.convert"):
+        fv.play(create("class token"), dataset("class token"))
 
 
 def test_what_was_not_played_is_refused():
@@ -123,6 +219,10 @@ def test_what_was_not_played_is_refused():
     options = {"objective": fv.ExplainerObjective(), "epochs": 1, "batch_size": 5, "progress": False}
     with pytest.raises(ValueError, match=r"given labels.*fv\.play"):
         fv.fit(converted("class token"), data, **options)
+    games = fv.play(converted("class token"), data, 2)
+    for objective in (fv.TaskObjective(), fv.ShapleyObjective(2)):
+        with pytest.raises(ValueError, match=r"learns from labelled images.*ExplainerObjective"):
+            fv.fit(converted("class token"), games, **options | {"objective": objective})
     votes = converted("average pooling", head="votes")
     with pytest.raises(ValueError, match="shares"):
         fv.fit(votes, fv.play(votes, data, 2), **options)

@@ -456,3 +456,39 @@ def test_a_callers_accelerator_lives_on():
     train(epochs=1)
     assert accelerator.mixed_precision == "no"
     AcceleratorState._reset_state()
+
+
+def test_gradients_from_before_have_no_part_in_the_run():
+    fresh, stale = NoisyNet(), NoisyNet()
+    for parameter in stale.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    assert_same_weights(train(model=fresh)[0], train(model=stale)[0])
+
+
+def test_a_trained_model_is_in_evaluation_mode():
+    assert not any(module.training for module in train()[0].modules())
+
+
+def test_evaluation_gives_each_module_its_own_mode_back():
+    model = NoisyNet().train()
+    model.layers[2].eval()
+    evaluate(model, blobs())
+    assert model.training
+    assert not model.layers[2].training
+
+
+def test_a_run_of_another_objective_is_not_resumed(tmp_path):
+    model = SelfExplainingClassifier("resnet10t", 3, img_size=64, model_kwargs={"in_chans": 1})
+    images = torch.randn(8, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    data = TensorDataset(images, torch.arange(8) % 3)
+    options = {"epochs": 1, "batch_size": 4, "progress": False, "output": tmp_path}
+    ramp = {"regression_ramp": (0.0, 0.25)}
+    fit(model, data, objective=ShapleyObjective(2, **ramp), **options)
+    assert fit(model, data, objective=ShapleyObjective(2, **ramp), resume="auto", **options).history
+    for other, words in (
+        (ShapleyObjective(4, **ramp), "objective.coalitions was 2 and is 4"),
+        (ShapleyObjective(2), r"objective.regression_ramp was \[0.0, 0.25\] and is \[0.0, 0.5\]"),
+        (TaskObjective(), "objective.coalitions was 2 and is None"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            fit(model, data, objective=other, resume="auto", **options)
