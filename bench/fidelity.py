@@ -146,12 +146,13 @@ def train_classifier(run: Run, train: Any, classes: int, options: argparse.Names
 def played(run: Run, model: fv.SelfExplainingClassifier, train: Any, options: argparse.Namespace) -> fv.PlayedGames:
     """The games of the training images, which all settings that share an encoder play once."""
     coalitions = fidelity_runs.objective_of(run)["coalitions"]
-    path = options.runs / "games" / f"{game_key(model, len(train), coalitions, run.seed)}.played.pt"
-    if not path.exists():
-        games = fv.play(model, train, coalitions, seed=run.seed, precision=PLAYED, progress=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save((games.bits, games.values), path)
-    return fv.PlayedGames(train, *torch.load(path))
+    path = options.runs / "games" / f"{game_key(model, len(train), coalitions, run.seed)}.safetensors"
+    if path.exists():
+        return fv.PlayedGames.load(path, train)
+    games = fv.play(model, train, coalitions, seed=run.seed, precision=PLAYED, progress=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    games.save(path)
+    return games
 
 
 def train_explainer(run: Run, train: Any, classes: int, options: argparse.Namespace) -> tuple[Any, list[fv.FitResult]]:

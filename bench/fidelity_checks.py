@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -42,7 +43,9 @@ def check_model(
     path = games / f"{game_key(model, explained, evaluations)}.pt"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(_play(model, images, evaluations), path)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        torch.save(_play(model, images, evaluations), unfinished)
+        unfinished.replace(path)
     played = torch.load(path, map_location=device)
     fidelity = fv.fidelity(model, images, fv.ReferenceValues(**played["reference"]))
     return {

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from fidelity_methods import METHODS
-from fidelity_report import AMORTIZED, OURS, SURROGATE
+from fidelity_report import AMORTIZED, IN_SURROGATE, OURS, SURROGATE
 from fidelity_subject import Subject
 from torch import Tensor
 
@@ -26,8 +26,11 @@ NINE_LEVELS = tuple(tenths / 10 for tenths in range(1, 10))
 NAMES = {
     OURS: "ours",
     AMORTIZED: "FastSHAP / ViT-Shapley",
-    SURROGATE: "KernelSHAP, 4096, of FastSHAP's surrogate",
+    IN_SURROGATE: "FastSHAP / ViT-Shapley, in its surrogate's game",
+    SURROGATE: "KernelSHAP, 4096, in the surrogate's game",
 }
+#: Forward passes an image of those that are none of `METHODS`; an amortised explainer runs two networks.
+EVALUATIONS = {OURS: 1, AMORTIZED: 2, IN_SURROGATE: 2, SURROGATE: 4096}
 Explain = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -59,7 +62,8 @@ def compare_methods(
     Args:
         network: "vit" or "cnn": which methods there are.
         models: by setting; those that explain themselves are the ones with trained shares or votes ("plain" is not).
-        explainers: amortised explainers, by setting, of their own surrogates; KernelSHAP shows what their games hold.
+        explainers: amortised explainers of the plain model, by setting. They are judged in its game, and in that of
+            their own surrogates, where KernelSHAP shows what is there to find.
         images: (B, C, H, W) test images.
     """
     rows: list[dict[str, Any]] = []
@@ -70,17 +74,24 @@ def compare_methods(
             rows += [row | {"model": setting} for row in rows if row["model"] == twin and row["method"] != OURS]
         elif model.is_exact_conversion:
             ways |= _post_hoc(network, Subject.of(model))
-        if setting != "plain":
-            ways[OURS] = lambda x, y, model=model: model.explain(x, y).values
+        if setting == "plain":
+            for explainer in explainers.values():
+                ways[AMORTIZED] = _by(explainer)
+        else:
+            ways[OURS] = _by(model)
         rows += _judge(setting, ways, model, images)
     for setting, explainer in explainers.items():
         surrogate = Subject.of(explainer.surrogate)
         ways = {
-            AMORTIZED: lambda x, y, explainer=explainer: explainer.explain(x, y).values,
+            IN_SURROGATE: _by(explainer),
             SURROGATE: lambda x, y, surrogate=surrogate: METHODS["kernel_shap_4096"](surrogate, x, y),
         }
         rows += _judge(setting, ways, explainer.surrogate, images)
     return rows
+
+
+def _by(model: Any) -> Explain:
+    return lambda images, target: model.explain(images, target).values
 
 
 def _alike(first: fv.SelfExplainingClassifier, second: fv.SelfExplainingClassifier) -> bool:
@@ -112,7 +123,8 @@ def _judge(
         for game_name, game in games.items():
             figures = scores(game, images, attributions, target)
             about = {"model": setting, "method": name, "name": NAMES.get(name) or METHODS[name].name, "game": game_name}
-            rows.append(about | {"ms_per_image": milliseconds} | figures)
+            cost = {"evaluations": EVALUATIONS.get(name) or METHODS[name].evaluations(model.players)}
+            rows.append(about | cost | {"ms_per_image": milliseconds} | figures)
     return rows
 
 

@@ -65,7 +65,7 @@ def _curves(findings: Findings, network: str, curve: str) -> list[tuple[str | No
     found: dict[str, list[list[float]]] = {}
     for result in findings.methods.get(network, []):
         for row in result["rows"]:
-            if row["game"] == "own" and (row["model"] == "recipe" or row["method"] == AMORTIZED):
+            if row["game"] == "own" and row["model"] == "recipe":
                 found.setdefault(row["method"], []).append(row[curve])
     lines = []
     named = {

@@ -15,7 +15,9 @@ NETWORKS = {"vit": "ViT", "cnn": "CNN"}
 R2 = {"vit": 0.90, "cnn": 0.85}
 #: How far above the best post-hoc method: the paper's figure.
 LEAD = 1.127
-OURS, AMORTIZED, SURROGATE = "ours", "amortized", "kernel_shap_surrogate"
+OURS, AMORTIZED = "ours", "amortized"
+#: In the game of FastSHAP's surrogate, which no other method explains: FastSHAP itself, and KernelSHAP with 4096.
+IN_SURROGATE, SURROGATE = "amortized_surrogate", "kernel_shap_surrogate"
 #: Methods that read gradients or attention, and remove nothing.
 GRADIENT_OR_ATTENTION = (
     "gradient_input",
@@ -26,24 +28,37 @@ GRADIENT_OR_ATTENTION = (
     "attention_rollout",
     "chefer",
 )
+NOT_POST_HOC = (OURS, AMORTIZED, IN_SURROGATE, SURROGATE)
 #: In tables, what everything else is set beside.
 FIRST = ("plain", "recipe")
 
 
 class Findings:
-    """All results of one budget: `runs` by network and setting, `methods` by network."""
+    """All results of one budget: `runs` by network and setting, `methods` by network.
+
+    Of methods, `names` and, by network, `evaluations`: forward passes an image.
+    """
 
     def __init__(self, folder: Path) -> None:
         found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
         self.runs: dict[tuple[str, str], list[Row]] = {}
         self.methods: dict[str, list[Row]] = {}
         self.names: dict[str, str] = {}
+        self.evaluations: dict[tuple[str, str], int] = {}
         for result in found:
             if "setting" in result:
                 self.runs.setdefault((result["network"], result["setting"]), []).append(result)
             else:
                 self.methods.setdefault(result["network"], []).append(result)
                 self.names |= {row["method"]: row["name"] for row in result["rows"]}
+                costs = {(result["network"], row["method"]): row["evaluations"] for row in result["rows"]}
+                self.evaluations |= costs
+        for (network, setting), runs in self.runs.items():
+            if any(run.get("settings") != runs[0].get("settings") for run in runs):
+                raise ValueError(
+                    f"{folder}: the seeds of {network}-{setting} were trained with different settings. Delete the "
+                    "results of the old ones."
+                )
 
     def in_order(self) -> list[tuple[str, str]]:
         """(network, setting) of the runs: plain and the recipe first, then from best to worst R²."""
@@ -155,17 +170,19 @@ def bars(findings: Findings) -> list[Row]:
             for figure, name in (("difference", "insertion − deletion"), ("aopc", "AOPC")):
                 of_game = findings.of_methods(network, game, figure)
                 ours = mean(best_of_models(of_game).get(OURS))
-                ratio = over_best(of_game, ours, lambda key: key[1] not in (OURS, AMORTIZED, SURROGATE))
+                ratio = over_best(of_game, ours, lambda key: key[1] not in NOT_POST_HOC)
                 add(network, f"{name}, {removal}: over the best post-hoc method's", LEAD, ratio)
                 ratio = over_best(of_game, ours, lambda key: key[1] in GRADIENT_OR_ATTENTION)
                 add(network, f"{name}, {removal}: over the best gradient or attention method's", LEAD, ratio)
         theirs = mean(findings.over_seeds(network, "fastshap", r2_of))
         ours = mean(findings.over_seeds(*recipe, r2_of))
-        add(network, "R² minus FastSHAP's", 0.0, minus(ours, theirs))
+        add(network, "R² minus FastSHAP's, each of the game that it learned", 0.0, minus(ours, theirs))
         of_game = findings.of_methods(network, "own", "difference")
-        ours, theirs = (mean(of_game.get(key)) for key in (("recipe", OURS), ("fastshap", AMORTIZED)))
-        add(network, "insertion − deletion minus FastSHAP's", 0.0, minus(ours, theirs))
-        # Each in the game that it explains, beside the best that can be found there.
+        ours = mean(of_game.get(("recipe", OURS)))
+        theirs = mean(of_game.get(("plain", AMORTIZED)))
+        add(network, "insertion − deletion minus FastSHAP's, in the classifier's game", 0.0, minus(ours, theirs))
+        # Each in the game that it learned, beside the best that can be found there.
+        theirs = mean(of_game.get(("fastshap", IN_SURROGATE)))
         ours = over_best(of_game, ours, ("recipe", "kernel_shap_4096").__eq__)
         theirs = over_best(of_game, theirs, ("fastshap", SURROGATE).__eq__)
         difference = minus(ours, theirs)

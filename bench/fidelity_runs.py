@@ -1,4 +1,4 @@
-"""What the fidelity experiment trains: two networks, the settings that are compared, and three budgets."""
+"""What the fidelity experiment trains: two networks, the settings that are compared, and the budgets."""
 
 from __future__ import annotations
 

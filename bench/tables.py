@@ -274,7 +274,7 @@ def settings_table(findings: Findings, settings: Sequence[str] | None = None) ->
 
 
 def methods_table(findings: Findings) -> str:
-    """Every method by two removals, each on the model that suits it best."""
+    """Every method by two removals, each on the model that suits it best, and what an image costs."""
     rows = []
     for network in [network for network in NETWORKS if network in findings.methods]:
         columns = [
@@ -287,12 +287,13 @@ def methods_table(findings: Findings) -> str:
                 [
                     NETWORKS[network],
                     findings.names[method],
+                    str(findings.evaluations[network, method]),
                     *(plus_minus(column.get(method), ".3f") for column in columns),
                 ]
             )
     removals = ("own removal", "grey pixels")
     header = [f"{figure}, {removal}" for removal in removals for figure in ("insertion − deletion", "AOPC")]
-    return table(["network", "method", *header], rows)
+    return table(["network", "method", "passes", *header], rows)
 
 
 def promises_table(findings: Findings) -> str:

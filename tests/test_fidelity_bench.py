@@ -87,7 +87,7 @@ def test_models_that_share_an_encoder_are_set_beside_the_same_values(measured, f
     }
     assert references["plain"] == references["recipe"] != references["fine-tuned"]
     games = list((folder / "runs" / "games").iterdir())
-    assert sum(path.name.endswith(".played.pt") for path in games) == 1
+    assert sum(path.suffix == ".safetensors" for path in games) == 1
     assert len(games) == 5  # the values of plain's game, of plain-half's, fine-tuned's and the surrogate's
 
 
@@ -96,8 +96,10 @@ def test_all_methods_are_compared_on_both_models(measured):
     by_model = {
         model: {row["method"] for row in rows if row["model"] == model} for model in ("plain", "recipe", "fastshap")
     }
-    assert by_model["fastshap"] == {"amortized", "kernel_shap_surrogate"}
+    assert by_model["fastshap"] == {"amortized_surrogate", "kernel_shap_surrogate"}
     assert by_model["recipe"] == by_model["plain"] | {"ours"}
+    assert "amortized" in by_model["plain"]
+    assert {row["evaluations"] for row in rows if row["method"] == "leave_one_out"} == {17}
     assert {"random", "kernel_shap_4096", "chefer", "grad_cam"} < by_model["plain"]
     for row in rows:
         assert row["difference"] == pytest.approx(row["insertion"] - row["deletion"], abs=1e-6)
@@ -265,7 +267,7 @@ def test_kernel_shap_of_equal_error_is_carried_on_from_the_nearest_point(tmp_pat
 def test_post_hoc_methods_are_taken_on_the_model_that_suits_them(tmp_path):
     figures = {("plain", "occlusion"): 0.4, ("recipe", "occlusion"): 0.3, ("recipe", "random"): 0.0}
     figures |= {("plain", "grad_cam"): 0.1, ("recipe", "grad_cam"): 0.23}
-    figures |= {("recipe", "ours"): 0.46, ("fastshap", "amortized"): 0.45}
+    figures |= {("recipe", "ours"): 0.46, ("plain", "amortized"): 0.45, ("fastshap", "amortized_surrogate"): 0.7}
     figures |= {("fastshap", "kernel_shap_surrogate"): 0.5}  # of a game that is not ours
     rows = [
         {
@@ -273,6 +275,7 @@ def test_post_hoc_methods_are_taken_on_the_model_that_suits_them(tmp_path):
             "method": method,
             "name": method,
             "game": game,
+            "evaluations": 1,
             "difference": figure,
             "aopc": figure / (2 if game == "own" else 1),
         }
@@ -291,14 +294,24 @@ def test_post_hoc_methods_are_taken_on_the_model_that_suits_them(tmp_path):
 
 def test_ours_and_fastshap_are_each_set_beside_kernel_shap_in_their_own_game(tmp_path):
     figures = {("recipe", "ours"): 0.45, ("recipe", "kernel_shap_4096"): 0.5, ("plain", "kernel_shap_4096"): 0.9}
-    figures |= {("fastshap", "amortized"): 0.6, ("fastshap", "kernel_shap_surrogate"): 0.8}
+    figures |= {("fastshap", "amortized_surrogate"): 0.6, ("fastshap", "kernel_shap_surrogate"): 0.8}
+    figures |= {("plain", "amortized"): 0.4}
     rows = [
-        {"model": model, "method": method, "name": method, "game": "own", "difference": figure, "aopc": figure}
+        {"model": model, "method": method, "name": method, "game": "own", "evaluations": 1, "aopc": figure}
+        | {"difference": figure}
         for (model, method), figure in figures.items()
     ]
     found = findings(tmp_path, [{"network": "vit", "seed": 0, "rows": rows}])
-    assert bar(found, "insertion − deletion minus FastSHAP's")["measured"] == pytest.approx(-0.15)
+    assert bar(found, "insertion − deletion minus FastSHAP's")["measured"] == pytest.approx(0.05)
     assert bar(found, "insertion − deletion over KernelSHAP's")["measured"] == pytest.approx(0.9 - 0.75)
+
+
+def test_results_of_different_settings_are_not_averaged(tmp_path):
+    old, new = (
+        result("recipe", seed, 60.0, 0.9) | {"settings": {"epochs": epochs}} for seed, epochs in ((0, 6), (1, 24))
+    )
+    with pytest.raises(ValueError, match="vit-recipe were trained with different settings"):
+        findings(tmp_path, [old, new])
 
 
 def test_rivals_that_read_gradients_or_attention_are_methods():
