@@ -344,7 +344,7 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
                 "images, or create the model with another img_size or in_chans."
             )
         weight = next(self.parameters())
-        if images.device != weight.device:
+        if images.device != weight.device and weight.device.type != "meta":  # where accelerate keeps it elsewhere
             raise ValueError(
                 f"Argument `images` must be on the model's device, {weight.device}, but it is on {images.device}. Pass "
                 f"images.to({str(weight.device)!r})."
