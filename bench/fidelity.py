@@ -31,7 +31,7 @@ from fidelity_report import Findings, summary
 from fidelity_runs import BUDGETS, SETTINGS, Budget, Run
 from safetensors.torch import load_model, save_model
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
 import fastshap_vision as fv
 from fastshap_vision.plotting import explanation_page
@@ -76,26 +76,12 @@ def prepare_process(options: argparse.Namespace) -> None:
         torch.set_num_threads(1)  # a core for each process
 
 
-class Mirrored(Dataset):
-    """The mirror images of a dataset."""
-
-    def __init__(self, data: Dataset) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)  # type: ignore[arg-type]
-
-    def __getitem__(self, row: int) -> tuple[Tensor, int]:
-        image, label = self.data[row]
-        return image.flip(-1), label
-
-
 def load_train(run: Run, options: argparse.Namespace) -> Dataset:
     """The training images of a run. What is played once must be the same image later: it is not augmented."""
     images, setting = BUDGETS[options.budget].images, SETTINGS[run.setting]
     train = fv.load_dataset("cifar10", "train", data_dir=options.data, augment=setting.kind != "played")
     train = Subset(train, range(min(images, len(train))))
-    return ConcatDataset([train, Mirrored(train)]) if setting.mirrored else train
+    return fv.WithMirrorImages(train) if setting.mirrored else train
 
 
 def load_test(options: argparse.Namespace) -> Any:

@@ -5,7 +5,7 @@ from .amortized import AmortizedExplainer, AmortizedObjective, SurrogateObjectiv
 from .checkpoint import CheckpointError
 from .classifier import SelfExplainingClassifier, convert
 from .converged import converged_values
-from .data import Preprocessing, load_dataset
+from .data import Preprocessing, WithMirrorImages, load_dataset
 from .explanation import Explanation
 from .fidelity import Fidelity, ReferenceValues, exact_values, fidelity, kernel_shap_values
 from .game import UnsupportedModelError
@@ -37,6 +37,7 @@ __all__ = [
     "TaskObjective",
     "TrainingError",
     "UnsupportedModelError",
+    "WithMirrorImages",
     "converged_values",
     "convert",
     "evaluate",

@@ -91,6 +91,8 @@ def train_explainer(options: argparse.Namespace) -> None:
             "argument --checkpoint: the run's votes are its explanation already. Pass a run of --head shares."
         )
     options.data_dir = options.data_dir or run.data_dir
+    if options.mirror is None:
+        options.mirror = run.arguments["dataset"] != "digits"
     train_data, test_data = run.dataset("train", options.data_dir), run.dataset("test", options.data_dir)
     torch.manual_seed(options.seed)
     model = convert(
@@ -103,7 +105,8 @@ def train_explainer(options: argparse.Namespace) -> None:
     if PartialState().is_main_process and not whole_checkpoints(options.output):
         kept = {name: run.arguments[name] for name in ("dataset", "model")}
         _write_run(argparse.Namespace(**kept | vars(options)), train_data)
-    _fit(model, _games(model, train_data, options), test_data, ExplainerObjective(), options)
+    played = datasets.WithMirrorImages(train_data) if options.mirror else train_data
+    _fit(model, _games(model, played, options), test_data, ExplainerObjective(), options)
 
 
 def _games(model: SelfExplainingClassifier, data: Any, options: argparse.Namespace) -> PlayedGames:
@@ -497,6 +500,9 @@ def _add_train_explainer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", type=Path, help="other data with the same classes (default: the run's)")
     parser.add_argument("-j", "--workers", type=int, default=0, help="processes that load data")
     parser.add_argument("--coalitions", type=int, default=128, help="coalitions of each image, even")
+    parser.add_argument(
+        "--mirror", action=argparse.BooleanOptionalAction, help="play mirror images too (default: not for digits)"
+    )
     parser.add_argument("--head-depth", type=int, choices=HEAD_DEPTHS, default=2, help="blocks before the shares")
     parser.add_argument(
         "--intermediates",

@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageDataset, create_transform
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from torchvision import transforms
 
 DATASETS = ("digits", "cifar10", "folder")
@@ -164,6 +164,38 @@ class FolderImages(ImageDataset):
         self.input_size = preprocessing.input_size
         self.mean = preprocessing.mean
         self.std = preprocessing.std
+
+
+class WithMirrorImages(Dataset):
+    """Every image of a dataset and then, as many again, its mirror image.
+
+    It makes more of the images that `play` takes, which may not change from one reading to the next. Not for images
+    that are never seen mirrored, such as writing.
+
+    Args:
+        data: a dataset of (image, label), images (C, H, W).
+    """
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    @property
+    def classes(self) -> Any:
+        return getattr(self.data, "classes", None)
+
+    def __len__(self) -> int:
+        return 2 * len(self.data)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Any]:
+        return self.__getitems__([range(len(self))[row]])[0]
+
+    def __getitems__(self, rows: list[int]) -> list[tuple[Tensor, Any]]:
+        """A batch at once, which is what torch's DataLoader asks for."""
+        count = len(self.data)
+        items = Subset(self.data, [row % count for row in rows]).__getitems__(list(range(len(rows))))
+        return [
+            (image.flip(-1) if row >= count else image, label) for row, (image, label) in zip(rows, items, strict=True)
+        ]
 
 
 def load_dataset(

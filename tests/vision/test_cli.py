@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from fastshap_vision import Explanation, SelfExplainingClassifier
 from fastshap_vision.cli import main
@@ -118,6 +119,10 @@ def test_the_explainer_of_a_run_is_trained_and_all_else_stays(run, tmp_path, cap
     assert record["arguments"]["checkpoint"] == str(run)
     assert record["arguments"]["coalitions"] == 6
     assert "regression_weight" not in record["arguments"]
+    assert record["arguments"]["mirror"] is True
+    images = len(load_file(output / "games.safetensors")["bits"])
+    assert main([*arguments, "--epochs", "1", "--no-mirror", "--output", str(tmp_path / "less")]) == 0
+    assert images == 2 * len(load_file(tmp_path / "less" / "games.safetensors")["bits"])
     config = json.loads((output / "config.json").read_text())
     assert (config["head_depth"], config["intermediates"]) == (2, True)
     assert main(["evaluate", "--checkpoint", str(output), "--num-images", "2"]) == 0

@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits as sklearn_digits
+from torch.utils.data import Subset
 
-from fastshap_vision.data import DIGITS_MEAN, DIGITS_STD, Preprocessing, load_dataset
+from fastshap_vision.data import DIGITS_MEAN, DIGITS_STD, Preprocessing, WithMirrorImages, load_dataset
 
 
 def picture(value, size=32):
@@ -199,3 +200,18 @@ def test_preprocessing_reads_an_image_file_as_the_dataset_does(tmp_path):
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(ValueError, match="not an image that Pillow can read"):
         digits.preprocessing.load(tmp_path / "text.png")
+
+
+def test_mirror_images_follow_the_images():
+    data = load_dataset("digits", "test")
+    both = WithMirrorImages(data)
+    assert (len(both), both.classes) == (2 * len(data), data.classes)
+    rows = [3, len(data) + 3, len(both) - 1]
+    (image, label), (mirrored, same), _ = both.__getitems__(rows)
+    assert torch.equal(image, data[3][0])
+    assert torch.equal(mirrored, data[3][0].flip(2))
+    assert label == same == data[3][1]
+    assert torch.equal(both[-1][0], data[-1][0].flip(2))
+    with pytest.raises(IndexError):
+        both[len(both)]
+    assert sum(1 for _ in WithMirrorImages(Subset(data, range(5)))) == 10
