@@ -10,7 +10,7 @@ import torch
 import fastshap_vision as fv
 
 #: Of `fv.play`: its default.
-RECIPE: dict[str, Any] = {"coalitions": 128}
+RECIPE: dict[str, Any] = {"coalitions": 64}
 #: Of `fv.SelfExplainingClassifier`.
 RECIPE_MODEL: dict[str, Any] = {"head": "shares", "head_depth": 2, "intermediates": True, "backbone_gradient": 0.0}
 #: Of `fv.ShapleyObjective`, for training the classifier and its explanation together: its defaults.
@@ -63,8 +63,9 @@ class Setting:
 
 
 def _played(about: str, coalitions: int | None = None, **changes: Any) -> Setting:
+    """Of each image and of its mirror image, in as many steps as the plain model's training took."""
     objective = {} if coalitions is None else {"coalitions": coalitions}
-    return Setting(about, "played", objective, RECIPE_MODEL | changes, starts_from="plain")
+    return Setting(about, "played", objective, RECIPE_MODEL | changes, starts_from="plain", share=0.5, mirrored=True)
 
 
 def _together(about: str, gradient: float = 0.0, **changes: Any) -> Setting:
@@ -79,11 +80,11 @@ _VOTES = {"head": "votes"}
 SETTINGS: dict[str, Setting] = {
     "plain": _task("the task alone"),
     "recipe": _played("the recipe"),
-    "half": replace(_played("the explainer trained half as long"), share=0.5),
-    "double": replace(_played("the explainer trained twice as long"), share=2.0),
-    "mirrored": replace(_played("mirror images too, as many steps"), share=0.5, mirrored=True),
+    "half": replace(_played("the explainer trained half as long"), share=0.25),
+    "double": replace(_played("the explainer trained twice as long"), share=1.0),
+    "unmirrored": replace(_played("128 coalitions an image, no mirror images", 128), share=1.0, mirrored=False),
     "played-32": _played("32 coalitions an image", coalitions=32),
-    "played-64": _played("64 coalitions an image", coalitions=64),
+    "played-128": _played("128 coalitions an image", coalitions=128),
     "even": _played("shares on the even split", base="even"),
     "depth-0": _played("no block before the shares", head_depth=0),
     "depth-1": _played("one block before the shares", head_depth=1),

@@ -184,15 +184,17 @@ def test_a_setting_changes_what_it_names_and_nothing_else():
 
 def test_mirror_images_double_the_data_and_not_the_steps(folder):
     options, budget = argparse.Namespace(data=folder, budget="tiny"), fidelity_runs.BUDGETS["tiny"]
-    recipe, mirrored = (fidelity_runs.Run("vit", name, 0) for name in ("recipe", "mirrored"))
-    plain, both = program.load_train(recipe, options), program.load_train(mirrored, options)
-    assert len(both) == 2 * len(plain) == fidelity_runs.images_of(mirrored, budget)
+    unmirrored, recipe = (fidelity_runs.Run("vit", name, 0) for name in ("unmirrored", "recipe"))
+    plain, both = program.load_train(unmirrored, options), program.load_train(recipe, options)
+    assert len(both) == 2 * len(plain) == fidelity_runs.images_of(recipe, budget)
     for row, offset in ((3, 0), (3, len(plain))):
         (image, label), (expected, same) = both[row + offset], plain[row]
         assert label == same
         assert torch.equal(image.flip(-1) if offset else image, expected)
-    steps = [len(data) * fidelity_runs.epochs_of(run, budget) for data, run in ((plain, recipe), (both, mirrored))]
+    steps = [len(data) * fidelity_runs.epochs_of(run, budget) for data, run in ((plain, unmirrored), (both, recipe))]
     assert steps[0] == steps[1]
+    found = [fidelity_runs.evaluations_of(run, budget) for run in (unmirrored, recipe)]
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("network", ["vit", "cnn"])

@@ -499,7 +499,7 @@ def _add_train_explainer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FOLDER", help="the run of the classifier")
     parser.add_argument("--data-dir", type=Path, help="other data with the same classes (default: the run's)")
     parser.add_argument("-j", "--workers", type=int, default=0, help="processes that load data")
-    parser.add_argument("--coalitions", type=int, default=128, help="coalitions of each image, even")
+    parser.add_argument("--coalitions", type=int, default=64, help="coalitions of each image, even")
     parser.add_argument(
         "--mirror", action=argparse.BooleanOptionalAction, help="play mirror images too (default: not for digits)"
     )

@@ -96,7 +96,7 @@ class PlayedGames(Dataset):
 def play(
     model: SelfExplainingClassifier,
     data: Dataset,
-    coalitions: int = 128,
+    coalitions: int = 64,
     *,
     seed: int = 0,
     batch_size: int = 64,
@@ -112,6 +112,7 @@ def play(
     Args:
         model: trained already; only its game matters here.
         data: a dataset of (image, label); images (C, H, W) that are the same whenever they are read: no augmentation.
+            `WithMirrorImages` makes more of them.
         coalitions: M of each image, even, drawn from the Shapley kernel.
         seed: of the coalitions.
         batch_size: images evaluated at once; the model cuts their coalitions to what memory holds.
