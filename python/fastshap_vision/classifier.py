@@ -197,7 +197,8 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
         if self.head == "votes":
             weight, bias = self.game.vote_weight()
             return nn.functional.linear(features, weight, bias) / self.players
-        delta = self.shares(self.explainer(features))
+        with cpu_linears(features):
+            delta = self.shares(self.explainer(features))
         delta = delta - delta.mean(1, keepdim=True)
         if self.base == "votes":
             return delta + nn.functional.linear(self._last(features), *self.game.vote_weight()) / self.players
