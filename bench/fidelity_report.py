@@ -181,12 +181,6 @@ def bars(findings: Findings) -> list[Row]:
         ours = mean(of_game.get(("recipe", OURS)))
         theirs = mean(of_game.get(("plain", AMORTIZED)))
         add(network, "insertion − deletion minus FastSHAP's, in the classifier's game", 0.0, minus(ours, theirs))
-        # Each in the game that it learned, beside the best that can be found there.
-        theirs = mean(of_game.get(("fastshap", IN_SURROGATE)))
-        ours = over_best(of_game, ours, ("recipe", "kernel_shap_4096").__eq__)
-        theirs = over_best(of_game, theirs, ("fastshap", SURROGATE).__eq__)
-        difference = minus(ours, theirs)
-        add(network, "insertion − deletion over KernelSHAP's in the same game, minus FastSHAP's", 0.0, difference)
     return found
 
 

@@ -288,24 +288,9 @@ def test_post_hoc_methods_are_taken_on_the_model_that_suits_them(tmp_path):
     ours = bar(found, "CNN: insertion − deletion, own removal")
     assert (ours["measured"], ours["met"]) == (pytest.approx(1.15), True)
     assert bar(found, "CNN: insertion − deletion minus FastSHAP's")["measured"] == pytest.approx(0.01)
-    assert bar(found, "CNN: insertion − deletion over KernelSHAP's")["measured"] is None
     assert bar(found, "CNN: AOPC, grey pixels: over the best post-hoc")["measured"] == pytest.approx(1.15)
     assert bar(found, "CNN: AOPC, own removal: over the best gradient")["measured"] == pytest.approx(2.0)
     assert bar(found, "ViT: AOPC, own removal: over the best gradient")["measured"] is None
-
-
-def test_ours_and_fastshap_are_each_set_beside_kernel_shap_in_their_own_game(tmp_path):
-    figures = {("recipe", "ours"): 0.45, ("recipe", "kernel_shap_4096"): 0.5, ("plain", "kernel_shap_4096"): 0.9}
-    figures |= {("fastshap", "amortized_surrogate"): 0.6, ("fastshap", "kernel_shap_surrogate"): 0.8}
-    figures |= {("plain", "amortized"): 0.4}
-    rows = [
-        {"model": model, "method": method, "name": method, "game": "own", "evaluations": 1, "aopc": figure}
-        | {"difference": figure}
-        for (model, method), figure in figures.items()
-    ]
-    found = findings(tmp_path, [{"network": "vit", "seed": 0, "rows": rows}])
-    assert bar(found, "insertion − deletion minus FastSHAP's")["measured"] == pytest.approx(0.05)
-    assert bar(found, "insertion − deletion over KernelSHAP's")["measured"] == pytest.approx(0.9 - 0.75)
 
 
 def test_results_of_different_settings_are_not_averaged(tmp_path):
