@@ -7,6 +7,8 @@ from typing import Any
 
 from fidelity_report import AMORTIZED, NETWORKS, OURS, Findings, r2_of
 
+#: R² of points whose names would stand on each other.
+_NEAR = 0.003
 _LOWEST = -10.0
 OUR_COLOUR, THEIR_COLOUR, RIVAL_COLOUR = "#0b6e99", "0.72", "#b3541e"
 
@@ -19,27 +21,48 @@ def plot_settings(findings: Findings, path: Path) -> None:
     plt = _pyplot()
     figure, panels = plt.subplots(1, len(NETWORKS), figsize=(10.5, 4.8), layout="constrained")
     for panel, (network, name) in zip(panels, NETWORKS.items(), strict=True):
+        upright: list[tuple[float, str]] = []  # of encoders left alone: many points in a row
+        lost = 0
         for setting in [setting for of, setting in findings.runs if of == network and setting != "plain"]:
             accuracy = findings.accuracy_difference(network, setting)
             r2 = findings.over_seeds(network, setting, r2_of)
             if accuracy is None or r2 is None or setting == "fastshap":
                 continue
-            colour = OUR_COLOUR if setting == "recipe" else "0.35"
-            shown = max(accuracy[0], _LOWEST)
+            colour, shown = _colour(setting), max(accuracy[0], _LOWEST)
             panel.errorbar(r2[0], shown, accuracy[1], r2[1], "o", color=colour, markersize=5, linewidth=0.8)
-            label = setting if accuracy[0] >= _LOWEST else f"{setting} ({accuracy[0]:.0f})"
+            if accuracy == (0.0, 0.0):
+                upright.append((r2[0], setting))
+                continue
             side: dict[str, Any] = {"xytext": (5, 4), "ha": "left"}
-            if accuracy == (0.0, 0.0):  # an encoder left alone: many points in a row
-                side |= {"xytext": (0, 5), "rotation": 55}
-            elif r2[0] >= 0.97:
-                side = {"xytext": (-5, 4), "ha": "right"}
-            panel.annotate(label, (r2[0], shown), color=colour, textcoords="offset points", fontsize=7, **side)
+            if accuracy[0] < _LOWEST:
+                setting, side = f"{setting} ({accuracy[0]:.0f})", {"xytext": (-5, 4 + 9 * lost), "ha": "right"}
+                lost += 1
+            panel.annotate(setting, (r2[0], shown), color=colour, textcoords="offset points", fontsize=7, **side)
+        for r2, names in _together(sorted(upright)):
+            label, colour = ", ".join(names), _colour("recipe" if "recipe" in names else "")
+            side = {"xytext": (0, 5), "rotation": 55, "textcoords": "offset points"}
+            panel.annotate(label, (r2, 0.0), color=colour, fontsize=7, **side)
         panel.axhline(-0.3, color="0.7", linewidth=0.8, linestyle=":")
         panel.set_xlabel("R² to the Shapley values of its own game")
         panel.set_title(name, loc="left", pad=52)  # above the names that stand upright
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("accuracy minus plain, points")
     _save(figure, path)
+
+
+def _colour(setting: str) -> str:
+    return OUR_COLOUR if setting == "recipe" else "0.35"
+
+
+def _together(points: list[tuple[float, str]]) -> list[tuple[float, list[str]]]:
+    """Points, in order, whose names would stand on each other share a place."""
+    places: list[tuple[float, list[str]]] = []
+    for r2, name in points:
+        if places and r2 - places[-1][0] < _NEAR:
+            places[-1][1].append(name)
+        else:
+            places.append((r2, [name]))
+    return places
 
 
 def plot_curves(findings: Findings, path: Path) -> None:
