@@ -75,6 +75,27 @@ class PlayedGames(Dataset):
             found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
         return found.hexdigest()[:16]
 
+    def check(self, model: SelfExplainingClassifier) -> None:
+        """Raises a ValueError where coalitions of the first images are not worth to `model` what the record says.
+
+        `fit` calls it before the first step.
+        """
+        count, device = min(_READ_TWICE, len(self)), next(model.parameters()).device
+        bits, values = (part[:count, :2].to(device) for part in (self.bits, self.values))
+        is_of_players = bits.shape[2] == words(model.players) and torch.equal(
+            pack_bits(unpack_bits(bits, model.players)), bits
+        )
+        if is_of_players and values.shape[2] == model.num_classes:
+            images = _images_of([self.data[row] for row in range(count)]).to(device)
+            with evaluating(model):
+                error = (model.coalition_values(images, bits).float() - values).square().mean().sqrt()
+            if error <= _OF_SPREAD * variance_of(values).sqrt() + _OF_SIZE * values.square().mean().sqrt():
+                return
+        raise ValueError(
+            "fit: these games were played by another model, by this one before it was trained further, or with another "
+            "removal of patches: their values are not this model's. Call fv.play(model, data) again."
+        )
+
     @property
     def classes(self) -> Any:
         return getattr(self.data, "classes", None)
@@ -196,7 +217,6 @@ class ExplainerObjective:
 
     def __init__(self) -> None:
         self.progress = 1.0
-        self._checked: SelfExplainingClassifier | None = None
 
     def __call__(
         self, model: SelfExplainingClassifier, images: Tensor, played: Sequence[Tensor] | Tensor
@@ -213,8 +233,7 @@ class ExplainerObjective:
             best values leave what is not additive in the game: this r2 says nothing of how near they are to it.
 
         Raises:
-            ValueError: for a model with another head, data that `play` did not make, or games that another model
-                played (seen in the first batch).
+            ValueError: for a model with another head, or data that `play` did not make.
         """
         if getattr(model, "head", None) != "shares":
             raise ValueError(
@@ -228,9 +247,6 @@ class ExplainerObjective:
             )
         _, bits, values = played
         with evaluating(model):
-            if model is not self._checked:
-                _check_played_by(model, images, bits[:, :2], values[:, :2])
-                self._checked = model
             features, logits = model.game.features_and_logits(images)
             null = model.null_value()
         residual = model.regression_loss(features, logits, bits, values.to(logits.dtype), null)
@@ -243,19 +259,3 @@ class ExplainerObjective:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
-
-
-def _check_played_by(model: SelfExplainingClassifier, images: Tensor, bits: Tensor, values: Tensor) -> None:
-    """Whether these coalitions (B, M, W) are worth to this model what the record says, (B, M, K)."""
-    is_of_players = bits.shape[2] == words(model.players) and torch.equal(
-        pack_bits(unpack_bits(bits, model.players)), bits
-    )
-    if is_of_players and values.shape[2] == model.num_classes:
-        found = model.coalition_values(images, bits)
-        error = (found.float() - values).square().mean().sqrt()
-        if error <= _OF_SPREAD * variance_of(values).sqrt() + _OF_SIZE * values.square().mean().sqrt():
-            return
-    raise ValueError(
-        "ExplainerObjective: these games were played by another model, by this one before it was trained further, or "
-        "with another removal of patches: their values are not this model's. Call fv.play(model, data) again."
-    )

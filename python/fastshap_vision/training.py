@@ -159,6 +159,9 @@ def fit(
         _check_labelled(model, eval_data, "fit", "eval_data")
     with _accelerate_as_found():
         run = _Run(model, train_data, objective, settings)
+        for games in (train_data, eval_data):
+            if isinstance(games, PlayedGames) and isinstance(model, SelfExplainingClassifier):
+                games.check(model)
         checkpoints = Checkpoints(output, run.accelerator, run.settings)
         history = checkpoints.resume(resume)
         run.optimizer.zero_grad()  # of what the model was trained in before

@@ -154,6 +154,8 @@ def test_games_of_another_model_are_refused():
     for other in others.values():
         with pytest.raises(ValueError, match=r"played by another model.*fv\.play"):
             fv.fit(other, games, **options)
+    with pytest.raises(ValueError, match="played by another model"):  # held out, the objective known to both
+        fv.fit(others["removal"], fv.play(others["removal"], data, 8), games, **options)
     model.backbone.head.weight.data *= 1.5
     with pytest.raises(ValueError, match="before it was trained further"):
         fv.fit(model, games, **options)
