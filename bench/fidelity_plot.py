@@ -1,4 +1,4 @@
-"""Pictures of the fidelity experiment: accuracy against R² of every setting, and the removal curves of every method."""
+"""Pictures of the fidelity experiment: R² and accuracy of every setting, and the removal curves of every method."""
 
 from __future__ import annotations
 
@@ -7,62 +7,50 @@ from typing import Any
 
 from fidelity_report import AMORTIZED, NETWORKS, OURS, Findings, r2_of
 
-#: R² of points whose names would stand on each other.
-_NEAR = 0.003
-_LOWEST = -10.0
 OUR_COLOUR, THEIR_COLOUR, RIVAL_COLOUR = "#0b6e99", "0.72", "#b3541e"
+#: Of each network's points: shape, colour, and how far above the middle of the row.
+POINTS = {"vit": ("o", OUR_COLOUR, 0.15), "cnn": ("D", RIVAL_COLOUR, -0.15)}
 
 
 def plot_settings(findings: Findings, path: Path) -> None:
-    """Accuracy lost against R², a point a setting, a panel a network; up and to the right is better.
-
-    A setting that lost more than `_LOWEST` points stands at the bottom, with its loss in its name.
-    """
+    """R² and accuracy minus plain, a row a setting, the highest R² first; whiskers are deviations over the seeds."""
     plt = _pyplot()
-    figure, panels = plt.subplots(1, len(NETWORKS), figsize=(10.5, 4.8), layout="constrained")
-    for panel, (network, name) in zip(panels, NETWORKS.items(), strict=True):
-        upright: list[tuple[float, str]] = []  # of encoders left alone: many points in a row
-        lost = 0
-        for setting in [setting for of, setting in findings.runs if of == network and setting != "plain"]:
-            accuracy = findings.accuracy_difference(network, setting)
-            r2 = findings.over_seeds(network, setting, r2_of)
-            if accuracy is None or r2 is None or setting == "fastshap":
-                continue
-            colour, shown = _colour(setting), max(accuracy[0], _LOWEST)
-            panel.errorbar(r2[0], shown, accuracy[1], r2[1], "o", color=colour, markersize=5, linewidth=0.8)
-            if accuracy == (0.0, 0.0):
-                upright.append((r2[0], setting))
-                continue
-            side: dict[str, Any] = {"xytext": (5, 4), "ha": "left"}
-            if accuracy[0] < _LOWEST:
-                setting, side = f"{setting} ({accuracy[0]:.0f})", {"xytext": (-5, 4 + 9 * lost), "ha": "right"}
-                lost += 1
-            panel.annotate(setting, (r2[0], shown), color=colour, textcoords="offset points", fontsize=7, **side)
-        for r2, names in _together(sorted(upright)):
-            label, colour = ", ".join(names), _colour("recipe" if "recipe" in names else "")
-            side = {"xytext": (0, 5), "rotation": 55, "textcoords": "offset points"}
-            panel.annotate(label, (r2, 0.0), color=colour, fontsize=7, **side)
-        panel.axhline(-0.3, color="0.7", linewidth=0.8, linestyle=":")
-        panel.set_xlabel("R² to the Shapley values of its own game")
-        panel.set_title(name, loc="left", pad=52)  # above the names that stand upright
+    found: dict[str, dict[str, tuple[Any, Any]]] = {}
+    for network, setting in findings.runs:
+        accuracy = findings.accuracy_difference(network, setting)
+        r2 = findings.over_seeds(network, setting, r2_of)
+        if accuracy and r2 and setting != "fastshap" and not setting.startswith("plain"):
+            found.setdefault(setting, {})[network] = (r2, accuracy)
+    settings = sorted(found, key=lambda setting: sum(r2[0] for r2, _ in found[setting].values()) / len(found[setting]))
+    figure, panels = plt.subplots(
+        1, 2, figsize=(9.0, 1.4 + 0.21 * len(settings)), layout="constrained", sharey=True, squeeze=False
+    )
+    for network, name in NETWORKS.items():
+        shape, colour, above = POINTS[network]
+        seen = [
+            (row + above, found[setting][network]) for row, setting in enumerate(settings) if network in found[setting]
+        ]
+        for panel, at in zip(panels[0], (0, 1), strict=True):
+            means, deviations = ([values[at][part] for _, values in seen] for part in (0, 1))
+            rows = [row for row, _ in seen]
+            panel.errorbar(means, rows, None, deviations, shape, color=colour, markersize=5, label=name)
+    panels[0, 0].set_yticks(range(len(settings)), settings)
+    for label in panels[0, 0].get_yticklabels():
+        label.set_fontweight("bold" if label.get_text() == "recipe" else "normal")
+    panels[0, 0].set_xlabel("R² to the Shapley values of its own game")
+    panels[0, 1].set_xlabel("accuracy minus plain, points")
+    panels[0, 1].set_xscale("symlog", linthresh=1.0)
+    panels[0, 1].margins(x=0.08)
+    ticks = (-30, -10, -3, -1, 0, 1, 3, 10)
+    panels[0, 1].set_xticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks])
+    panels[0, 1].minorticks_off()
+    for panel in panels[0]:
+        panel.grid(axis="y", color="0.9")
+        panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("accuracy minus plain, points")
+    if settings:
+        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False)
     _save(figure, path)
-
-
-def _colour(setting: str) -> str:
-    return OUR_COLOUR if setting == "recipe" else "0.35"
-
-
-def _together(points: list[tuple[float, str]]) -> list[tuple[float, list[str]]]:
-    """Points, in order, whose names would stand on each other share a place."""
-    places: list[tuple[float, list[str]]] = []
-    for r2, name in points:
-        if places and r2 - places[-1][0] < _NEAR:
-            places[-1][1].append(name)
-        else:
-            places.append((r2, [name]))
-    return places
 
 
 def plot_curves(findings: Findings, path: Path) -> None:
