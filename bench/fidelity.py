@@ -51,7 +51,7 @@ def settings_of(run: Run, budget: Budget) -> dict[str, Any]:
         "images": fidelity_runs.images_of(run, budget),
         "epochs": fidelity_runs.epochs_of(run, budget) if setting.kind != "amortized" else None,
         "evaluations": fidelity_runs.evaluations_of(run, budget),
-        "training": budget.training,
+        "training": fidelity_runs.training_of(run, budget),
         "kind": setting.kind,
         "objective": fidelity_runs.objective_of(run),
         "model": budget.networks[run.network] | setting.model,
@@ -124,7 +124,7 @@ def train_classifier(run: Run, train: Any, classes: int, options: argparse.Names
         train = played(run, model, train, options)
     trained = model.backbone if setting.kind == "task" else model
     epochs = fidelity_runs.epochs_of(run, budget)
-    result = fit(trained, train, fidelity_runs.make_objective(run), epochs, run.seed, folder, options)
+    result = fit(trained, train, fidelity_runs.make_objective(run), run, epochs, folder, options)
     model.save_pretrained(folder / "trained")
     return model, [result]
 
@@ -148,10 +148,10 @@ def train_explainer(run: Run, train: Any, classes: int, options: argparse.Namesp
     epochs = fidelity_runs.explainer_epochs(run, budget)
     surrogate = deepcopy(plain)
     first = fv.SurrogateObjective(plain.backbone, seed=run.seed)
-    fits = [fit(surrogate, train, first, epochs, run.seed, folder / "surrogate", options)]
+    fits = [fit(surrogate, train, first, run, epochs, folder / "surrogate", options)]
     explainer = make_explainer(surrogate, plain)
     second = fv.AmortizedObjective(fidelity_runs.EXPLAINER_COALITIONS, seed=run.seed)
-    fits.append(fit(explainer, train, second, epochs, run.seed, folder / "explainer", options))
+    fits.append(fit(explainer, train, second, run, epochs, folder / "explainer", options))
     save_model(explainer, str(folder / "explainer.safetensors"))
     return explainer, fits
 
@@ -167,19 +167,19 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def fit(
-    model: Any, train: Any, objective: Any, epochs: int, seed: int, folder: Path, options: argparse.Namespace
+    model: Any, train: Any, objective: Any, run: Run, epochs: int, folder: Path, options: argparse.Namespace
 ) -> fv.FitResult:
     return fv.fit(
         model,
         train,
         objective=objective,
         epochs=epochs,
-        seed=seed,
+        seed=run.seed,
         workers=options.workers,
         output=folder,
         resume="auto",
         progress=False,
-        **BUDGETS[options.budget].training,
+        **fidelity_runs.training_of(run, BUDGETS[options.budget]),
     )
 
 

@@ -13,6 +13,11 @@ import fastshap_vision as fv
 RECIPE: dict[str, Any] = {"coalitions": 64}
 #: Of `fv.SelfExplainingClassifier`.
 RECIPE_MODEL: dict[str, Any] = {"head": "shares", "head_depth": 2, "intermediates": True, "backbone_gradient": 0.0}
+#: Of `fv.fit`, by network: for the explainer, where it is not as the classifier's.
+RECIPE_TRAINING: dict[str, dict[str, Any]] = {
+    "vit": {"opt": "muon", "lr": 5e-3},
+    "cnn": {"opt": "muon", "lr": 1e-2, "weight_decay": 0.3},
+}
 #: Of `fv.ShapleyObjective`, for training the classifier and its explanation together: its defaults.
 TOGETHER: dict[str, Any] = {
     "coalitions": 8,
@@ -48,6 +53,7 @@ class Setting:
         objective: arguments of the objective, of "played" those of `fv.play`; of "played" and "shapley" those that
             differ from `RECIPE` and `TOGETHER`.
         model: arguments of `fv.SelfExplainingClassifier`.
+        training: arguments of `fv.fit`, by network, that differ from the budget's.
         starts_from: the setting whose trained weights it goes on from.
         share: of the budget's epochs.
         mirrored: whether each training image is there a second time, as its mirror image.
@@ -57,15 +63,17 @@ class Setting:
     kind: str = "shapley"
     objective: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=lambda: dict(RECIPE_MODEL))
+    training: dict[str, dict[str, Any]] = field(default_factory=dict)
     starts_from: str | None = None
     share: float = 1.0
     mirrored: bool = False
 
 
-def _played(about: str, coalitions: int | None = None, **changes: Any) -> Setting:
+def _adamw(about: str, coalitions: int | None = None, **changes: Any) -> Setting:
     """Of each image and of its mirror image, in as many steps as the plain model's training took."""
     objective = {} if coalitions is None else {"coalitions": coalitions}
-    return Setting(about, "played", objective, RECIPE_MODEL | changes, starts_from="plain", share=0.5, mirrored=True)
+    model = RECIPE_MODEL | changes
+    return Setting(f"AdamW: {about}", "played", objective, model, starts_from="plain", share=0.5, mirrored=True)
 
 
 def _together(about: str, gradient: float = 0.0, **changes: Any) -> Setting:
@@ -79,17 +87,18 @@ def _task(about: str, **changes: Any) -> Setting:
 _VOTES = {"head": "votes"}
 SETTINGS: dict[str, Setting] = {
     "plain": _task("the task alone"),
-    "recipe": _played("the recipe"),
-    "half": replace(_played("the explainer trained half as long"), share=0.25),
-    "double": replace(_played("the explainer trained twice as long"), share=1.0),
-    "unmirrored": replace(_played("128 coalitions an image, no mirror images", 128), share=1.0, mirrored=False),
-    "played-32": _played("32 coalitions an image", coalitions=32),
-    "played-128": _played("128 coalitions an image", coalitions=128),
-    "even": _played("shares on the even split", base="even"),
-    "depth-0": _played("no block before the shares", head_depth=0),
-    "depth-1": _played("one block before the shares", head_depth=1),
-    "last-features": _played("the shares read the last features alone", intermediates=False),
-    "grey-pixels": _played("the game of grey pixels to explain", removal="image"),
+    "recipe": replace(_adamw("the recipe"), about="the recipe", training=RECIPE_TRAINING),
+    "adamw": _adamw("else the recipe"),
+    "half": replace(_adamw("the explainer trained half as long"), share=0.25),
+    "double": replace(_adamw("the explainer trained twice as long"), share=1.0),
+    "unmirrored": replace(_adamw("128 coalitions an image, no mirror images", 128), share=1.0, mirrored=False),
+    "played-32": _adamw("32 coalitions an image", coalitions=32),
+    "played-128": _adamw("128 coalitions an image", coalitions=128),
+    "even": _adamw("shares on the even split", base="even"),
+    "depth-0": _adamw("no block before the shares", head_depth=0),
+    "depth-1": _adamw("one block before the shares", head_depth=1),
+    "last-features": _adamw("the shares read the last features alone", intermediates=False),
+    "grey-pixels": _adamw("the game of grey pixels to explain", removal="image"),
     "together": _together("no gradient of the regression in the encoder"),
     "M-2": _together("2 coalitions an image and step", coalitions=2),
     "M-16": _together("16 coalitions an image and step", coalitions=16),
@@ -266,6 +275,11 @@ def make_objective(run: Run) -> Any:
         return fv.ExplainerObjective()
     make = fv.ShapleyObjective.viashap if setting.kind == "viashap" else fv.ShapleyObjective
     return make(**objective_of(run), seed=run.seed)
+
+
+def training_of(run: Run, budget: Budget) -> dict[str, Any]:
+    """Arguments of `fv.fit`."""
+    return budget.training | SETTINGS[run.setting].training.get(run.network, {})
 
 
 def images_of(run: Run, budget: Budget) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import re
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -246,7 +245,7 @@ def plus_minus(both: tuple[float, float] | None, style: str) -> str:
 
 
 def settings_table(findings: Findings, settings: Sequence[str] | None = None) -> str:
-    """How each setting trains, or some: what it costs in accuracy, what it gives in fidelity."""
+    """How each setting trains, with its name, or some: what it costs in accuracy, what it gives in fidelity."""
     rows = []
     for network, setting in findings.in_order():
         if settings is not None and setting not in settings:
@@ -259,18 +258,17 @@ def settings_table(findings: Findings, settings: Sequence[str] | None = None) ->
         rows.append(
             [
                 NETWORKS[network],
+                *([f"`{setting}`"] if settings is None else []),
                 runs[0]["about"],
                 str(len(runs)),
                 plus_minus(findings.over_seeds(network, setting, lambda run: run["accuracy"]), ".2f"),
                 "" if setting == "plain" else plus_minus(findings.accuracy_difference(network, setting), "+.2f"),
                 plus_minus(figures["r2"], ".3f"),
                 plus_minus(figures["correlation_predicted"], ".3f"),
-                f"{statistics.fmean(run['ms_per_explanation'] for run in runs):.1f}",
             ]
         )
-    header = ["network", "trained with", "seeds", "accuracy, %", "minus plain", "R²"]
-    header += ["correlation, predicted class", "ms an explanation"]
-    return table(header, rows)
+    header = ["network", *(["setting"] if settings is None else []), "trained with", "seeds", "accuracy, %"]
+    return table([*header, "minus plain", "R²", "correlation, predicted class"], rows)
 
 
 def methods_table(findings: Findings) -> str:

@@ -512,7 +512,7 @@ def _add_train_explainer(parser: argparse.ArgumentParser) -> None:
     )
     _add_training(parser)
     # What docs/fidelity.md measures.
-    parser.set_defaults(epochs=24, batch_size=64, lr=2e-3, warmup_epochs=1, clip_grad=1.0)
+    parser.set_defaults(epochs=24, batch_size=64, opt="muon", lr=5e-3, warmup_epochs=1, clip_grad=1.0)
 
 
 def _add_training(parser: argparse.ArgumentParser) -> Any:

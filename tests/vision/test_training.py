@@ -188,8 +188,8 @@ def test_resumed_run_ends_in_the_same_bits(tmp_path, workers):
     assert len(rows_of(tmp_path / "summary.csv")) == 4
 
 
-@pytest.mark.parametrize("head", ["shares", "votes"])
-def test_resumed_self_explaining_run_ends_in_the_same_bits(tmp_path, head):
+@pytest.mark.parametrize(("head", "opt"), [("shares", "adamw"), ("shares", "muon"), ("votes", "adamw")])
+def test_resumed_self_explaining_run_ends_in_the_same_bits(tmp_path, head, opt):
     class Interrupted(ShapleyObjective):
         def __call__(self, model, images, labels):
             if self.progress > 0.6:
@@ -202,7 +202,7 @@ def test_resumed_self_explaining_run_ends_in_the_same_bits(tmp_path, head):
         model = SelfExplainingClassifier("vit_tiny_patch16_224", 10, img_size=8, head=head, model_kwargs=arguments)
         objective = kind(coalitions=2, regression_ramp=(0.1, 0.8), masked_task_ramp=(0.1, 0.8))
         data = Subset(load_dataset("digits", "train", augment=True), range(24))
-        result = fit(model, data, objective=objective, epochs=4, batch_size=8, progress=False, **options)
+        result = fit(model, data, objective=objective, epochs=4, batch_size=8, opt=opt, progress=False, **options)
         return model, objective, result
 
     expected, objective, unbroken = run()
