@@ -206,6 +206,6 @@ def summary(findings: Findings) -> str:
                 )
     for bar in bars(findings):
         met = {True: "met ", False: "MISS", None: "?   "}[bar["met"]]
-        measured = "not measured" if bar["measured"] is None else f"{bar['measured']:.3g}"
+        measured = "not measured" if bar["measured"] is None else f"{bar['measured']:.4g}"
         lines.append(f"{met} {bar['what']}: {measured} (at least {bar['least']})")
     return "\n".join(lines)

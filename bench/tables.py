@@ -299,7 +299,7 @@ def promises_table(findings: Findings) -> str:
         [
             bar["what"],
             f"at least {bar['least']}",
-            "not measured" if bar["measured"] is None else f"{bar['measured']:.3g}",
+            "not measured" if bar["measured"] is None else f"{bar['measured']:.4g}",
             {True: "yes", False: "no", None: "–"}[bar["met"]],
         ]
         for bar in fidelity_bars(findings)
