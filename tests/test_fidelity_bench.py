@@ -133,7 +133,7 @@ def test_there_are_tables_of_it(measured, folder, monkeypatch):
     assert f"| {measured[1]['vit-recipe-0']['accuracy']:.2f} |" in row
     assert "| ViT: R², all classes | at least 0.9 |" in shown
     assert "fine-tuned" not in shown
-    assert "| ViT | together: from the plain model, λ 4 |" in tables.ablation_table("small")
+    assert "| ViT | `fine-tuned` | together: from the plain model, λ 4 |" in tables.ablation_table("small")
     assert "| ViT | FastSHAP / ViT-Shapley |" in tables.fidelity_methods_table()
 
 
