@@ -76,6 +76,10 @@ def _adamw(about: str, coalitions: int | None = None, **changes: Any) -> Setting
     return Setting(f"AdamW: {about}", "played", objective, model, starts_from="plain", share=0.5, mirrored=True)
 
 
+def _muon(about: str, **changes: Any) -> Setting:
+    return replace(_adamw(""), about=about, training=RECIPE_TRAINING, **changes)
+
+
 def _together(about: str, gradient: float = 0.0, **changes: Any) -> Setting:
     return Setting(f"together: {about}", objective=changes, model=RECIPE_MODEL | {"backbone_gradient": gradient})
 
@@ -87,7 +91,9 @@ def _task(about: str, **changes: Any) -> Setting:
 _VOTES = {"head": "votes"}
 SETTINGS: dict[str, Setting] = {
     "plain": _task("the task alone"),
-    "recipe": replace(_adamw("the recipe"), about="the recipe", training=RECIPE_TRAINING),
+    "recipe": _muon("the recipe"),
+    "recipe-double": _muon("the recipe, the explainer trained twice as long", share=1.0),
+    "recipe-128": _muon("the recipe, 128 coalitions an image", objective={"coalitions": 128}),
     "adamw": _adamw("else the recipe"),
     "half": replace(_adamw("the explainer trained half as long"), share=0.25),
     "double": replace(_adamw("the explainer trained twice as long"), share=1.0),
