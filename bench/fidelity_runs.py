@@ -107,6 +107,7 @@ SETTINGS: dict[str, Setting] = {
     "grey-pixels": _adamw("the game of grey pixels to explain", removal="image"),
     "together": _together("no gradient of the regression in the encoder"),
     "M-2": _together("2 coalitions an image and step", coalitions=2),
+    "M-4": _together("4 coalitions an image and step", coalitions=4),
     "M-16": _together("16 coalitions an image and step", coalitions=16),
     "unpaired": _together("coalitions not in pairs", paired=False),
     "uniform": _together("coalitions of uniform size", sizes="uniform"),
