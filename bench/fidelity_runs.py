@@ -69,15 +69,19 @@ class Setting:
     mirrored: bool = False
 
 
-def _adamw(about: str, coalitions: int | None = None, **changes: Any) -> Setting:
+def _played(about: str, coalitions: int | None = None, **changes: Any) -> Setting:
     """Of each image and of its mirror image, in as many steps as the plain model's training took."""
     objective = {} if coalitions is None else {"coalitions": coalitions}
     model = RECIPE_MODEL | changes
-    return Setting(f"AdamW: {about}", "played", objective, model, starts_from="plain", share=0.5, mirrored=True)
+    return Setting(about, "played", objective, model, starts_from="plain", share=0.5, mirrored=True)
 
 
-def _muon(about: str, **changes: Any) -> Setting:
-    return replace(_adamw(""), about=about, training=RECIPE_TRAINING, **changes)
+def _adamw(about: str, coalitions: int | None = None, **changes: Any) -> Setting:
+    return _played(f"AdamW: {about}", coalitions, **changes)
+
+
+def _muon(about: str, coalitions: int | None = None, share: float = 0.5) -> Setting:
+    return replace(_played(about, coalitions), training=RECIPE_TRAINING, share=share)
 
 
 def _together(about: str, gradient: float = 0.0, **changes: Any) -> Setting:
@@ -93,7 +97,7 @@ SETTINGS: dict[str, Setting] = {
     "plain": _task("the task alone"),
     "recipe": _muon("the recipe"),
     "recipe-double": _muon("the recipe, the explainer trained twice as long", share=1.0),
-    "recipe-128": _muon("the recipe, 128 coalitions an image", objective={"coalitions": 128}),
+    "recipe-128": _muon("the recipe, 128 coalitions an image", coalitions=128),
     "adamw": _adamw("else the recipe"),
     "half": replace(_adamw("the explainer trained half as long"), share=0.25),
     "double": replace(_adamw("the explainer trained twice as long"), share=1.0),
