@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include "fastshap/tensor.h"
 
@@ -24,7 +25,7 @@ void launch(const char* op, void (*kernel)(Parameters...), const Tensor& on, int
   STD_TORCH_CHECK(blocks <= INT32_MAX, op, ": ", blocks, " thread blocks are more than one launch can hold");
   const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
   if (shared_bytes > 48 * 1024) {
     const cudaError_t allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                      static_cast<int>(shared_bytes));
@@ -41,7 +42,7 @@ void launch(const char* op, void (*kernel)(Parameters...), const Tensor& on, int
 inline int64_t read_back(const char* op, const int64_t* value, const Tensor& on) {
   const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
   int64_t result = 0;
   cudaError_t read = cudaMemcpyAsync(&result, value, sizeof(result), cudaMemcpyDeviceToHost,
                                      static_cast<cudaStream_t>(stream));
