@@ -60,6 +60,7 @@ class PixelRemoval:
         check_choice("removal", removal, REMOVALS)
         self.backbone: Any = backbone
         self.input_size = input_size
+        self.view = input_size[1:]
         self.removal = removal
         features = _probe_features(self.backbone, input_size)
         self.grid: tuple[int, int] = (features.shape[2], features.shape[3])

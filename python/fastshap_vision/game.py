@@ -42,6 +42,7 @@ class Game(Protocol):
     players: int  # P = h·w
     packs: bool  # a coalition costs its tokens only; the game then has a `prefix`, Q
     input_size: tuple[int, int, int]  # (C, H, W)
+    view: tuple[int, int]  # (height, width) in pixels, from the top left, that the grid covers; the rest is not seen
     feature_width: int  # L
     intermediate_widths: list[int]  # C of each earlier stage whose features follow the last ones'; empty for none
     patches_vote: bool  # v(S) is a sum of votes and v(∅) = 0

@@ -56,6 +56,9 @@ class TokenDropping:
         self.grid: tuple[int, int] = tuple(backbone.patch_embed.grid_size)
         self.players = self.grid[0] * self.grid[1]
         self.input_size: tuple[int, int, int] = (backbone.in_chans, *backbone.patch_embed.img_size)
+        # Patches that don't divide the image leave its lower and right edge out.
+        height, width = backbone.patch_embed.patch_size
+        self.view: tuple[int, int] = (self.grid[0] * height, self.grid[1] * width)
         self.feature_width: int = backbone.embed_dim
         self.intermediate_widths: list[int] = []
         averages_linearly = backbone.global_pool == "avg" and isinstance(backbone.fc_norm, nn.Identity)

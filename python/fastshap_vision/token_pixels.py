@@ -37,6 +37,7 @@ class TokenPixelRemoval:
     def __init__(self, backbone: nn.Module, votes: bool, input_size: tuple[int, int, int]) -> None:
         self.backbone: Any = backbone
         self.input_size = input_size
+        self.view = input_size[1:]
         if any(isinstance(part, PatchDropout | PatchDropoutWithIndices) for part in backbone.modules()):
             raise UnsupportedModelError(
                 f"This {type(backbone).__name__} has patch_drop_rate > 0, which drops players in training. Create it "

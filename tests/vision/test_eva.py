@@ -149,3 +149,16 @@ def test_saves_and_loads(tmp_path):
     x, bits = images(), coalitions()
     assert torch.equal(again.coalition_values(x, bits), model.coalition_values(x, bits))
     assert not [name for name in model.state_dict() if "rotary" in name]
+
+
+@torch.no_grad()
+def test_the_view_is_what_the_model_sees():
+    """Patches of 14 pixels cover 28 of 32: what lies beyond changes nothing, what lies within does."""
+    model, x = fv.convert(create("EVA-02", patch_size=14)).eval(), images()
+    assert (model.grid, model.game.view, model.game.input_size) == ((2, 2), (28, 28), (3, 32, 32))
+    beyond, within = x.clone(), x.clone()
+    beyond[:, :, 28:], beyond[:, :, :, 28:] = 5.0, 5.0
+    within[:, :, 27, 27] = 5.0
+    assert torch.equal(model(beyond), model(x))
+    assert not torch.allclose(model(within), model(x))
+    assert fv.convert(create("EVA-02")).game.view == (32, 32)
