@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageDataset, create_transform
-from timm.data.readers.reader_image_folder import ReaderImageFolder
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from fastshap_kernels._checks import check_count, fail
+
+from ._checks import check_choice
+from .decode import decode, suffixes
+
+_log = logging.getLogger(__name__)
 
 DATASETS = ("digits", "cifar10", "folder")
 SPLITS = ("train", "test")
+#: Height and width of the images where nothing else is asked for.
+SIZES = {"digits": 8, "cifar10": 32, "folder": 224}
 
 # Mean and standard deviation of a digit's pixels, each divided by the largest (16), over the training split.
 DIGITS_MEAN = (0.305,)
@@ -27,6 +40,7 @@ DIGITS_STD = (0.376,)
 DIGITS_TEST_IMAGES = 360
 
 ARCHIVE_KEYS = ("jpeg", "offsets", "labels", "classes")
+LARGEST_SIZE = 16384  # pixels a side: what is more is a mistake, and would take all memory
 FOLDER_NAMES = {"train": ("train", "training"), "test": ("test", "val", "validation")}
 
 
@@ -35,9 +49,12 @@ class Preprocessing:
     """How an image becomes a model's input: JSON-able, so that a checkpoint can keep it.
 
     Args:
-        input_size: (C, H, W) of the model's input; one channel means greyscale.
-        mean, std: per channel, for pixels in [0, 1].
-        crop_pct: the share of the resized image that the centre crop keeps, as in timm.
+        input_size: (C, H, W) of the model's input; C is 1 (greyscale) or 3 (RGB).
+        mean, std: per channel, for pixels in [0, 1]; finite, std above 0.
+        crop_pct: the share of the resized image that the centre crop keeps, in (0, 1], as in timm.
+
+    Raises:
+        ValueError: for values out of their range.
     """
 
     input_size: tuple[int, int, int]
@@ -45,13 +62,35 @@ class Preprocessing:
     std: tuple[float, ...]
     crop_pct: float = 1.0
 
+    def __post_init__(self) -> None:
+        size = self.input_size
+        if not isinstance(size, (tuple, list)) or len(size) != 3 or size[0] not in (1, 3):
+            fail("Preprocessing", "input_size", "(C, H, W) with C 1 or 3", size)
+        for side in size:
+            check_count("Preprocessing", "input_size", side, 1, LARGEST_SIZE)
+        (share,) = _numbers("Preprocessing", "crop_pct", [self.crop_pct], (1,), above_0=True)
+        if share > 1:
+            fail("Preprocessing", "crop_pct", "a number above 0, and 1 at most", self.crop_pct)
+        found = {
+            "input_size": tuple(size),
+            "mean": _numbers("Preprocessing", "mean", self.mean, (size[0],)),
+            "std": _numbers("Preprocessing", "std", self.std, (size[0],), above_0=True),
+            "crop_pct": share,
+        }
+        for name, value in found.items():  # as plain numbers in tuples, whatever they came in
+            object.__setattr__(self, name, value)
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> Preprocessing:
-        channels, height, width = record["input_size"]
-        return cls((channels, height, width), tuple(record["mean"]), tuple(record["std"]), record["crop_pct"])
+    def from_dict(cls, record: Mapping[str, Any]) -> Preprocessing:
+        """What `as_dict` gave, whether or not it was written as JSON in between."""
+        names = {field.name for field in fields(cls)}
+        if not isinstance(record, Mapping) or set(record) != names:
+            got = sorted(map(str, record)) if isinstance(record, Mapping) else record
+            fail("Preprocessing.from_dict", "record", f"a dict of {', '.join(sorted(names))}", got)
+        return cls(**record)
 
     def transform(self, augment: bool = False) -> Callable[[Image.Image], Tensor]:
         """timm's transform from a PIL image to a normalised tensor (C, H, W)."""
@@ -60,17 +99,14 @@ class Preprocessing:
             return create_transform(**size, is_training=True)
         return create_transform(**size, crop_pct=self.crop_pct, interpolation="bilinear")
 
+    @property
+    def mode(self) -> str:
+        """Of the PIL images that `transform` takes."""
+        return "L" if self.input_size[0] == 1 else "RGB"
+
     def load(self, path: str | Path) -> Tensor:
-        """Reads an image file as a normalised tensor (C, H, W)."""
-        try:
-            with Image.open(path) as image:
-                return self.transform()(image.convert("L" if self.input_size[0] == 1 else "RGB"))
-        except FileNotFoundError:
-            raise ValueError(f"load: there is no image {str(path)!r}. Check the path.") from None
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(
-                f"load: {str(path)!r} is not an image that Pillow can read ({error}). Convert it to PNG or JPEG."
-            ) from error
+        """Reads an image file as a normalised tensor (C, H, W): upright, transparency as white, 16 bits as 8."""
+        return self.transform()(_read_image(path, self.mode))
 
     def restore(self, images: Tensor) -> Tensor:
         """The inverse of the normalisation: pixels in [0, 1], for pictures."""
@@ -141,29 +177,88 @@ class ArrayImages(Dataset):
         return list(zip(images.unbind(), self.labels[rows].tolist(), strict=True))
 
 
-class _ClosingReader(ReaderImageFolder):
-    """timm's reader of image folders; it leaves no file open."""
+class FolderImages(ImageFolder):
+    """An image folder, one subfolder a class, read by torchvision.
 
-    def __getitem__(self, index: int) -> tuple[io.BytesIO, int]:
-        path, label = self.samples[index]
-        return io.BytesIO(Path(path).read_bytes()), label
+    Images in folders within a class's are of that class. A file that cannot be read stops the reading; what no image
+    ends like is left out, and the log names it. Hidden files and folders are none.
 
+    Args:
+        root: the folder of the class folders.
+        classes: their names; an image's label is the place of its class among them.
+        preprocessing: the size and normalisation of what comes out.
+        augment: whether timm's training transform changes the images at random.
 
-class FolderImages(ImageDataset):
-    """An image folder, one subfolder a class, read by timm."""
+    Raises:
+        ValueError: for a class folder without an image; on reading, for a file that is no whole image.
+    """
 
-    def __init__(self, root: Path, class_map: dict[str, int], preprocessing: Preprocessing, augment: bool) -> None:
+    def __init__(self, root: Path, classes: Sequence[str], preprocessing: Preprocessing, augment: bool) -> None:
+        self._names = classes
+        images, self._left_out = suffixes(), list[str]()
+
+        def is_image(path: str) -> bool:
+            within = Path(path).relative_to(root)
+            if any(part.startswith(".") for part in within.parts):
+                return False
+            if within.suffix.lower() not in images:
+                self._left_out.append(str(within))
+            return within.suffix.lower() in images
+
         super().__init__(
             str(root),
-            reader=_ClosingReader(str(root), class_map=class_map),
-            input_img_mode="L" if preprocessing.input_size[0] == 1 else "RGB",
             transform=preprocessing.transform(augment),
+            loader=partial(_read_image, mode=preprocessing.mode),
+            is_valid_file=is_image,
+            allow_empty=True,
         )
-        self.classes = tuple(sorted(class_map, key=class_map.__getitem__))
+        self._left_out += [path.name for path in root.iterdir() if path.is_file() and not path.name.startswith(".")]
+        self.classes = tuple(classes)
         self.preprocessing = preprocessing
         self.input_size = preprocessing.input_size
         self.mean = preprocessing.mean
         self.std = preprocessing.std
+        self._check()
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        """torchvision asks here which folder has which label."""
+        return list(self._names), {name: index for index, name in enumerate(self._names)}
+
+    def _check(self) -> None:
+        """Refuses a class folder without images; names what is left out, and classes that have no folder."""
+        counts: Counter[int] = Counter(self.targets)
+        without = [name for index, name in enumerate(self.classes) if not counts[index]]
+        for name in without:
+            if (Path(self.root) / name).is_dir():
+                raise ValueError(
+                    f"load_dataset: the class folder {str(Path(self.root) / name)!r} holds no images"
+                    f"{_named(self._left_out, '; left out by their names:')}. Put images into it, or remove it."
+                )
+        if self._left_out:
+            _log.warning(
+                "%d files below %r are no images by their names, and are left out: %s",
+                *(len(self._left_out), self.root, _named(self._left_out)),
+            )
+        if without:
+            _log.warning("%d classes have no folder in %r, so no images: %s", len(without), self.root, _named(without))
+
+
+def _named(names: Sequence[str], introduction: str = "") -> str:
+    """The first five, and that there are more."""
+    more = ", …" if len(names) > 5 else ""
+    return f"{introduction} {', '.join(names[:5])}{more}".strip() if names else ""
+
+
+def _read_image(path: str | Path, mode: str) -> Image.Image:
+    """An image file as "L" or "RGB"."""
+    try:
+        return decode(path, mode)
+    except FileNotFoundError:
+        raise ValueError(f"there is no image {str(path)!r}. Check the path.") from None
+    except ValueError as error:
+        raise ValueError(
+            f"{str(path)!r} is not an image that can be read: {error}. Replace it, or take it out of the data."
+        ) from error
 
 
 class WithMirrorImages(Dataset):
@@ -222,41 +317,61 @@ def load_dataset(
         augment: random changes of the training images: a shift by at most one pixel (digits; off by default), crop
             with padding and flip (cifar10; on), timm's training transform (folder; on). Never on the test split.
 
+    Files are read as a viewer shows them: turned as their EXIF data say, transparency white, 16 bits as 8, floats from
+    0 to 1. In a folder, what is no image by its name is left out, and the log names it.
+
     Raises:
-        ValueError: an unknown name or split, a missing or unreadable file; it names the remedy.
+        ValueError: an unknown name or split, a value out of its range, a missing or unreadable file, a class folder
+            without images; it names the remedy.
     """
-    if name not in DATASETS:
-        raise ValueError(f"load_dataset: unknown dataset {name!r}. Choose one of {', '.join(DATASETS)}.")
-    if split not in SPLITS:
-        raise ValueError(f"load_dataset: unknown split {split!r}. Choose one of {', '.join(SPLITS)}.")
+    check_choice("name", name, DATASETS)
+    check_choice("split", split, SPLITS)
+    check_choice("augment", augment, (None, True, False))
+    if image_size is not None:
+        check_count("load_dataset", "image_size", image_size, 1, LARGEST_SIZE)
+    if in_chans is not None and (isinstance(in_chans, bool) or in_chans not in (1, 3)):
+        fail("load_dataset", "in_chans", "1 (greyscale), 3 (RGB) or None", in_chans)
     if augment is None:
         augment = name != "digits"
     augment = augment and split == "train"
+    default_mean, default_std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     if name == "digits":
-        size = (in_chans or 1, image_size or 8, image_size or 8)
-        return _load_digits(split, _preprocessing(size, mean or DIGITS_MEAN, std or DIGITS_STD), augment)
-    if data_dir is None:
+        default_mean, default_std = DIGITS_MEAN, DIGITS_STD
+    side = image_size or SIZES[name]
+    channels = int(in_chans or (1 if name == "digits" else 3))
+    preprocessing = Preprocessing(
+        (channels, side, side),
+        _of_channels("mean", default_mean if mean is None else mean, channels),
+        _of_channels("std", default_std if std is None else std, channels),
+        crop_pct=0.875 if name == "folder" else 1.0,
+    )
+    if name == "digits":
+        return _load_digits(split, preprocessing, augment)
+    if not isinstance(data_dir, (str, Path)):
         raise ValueError(f"load_dataset: dataset {name!r} needs the folder that holds it. Pass data_dir.")
-    mean, std = mean or IMAGENET_DEFAULT_MEAN, std or IMAGENET_DEFAULT_STD
     if name == "cifar10":
-        size = (in_chans or 3, image_size or 32, image_size or 32)
-        return _load_archive(_archive_path(Path(data_dir), split), _preprocessing(size, mean, std), augment)
-    size = (in_chans or 3, image_size or 224, image_size or 224)
-    return _load_folder(Path(data_dir), split, _preprocessing(size, mean, std, crop_pct=0.875), augment)
+        return _load_archive(_archive_path(Path(data_dir), split), preprocessing, augment)
+    return _load_folder(Path(data_dir), split, preprocessing, augment)
 
 
-def _preprocessing(
-    size: tuple[int, int, int], mean: Sequence[float], std: Sequence[float], crop_pct: float = 1.0
-) -> Preprocessing:
+def _of_channels(argument: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
     """Fits the statistics to the channels: one channel's are repeated, three are averaged to one."""
-    channels = size[0]
-    if channels not in (1, 3):
-        raise ValueError(f"load_dataset: in_chans must be 1 or 3, but it is {channels}. Images are greyscale or RGB.")
+    found = _numbers("load_dataset", argument, values, (1, 3), above_0=argument == "std")
+    return found if len(found) == channels else (sum(found) / len(found),) * channels
 
-    def fit(values: Sequence[float]) -> tuple[float, ...]:
-        return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
-    return Preprocessing(size, fit(mean), fit(std), crop_pct)
+def _numbers(
+    op: str, argument: str, values: Iterable[float], counts: tuple[int, ...], above_0: bool = False
+) -> tuple[float, ...]:
+    """As many finite numbers as one of the counts."""
+    try:
+        found = () if isinstance(values, (str, bytes)) else tuple(float(value) for value in values)
+    except (TypeError, ValueError, RuntimeError):
+        found = ()
+    if len(found) not in counts or not all(math.isfinite(value) and (value > 0 or not above_0) for value in found):
+        expected = f"{' or '.join(map(str, counts))} finite number{'s' if counts != (1,) else ''}"
+        fail(op, argument, expected + (" above 0" if above_0 else ""), values)
+    return found
 
 
 def _load_digits(split: str, preprocessing: Preprocessing, augment: bool) -> ArrayImages:
@@ -296,17 +411,12 @@ def _load_archive(path: Path, preprocessing: Preprocessing, augment: bool) -> Ar
     missing = [key for key in ARCHIVE_KEYS if key not in arrays]
     if missing:
         raise ValueError(
-            f"load_dataset: the archive {str(path)!r} has no array {missing[0]!r}: it holds {', '.join(arrays)}. "
+            f"load_dataset: the archive {str(path)!r} has no array {missing[0]!r}. "
             f"It must hold {', '.join(ARCHIVE_KEYS)}."
         )
     jpeg, offsets, labels, classes = (arrays[key] for key in ARCHIVE_KEYS)
     _check_archive(path, jpeg, offsets, labels, classes)
-    mode = "L" if preprocessing.input_size[0] == 1 else "RGB"
-    stream = jpeg.tobytes()
-    decoded = [
-        np.asarray(Image.open(io.BytesIO(stream[start:stop])).convert(mode))
-        for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
-    ]
+    decoded = _decode_all(path, jpeg.tobytes(), offsets.tolist(), preprocessing.mode)
     pixels = torch.from_numpy(np.stack(decoded))
     pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
     crop_and_flip = transforms.Compose(
@@ -322,22 +432,54 @@ def _load_archive(path: Path, preprocessing: Preprocessing, augment: bool) -> Ar
     )
 
 
+def _decode_all(path: Path, stream: bytes, offsets: list[int], mode: str) -> list[np.ndarray]:
+    """Images of one size, as arrays (h, w) or (h, w, 3)."""
+    decoded: list[np.ndarray] = []
+    for start, stop in pairwise(offsets):
+        try:
+            decoded.append(np.asarray(decode(io.BytesIO(stream[start:stop]), mode)))
+        except ValueError as error:
+            raise ValueError(
+                f"load_dataset: image {len(decoded)} of the archive {str(path)!r} cannot be read: {error}. Copy or "
+                "download the archive again."
+            ) from error
+        if decoded[-1].shape != decoded[0].shape:
+            raise ValueError(
+                f"load_dataset: image {len(decoded) - 1} of the archive {str(path)!r} has the shape "
+                f"{decoded[-1].shape}, but image 0 has {decoded[0].shape}. Make all images of one size."
+            )
+    return decoded
+
+
 def _read_archive(path: Path) -> dict[str, np.ndarray]:
     try:
-        with path.open("rb") as file, np.load(file) as archive:
-            return {key: archive[key] for key in archive.files}
-    except (BadZipFile, OSError, EOFError, ValueError) as error:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            return {key: archive[key] for key in ARCHIVE_KEYS if key in archive.files}
+    except Exception as error:  # zipfile, zlib and numpy raise errors of many kinds on damaged files
         raise ValueError(
-            f"load_dataset: the archive {str(path)!r} cannot be read ({error}). Copy or download it again."
+            f"load_dataset: the archive {str(path)!r} cannot be read as plain arrays ({type(error).__name__}). It must "
+            f"be an npz file of {', '.join(ARCHIVE_KEYS)}, without Python objects. Copy or download it again."
         ) from error
 
 
 def _check_archive(path: Path, jpeg: np.ndarray, offsets: np.ndarray, labels: np.ndarray, classes: np.ndarray) -> None:
-    if len(offsets) != len(labels) + 1 or len(labels) == 0 or offsets[-1] != len(jpeg):
+    arrays = {"jpeg": (jpeg, "u"), "offsets": (offsets, "iu"), "labels": (labels, "iu"), "classes": (classes, "U")}
+    for name, (array, kinds) in arrays.items():
+        if array.ndim != 1 or array.dtype.kind not in kinds or (name == "jpeg" and array.dtype != np.uint8):
+            expected = {"jpeg": "bytes (uint8)", "classes": "names (str)"}.get(name, "whole numbers")
+            raise ValueError(
+                f"load_dataset: in the archive {str(path)!r} {name} must be one row of {expected}, but it is "
+                f"{array.dtype} {array.shape}."
+            )
+    if len(offsets) != len(labels) + 1 or len(labels) == 0 or offsets[0] != 0 or offsets[-1] != len(jpeg):
         raise ValueError(
             f"load_dataset: the archive {str(path)!r} holds {len(labels)} labels, {len(offsets)} offsets and "
-            f"{len(jpeg)} bytes of images, which do not fit together: offsets must be one more than labels and end "
-            "at the number of bytes. Copy or download it again."
+            f"{len(jpeg)} bytes of images, which do not fit together: offsets must be one more than labels, begin at 0 "
+            "and end at the number of bytes. Copy or download it again."
+        )
+    if not all(start < stop for start, stop in pairwise(offsets.tolist())):
+        raise ValueError(
+            f"load_dataset: the offsets of the archive {str(path)!r} do not rise. Copy or download it again."
         )
     if labels.min() < 0 or labels.max() >= len(classes):
         raise ValueError(
@@ -360,15 +502,12 @@ def _load_folder(data_dir: Path, split: str, preprocessing: Preprocessing, augme
             f"load_dataset: the folder {str(root)!r} has the class {unknown[0]!r}, which the training folder has not "
             f"({len(classes)} classes there). Make the class folders of both splits agree."
         )
-    try:
-        return FolderImages(root, {name: index for index, name in enumerate(classes)}, preprocessing, augment)
-    except RuntimeError as error:
-        raise ValueError(
-            f"load_dataset: there are no images below {str(root)!r}. Put each class's images into its subfolder."
-        ) from error
+    return FolderImages(root, classes, preprocessing, augment)
 
 
 def _split_folder(data_dir: Path, split: str) -> Path:
+    if not data_dir.is_dir():
+        raise ValueError(f"load_dataset: there is no folder {str(data_dir)!r}. Check data_dir.")
     for name in FOLDER_NAMES[split]:
         if (data_dir / name).is_dir():
             return data_dir / name

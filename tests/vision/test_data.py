@@ -1,4 +1,7 @@
 import io
+import json
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,6 +124,17 @@ def test_archive_keeps_given_statistics(archive):
         ({"classes": np.array(["cat"])}, r"labels from 0 to 1 but names 1 classes"),
         ({"offsets": np.array([0, 5])}, r"do not fit together"),
         ({"labels": np.zeros(3, np.uint8)}, r"do not fit together"),
+        (
+            {"labels": np.array([0.0, 1.0, 1.0, 0.0])},
+            r"labels must be one row of whole numbers, but it is float64 \(4,\)",
+        ),
+        ({"labels": np.zeros((4, 1), np.uint8)}, r"labels must be one row"),
+        ({"classes": np.array([0, 1])}, r"classes must be one row of names \(str\)"),
+        ({"classes": np.array(["cat", {}], dtype=object)}, r"cannot be read as plain arrays .*without Python objects"),
+        ({"jpeg": np.zeros(4, np.int64), "offsets": np.arange(5)}, r"jpeg must be one row of bytes \(uint8\)"),
+        ({"jpeg": np.zeros(9, np.uint8), "offsets": np.array([0, 5, 3, 7, 9])}, r"offsets .* do not rise"),
+        ({"jpeg": np.zeros(9, np.uint8), "offsets": np.array([-1, 3, 5, 7, 9])}, r"begin at 0"),
+        ({"jpeg": np.zeros(8, np.uint8), "offsets": np.arange(0, 9, 2)}, r"image 0 of the archive .* cannot be read"),
     ],
 )
 def test_wrong_archives(archive, changes, message):
@@ -138,12 +152,56 @@ def test_truncated_archive(archive):
         load_dataset("cifar10", "train", data_dir=path)
 
 
-def test_folder_classes_are_those_of_the_training_split(folder):
+def test_archives_of_damaged_images_and_of_several_sizes(archive):
+    whole = dict(np.load(archive()))
+    jpeg, offsets = whole["jpeg"].copy(), whole["offsets"]
+    jpeg[offsets[2] : offsets[3]] = 0
+    with pytest.raises(ValueError, match=r"image 2 of the archive '.*npz' cannot be read: Pillow knows no such format"):
+        load_dataset("cifar10", "train", data_dir=archive(jpeg=jpeg))
+    small = io.BytesIO()
+    picture(0, 8).save(small, "JPEG")
+    small = np.frombuffer(small.getvalue(), np.uint8)
+    two = {"jpeg": np.concatenate([whole["jpeg"][: offsets[1]], small]), "labels": np.array([0, 1])}
+    with pytest.raises(ValueError, match=r"image 1 of the archive .* shape \(8, 8, 3\), but image 0 has \(32, 32, 3\)"):
+        load_dataset(
+            "cifar10", "train", data_dir=archive(**two, offsets=np.array([0, offsets[1], offsets[1] + len(small)]))
+        )
+
+
+def test_an_archive_never_unpickles(archive, tmp_path):
+    class Mark:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "mark",))
+
+    (tmp_path / "cifar10_test.npz").write_bytes(pickle.dumps(Mark()))
+    objects = np.empty(1, dtype=object)
+    objects[0] = Mark()
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    for path in (tmp_path / "cifar10_test.npz", archive("objects.npz", classes=objects), tmp_path / "array.npy"):
+        with pytest.raises(ValueError, match="cannot be read as plain arrays"):
+            load_dataset("cifar10", "test", data_dir=path)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_compressed_archives_with_a_flipped_bit_are_refused(archive, tmp_path):
+    whole = dict(np.load(archive()))
+    np.savez_compressed(tmp_path / "packed.npz", **whole)
+    content = bytearray((tmp_path / "packed.npz").read_bytes())
+    content[len(content) // 3] ^= 0x10
+    (tmp_path / "packed.npz").write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be read as plain arrays"):
+        load_dataset("cifar10", "train", data_dir=tmp_path / "packed.npz")
+
+
+def test_folder_classes_are_those_of_the_training_split(folder, caplog):
     train = load_dataset("folder", "train", data_dir=folder, image_size=24)
     test = load_dataset("folder", "test", data_dir=folder, image_size=24)
     assert (len(train), len(test)) == (6, 4)
     assert train.classes == test.classes == ("ant", "bee", "cow")
     assert [label for _, label in test] == [0, 0, 2, 2]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"1 classes have no folder in {str(folder / 'val')!r}, so no images: bee"
+    ]
     assert test[0][0].shape == (3, 24, 24)
     assert torch.equal(test[0][0], test[0][0])
     assert not torch.equal(train[0][0], train[0][0])
@@ -159,7 +217,7 @@ def test_folder_errors(folder, tmp_path):
     with pytest.raises(ValueError, match=r"no class folders"):
         load_dataset("folder", "train", data_dir=empty)
     (empty / "train" / "ant").mkdir()
-    with pytest.raises(ValueError, match=r"no images below"):
+    with pytest.raises(ValueError, match=r"class folder '.*ant' holds no images\. Put images into it, or remove it"):
         load_dataset("folder", "train", data_dir=empty)
     with pytest.raises(ValueError, match=r"no subfolder for the test split: make one named test or val"):
         load_dataset("folder", "test", data_dir=empty)
@@ -168,8 +226,8 @@ def test_folder_errors(folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("mnist", "train"), r"unknown dataset 'mnist'. Choose one of digits, cifar10, folder"),
-        (("digits", "val"), r"unknown split 'val'. Choose one of train, test"),
+        (("mnist", "train"), r"`name` must be one of 'digits', 'cifar10', 'folder', but it is 'mnist'"),
+        (("digits", "val"), r"`split` must be one of 'train', 'test', but it is 'val'"),
         (("cifar10", "train"), r"needs the folder that holds it. Pass data_dir"),
     ],
 )
@@ -182,8 +240,8 @@ def test_missing_files(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ValueError, match=r"there is no archive .*cifar10_train.npz and cifar10_test.npz"):
             load_dataset("cifar10", "train", data_dir=path)
-    with pytest.raises(ValueError, match="in_chans must be 1 or 3, but it is 2"):
-        load_dataset("digits", "train", in_chans=2)
+    with pytest.raises(ValueError, match=r"there is no folder '.*nowhere'"):
+        load_dataset("folder", "train", data_dir=tmp_path / "nowhere")
 
 
 def test_preprocessing_reads_an_image_file_as_the_dataset_does(tmp_path):
@@ -198,7 +256,7 @@ def test_preprocessing_reads_an_image_file_as_the_dataset_does(tmp_path):
     with pytest.raises(ValueError, match="there is no image"):
         digits.preprocessing.load(tmp_path / "absent.png")
     (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(ValueError, match="not an image that Pillow can read"):
+    with pytest.raises(ValueError, match=r"text.png' is not an image that can be read: Pillow knows no such format"):
         digits.preprocessing.load(tmp_path / "text.png")
 
 
@@ -215,3 +273,183 @@ def test_mirror_images_follow_the_images():
     with pytest.raises(IndexError):
         both[len(both)]
     assert sum(1 for _ in WithMirrorImages(Subset(data, range(5)))) == 10
+
+
+def test_images_are_of_their_top_folder_whatever_their_format(tmp_path, caplog):
+    names = ("a/0.png", "a/b/4.png", "a/deep/er/5.PNG", "a/x.png/6.png", "b/0.jpg", "b/1.webp", "b/2.bmp", "b/3.tiff")
+    for split in ("train", "val"):
+        for index, name in enumerate(names):
+            path = tmp_path / split / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (index * 16, 0, 0)).save(path)
+        (tmp_path / split / ".cache").mkdir()
+        (tmp_path / split / "a" / ".hidden").mkdir()
+        (tmp_path / split / "a" / ".hidden" / "7.png").touch()
+        (tmp_path / split / "a" / "._0.png").touch()
+    for other in ("a/Thumbs.db", "b/labels.txt", "b/more/no_ending", "loose.png"):
+        (tmp_path / "train" / other).parent.mkdir(exist_ok=True)
+        (tmp_path / "train" / other).touch()
+    data = load_dataset("folder", "train", data_dir=tmp_path, image_size=8, augment=False)
+    found = {str(Path(path).relative_to(tmp_path / "train")): data.classes[label] for path, label in data.samples}
+    assert found == {name: name[0] for name in names}
+    red = [float(data.preprocessing.restore(image)[0].mean()) * 255 for image, _ in data]
+    assert sorted(red) == pytest.approx([index * 16 for index in range(8)], abs=4)  # of which one is a JPEG
+    (warning,) = caplog.records
+    assert warning.getMessage() == (
+        f"4 files below {str(tmp_path / 'train')!r} are no images by their names, and are left out: "
+        "a/Thumbs.db, b/labels.txt, b/more/no_ending, loose.png"
+    )
+
+
+@pytest.mark.parametrize("kind", ["text", "empty", "truncated"])
+def test_an_unreadable_image_is_not_replaced_by_another(folder, kind):
+    content = (folder / "train" / "cow" / "0.png").read_bytes()
+    picture(3, 200).save(folder / "train" / "cow" / "1.jpg")
+    jpeg = (folder / "train" / "cow" / "1.jpg").read_bytes()
+    damaged = {"text": b"no image", "empty": b"", "truncated": content[: len(content) // 2]}[kind]
+    (folder / "train" / "cow" / "0.png").write_bytes(damaged)
+    (folder / "train" / "cow" / "1.jpg").write_bytes(jpeg[: len(jpeg) // 2])
+    data = load_dataset("folder", "train", data_dir=folder, image_size=24)
+    for row, name in ((4, "0.png"), (5, "1.jpg")):
+        with pytest.raises(ValueError, match=rf"cow/{name}' is not an image that can be read"):
+            data[row]
+    assert data[0][1] == 0
+
+
+def test_a_class_of_text_files_is_refused(folder):
+    for path in (folder / "val" / "cow").iterdir():
+        path.rename(path.with_suffix(".txt"))
+    with pytest.raises(
+        ValueError, match=r"val/cow' holds no images; left out by their names: cow/0.txt, cow/1.txt\. Put"
+    ):
+        load_dataset("folder", "test", data_dir=folder)
+
+
+PIXELS = np.linspace(0, 255, 256).reshape(16, 16).astype(np.uint8)
+RED, CLEAR = (200, 30, 60), (0, 0, 0, 0)
+
+
+def upside_down():
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    return exif
+
+
+def clear_palette():
+    """Half of the pixels transparent, and black beneath."""
+    image = Image.fromarray((PIXELS > 127).astype(np.uint8), "P")
+    image.putpalette([0, 0, 0, *RED])
+    return image
+
+
+HALF = np.where(PIXELS[..., None] > 127, np.uint8([*RED, 255]), np.uint8(CLEAR))
+ON_WHITE = np.where(PIXELS[..., None] > 127, np.uint8(RED), np.uint8([255] * 3))
+
+
+@pytest.mark.parametrize(
+    ("image", "name", "options", "expected"),
+    [
+        (Image.fromarray(PIXELS), "grey.png", {}, PIXELS),
+        (Image.fromarray(PIXELS.astype(np.uint16) * 257), "sixteen.png", {}, PIXELS),
+        (Image.fromarray(PIXELS.astype(np.uint16) * 257), "sixteen.tiff", {}, PIXELS),
+        (Image.fromarray(PIXELS.astype(np.uint16) * 257).convert("I"), "sixteen.pgm", {}, PIXELS),
+        (Image.fromarray((PIXELS / 255).astype(np.float32)), "float.tiff", {}, PIXELS),
+        (Image.fromarray(PIXELS > 127), "bits.png", {}, (PIXELS > 127) * 255),
+        (Image.fromarray(PIXELS), "turned.png", {"exif": upside_down()}, PIXELS[::-1, ::-1]),
+        (Image.fromarray(PIXELS), "turned.tiff", {"exif": upside_down()}, PIXELS[::-1, ::-1]),
+        (Image.fromarray(PIXELS.astype(np.uint16) * 257), "both.png", {"exif": upside_down()}, PIXELS[::-1, ::-1]),
+        (Image.fromarray(PIXELS), "damaged.png", {"exif": b"Exif\0\0no such data"}, PIXELS),
+        (Image.fromarray(HALF, "RGBA"), "clear.png", {}, ON_WHITE),
+        (clear_palette(), "palette.png", {"transparency": 0}, ON_WHITE),
+        (clear_palette(), "palette.gif", {"transparency": 0}, ON_WHITE),
+        (Image.fromarray(PIXELS), "clear_black.png", {"transparency": 0}, np.where(PIXELS == 0, 255, PIXELS)),
+        (Image.fromarray(np.stack([PIXELS * 0 + 90, PIXELS * 0], 2), "LA"), "nothing.png", {}, PIXELS * 0 + 255),
+        (Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "print.tiff", {}, np.uint8([[[255, 0, 0]]])),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_picture_is_read_as_a_viewer_shows_it(image, name, options, expected, tmp_path):
+    (tmp_path / "train" / "one").mkdir(parents=True)
+    path = tmp_path / "train" / "one" / name
+    image.save(path, **options)
+    expected = np.array(np.broadcast_to(np.atleast_3d(expected), (16, 16, 3)), np.uint8)
+    alone = Preprocessing((3, 16, 16), (0.0,) * 3, (1.0,) * 3).load(path)
+    assert np.array_equal(alone.permute(1, 2, 0).numpy(), expected / np.float32(255))
+    folder = load_dataset("folder", "train", data_dir=tmp_path, image_size=16)
+    assert np.array_equal(np.asarray(folder.loader(path)), expected)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (Image.fromarray(PIXELS.astype(np.float32)), "floats are not all from 0 to 1"),
+        (Image.fromarray(np.full((4, 4), np.nan, np.float32)), "floats are not all from 0 to 1"),
+        (Image.fromarray(PIXELS.astype(np.int32)), "32 bits have no known range"),
+    ],
+)
+def test_a_picture_of_unknown_range_is_refused(image, message, tmp_path):
+    image.save(tmp_path / "range.tiff")
+    with pytest.raises(ValueError, match=message):
+        Preprocessing((1, 16, 16), (0.0,), (1.0,)).load(tmp_path / "range.tiff")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_size": -3}, r"`image_size` must be a whole number from 1 to 16384, but it is -3"),
+        ({"image_size": 0}, r"`image_size` must be a whole number"),
+        ({"image_size": 10**9}, r"`image_size` must be a whole number"),
+        ({"image_size": 8.0}, r"`image_size` must be a whole number"),
+        ({"image_size": True}, r"`image_size` must be a whole number"),
+        ({"in_chans": 0}, r"`in_chans` must be 1 \(greyscale\), 3 \(RGB\) or None, but it is 0"),
+        ({"in_chans": 2}, r"`in_chans` must be 1"),
+        ({"in_chans": True}, r"`in_chans` must be 1"),
+        ({"std": (0,)}, r"`std` must be 1 or 3 finite numbers above 0, but it is \(0,\)"),
+        ({"std": (-1.0,)}, r"`std` must be"),
+        ({"mean": "ab"}, r"`mean` must be 1 or 3 finite numbers, but it is 'ab'"),
+        ({"mean": "1"}, r"`mean` must be"),
+        ({"mean": ()}, r"`mean` must be"),
+        ({"mean": (0.5, 0.5)}, r"`mean` must be"),
+        ({"mean": (float("nan"),)}, r"`mean` must be"),
+        ({"std": (float("inf"),)}, r"`std` must be"),
+        ({"mean": 0.5}, r"`mean` must be"),
+        ({"augment": "yes"}, r"`augment` must be one of"),
+    ],
+)
+def test_bad_values(options, message):
+    with pytest.raises(ValueError, match=message):
+        load_dataset("digits", "test", **options)
+
+
+def test_statistics_of_any_kind_become_plain_numbers():
+    data = load_dataset("digits", "test", mean=np.float32([0.25]), std=torch.tensor([0.5]), in_chans=3)
+    assert (data.mean, data.std) == ((0.25,) * 3, (0.5,) * 3)
+    assert Preprocessing.from_dict(json.loads(json.dumps(data.preprocessing.as_dict()))) == data.preprocessing
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"input_size": None},
+        {"input_size": [1, 8]},
+        {"input_size": [2, 8, 8]},
+        {"input_size": [1, "8", 8]},
+        {"input_size": [1, 10**9, 10**9]},
+        {"mean": None},
+        {"mean": [None]},
+        {"mean": [0.0, 0.0]},
+        {"std": [0.0]},
+        {"crop_pct": "all"},
+        {"crop_pct": 0},
+        {"crop_pct": 1.5},
+        {"more": 1},
+    ],
+)
+def test_wrong_records_of_preprocessing(change):
+    record = {"input_size": [1, 8, 8], "mean": [0.5], "std": [0.5], "crop_pct": 1.0}
+    assert Preprocessing.from_dict(record).input_size == (1, 8, 8)
+    with pytest.raises(ValueError, match=f"argument `{'record' if 'more' in change else next(iter(change))}` must be"):
+        Preprocessing.from_dict(record | change)
+    for other in ({}, None, [record]):
+        with pytest.raises(ValueError, match="argument `record` must be a dict of crop_pct, input_size, mean, std"):
+            Preprocessing.from_dict(other)
