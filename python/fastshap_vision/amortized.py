@@ -11,7 +11,6 @@ Sources: Jethani et al., FastSHAP, ICLR 2022; Covert, Kim, Lee, ViT-Shapley, ICL
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,14 +20,14 @@ from torch.nn import functional
 from ._checks import check_choice
 from .classifier import SelfExplainingClassifier, convert
 from .coalition_objective import SIZES, CoalitionObjective, Draw, ObjectiveTerms, evaluate_draw, variance_of
-from .explanation import Explanation
+from .explanation import Explanation, LogProbabilityExplanation, ProbabilityExplanation
+from .link import LINKS, log_distribution
 from .stem import evaluation_mode
 
-#: What v(S) is, of logits.
-LINKS: dict[str, Callable[[Tensor], Tensor]] = {
-    "probability": lambda logits: logits.softmax(-1),
-    "logit": lambda logits: logits,
-    "log_probability": lambda logits: logits.log_softmax(-1),
+_EXPLANATIONS: dict[str, type[Explanation]] = {
+    "probability": ProbabilityExplanation,
+    "logit": Explanation,
+    "log_probability": LogProbabilityExplanation,
 }
 
 
@@ -78,14 +77,15 @@ class SurrogateObjective(CoalitionObjective):
     ) -> ObjectiveTerms:
         """The loss of one batch and given coalitions: bits int32 (B, M, W), rows as in `ShapleyObjective.terms`."""
         with torch.no_grad():
-            wanted = self.teacher(images).log_softmax(-1)
+            logits = self.teacher(images)
         values = evaluate_draw(model, images, Draw(bits, rows), paired=False)
-        if wanted.shape != values[:, 0].shape:
+        if logits.shape != values[:, 0].shape:
             raise ValueError(
                 f"SurrogateObjective: argument `teacher` must return logits (B, K) = {tuple(values[:, 0].shape)}, the "
-                f"surrogate's, but it returns {tuple(wanted.shape)}. Convert a model with as many classes."
+                f"surrogate's, but it returns {tuple(logits.shape)}. Convert a model with as many classes."
             )
-        found = values.log_softmax(-1)
+        wanted = log_distribution(logits)
+        found = log_distribution(values)
         divergence = functional.kl_div(found, wanted.unsqueeze(1).expand_as(found), reduction="none", log_target=True)
         loss = divergence.sum(-1).mean()
         return ObjectiveTerms(loss, loss.detach(), spread=variance_of(values.detach()).sqrt())
@@ -114,7 +114,8 @@ class AmortizedExplainer(nn.Module):
         explainer_backbone: a timm model, which becomes the network (no copy is made), or the name of one to create. It
             must have the surrogate's image size, grid and classes, and weights of its own. ViT-Shapley starts from a
             copy of the classifier.
-        link: what is explained: "probability", the softmax (both papers); "logit"; or "log_probability".
+        link: what is explained: "probability", the softmax (both papers; of one logit alone, the sigmoid); "logit";
+            or "log_probability". The metrics read it to know what v(S) is.
 
     Attributes:
         grid, players: (h, w) and P = h·w of the game; players count row by row.
@@ -214,8 +215,7 @@ class AmortizedExplainer(nn.Module):
         chosen = self.surrogate._target(target, grand)
         if chosen is not None:
             phi = phi.gather(2, chosen[:, None, None].expand(-1, self.players, 1))[..., 0]
-        kind = ProbabilityExplanation if self.link == "probability" else Explanation
-        return kind(values=phi, logits=grand, target=chosen, grid=self.grid, null=null)
+        return _EXPLANATIONS[self.link](values=phi, logits=grand, target=chosen, grid=self.grid, null=null)
 
 
 class AmortizedObjective(CoalitionObjective):
@@ -260,21 +260,6 @@ class AmortizedObjective(CoalitionObjective):
         features, _ = model.network.game.features_and_logits(images)
         loss = model.network.regression_loss(features, grand, bits, values, null)
         return ObjectiveTerms(loss, regression=loss.detach(), r2=1 - loss.detach() / variance_of(values))
-
-
-class ProbabilityExplanation(Explanation):
-    """An explanation whose `logits` and `null` are probabilities; its own `load` reads what its `save` wrote."""
-
-    unit = "probabilities"
-
-    @property
-    def probabilities(self) -> Tensor:
-        """(B, K) v(N)."""
-        return self.logits
-
-    def __getitem__(self, index: int | slice | Tensor) -> ProbabilityExplanation:
-        part = super().__getitem__(index)
-        return ProbabilityExplanation(part.values, part.logits, part.target, part.grid, part.null)
 
 
 def _network(surrogate: SelfExplainingClassifier, backbone: nn.Module | str) -> SelfExplainingClassifier:

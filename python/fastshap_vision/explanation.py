@@ -17,6 +17,8 @@ from torch.nn import functional
 
 from fastshap_kernels._checks import fail
 
+from .link import LINKS
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -73,7 +75,7 @@ class Explanation:
                 raise IndexError(f"Explanation: index {index} is out of range for {len(self)} images")
             index = slice(index % len(self), index % len(self) + 1)
         target = None if self.target is None else self.target[index]
-        return Explanation(self.values[index], self.logits[index], target, self.grid, self.null)
+        return type(self)(self.values[index], self.logits[index], target, self.grid, self.null)
 
     def __repr__(self) -> str:
         target = "all" if self.target is None else self.target.tolist()
@@ -81,8 +83,8 @@ class Explanation:
 
     @property
     def probabilities(self) -> Tensor:
-        """(B, K) softmax of the logits."""
-        return self.logits.softmax(-1)
+        """(B, K) softmax of the logits; of one logit alone, the sigmoid."""
+        return LINKS["probability"](self.logits)
 
     @property
     def predicted(self) -> Tensor:
@@ -194,12 +196,12 @@ class Explanation:
         if self.target is not None:
             tensors["target"] = self.target
         tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-        metadata = {"format": _FORMAT, "grid": f"{self.grid[0]}x{self.grid[1]}"}
+        metadata = {"format": _FORMAT, "grid": f"{self.grid[0]}x{self.grid[1]}", "unit": self.unit}
         _write_whole(Path(path), safetensors.torch.save(tensors, metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Explanation:
-        """Reads what `save` wrote, onto the CPU.
+        """Reads what `save` wrote, onto the CPU, as an explanation of the unit that was saved.
 
         Args:
             path: the file.
@@ -219,12 +221,38 @@ class Explanation:
                 raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
             rows, columns = metadata["grid"].split("x")
             grid = (int(rows), int(columns))
-            return cls(tensors["values"], tensors["logits"], tensors.get("target"), grid, tensors["null"])
+            kind = _BY_UNIT[metadata.get("unit", cls.unit)]
+            return kind(tensors["values"], tensors["logits"], tensors.get("target"), grid, tensors["null"])
         except (safetensors.SafetensorError, ValueError, KeyError, OSError) as error:
             raise ValueError(
                 f"Explanation.load: argument `path` must name a file written by Explanation.save, "
                 f"but {str(path)!r} can't be read as one: {error}"
             ) from error
+
+
+class ProbabilityExplanation(Explanation):
+    """An explanation whose `values`, `logits` and `null` are probabilities."""
+
+    unit = "probabilities"
+
+    @property
+    def probabilities(self) -> Tensor:
+        """(B, K) v(N)."""
+        return self.logits
+
+
+class LogProbabilityExplanation(Explanation):
+    """An explanation whose `values`, `logits` and `null` are log-probabilities."""
+
+    unit = "log-probabilities"
+
+    @property
+    def probabilities(self) -> Tensor:
+        """(B, K) exponential of v(N)."""
+        return self.logits.exp()
+
+
+_BY_UNIT = {kind.unit: kind for kind in (Explanation, ProbabilityExplanation, LogProbabilityExplanation)}
 
 
 def relative_efficiency_gap(values: Tensor, logits: Tensor, null: Tensor, target: Tensor | None = None) -> float:

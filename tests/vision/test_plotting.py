@@ -5,8 +5,7 @@ import numpy
 import pytest
 import torch
 
-from fastshap_vision.amortized import ProbabilityExplanation
-from fastshap_vision.explanation import Explanation
+from fastshap_vision.explanation import Explanation, ProbabilityExplanation
 from fastshap_vision.plotting import explanation_page
 
 matplotlib.use("agg")
