@@ -146,16 +146,20 @@ class Fidelity:
     Args:
         reference: "exact" or "kernel_shap".
         images, players, classes: B, P, K.
-        r2: 1 − Σ (Φ − φ)² / Σ (φ − mean φ)² over all entries.
+        r2: 1 − Σ (Φ − φ)² / Σ (φ − mean φ)² over all entries. NaN for a game with nothing to explain: where φ differs
+            from its mean by no more than float32 rounding, 1e-6 of the image's largest |φ|, |v(N)| or |v(∅)|.
         r2_beyond_even: 1 − Σ (Φ − φ)² / Σ (φ − (v(N) − v(∅))/P)²: 0 for the even split, which the logits alone give.
+            NaN where φ is the even split, up to the same rounding.
         r2_predicted: as `r2`, over the entries of each image's predicted class.
         correlation: Pearson over the players, for every class: K means over the images. Where φ is the same for all
-            players of an image there is none, and the image is left out (NaN when none is left); where only Φ is,
-            it counts as 0.
+            players of an image, up to the same rounding, there is none, and the image is left out (NaN when none is
+            left); where only Φ is, it counts as 0.
         correlation_predicted, correlation_predicted_standard_error: the same for the predicted class.
-        mean_squared_error, mean_squared_error_standard_error: mean of (Φ − φ)², in squared logits.
+        correlated_images: how many of the images have a correlation for their predicted class.
+        mean_squared_error, mean_squared_error_standard_error: mean of (Φ − φ)², in the squared unit of v.
         efficiency_gap: largest |Σ_p Φ_p + v(∅) − v(N)|, relative to the image's largest |v(N)| or |v(∅)|.
-        reference_noise: root of mean squared standard error over mean (φ − mean φ)²; 0 for exact values.
+        reference_noise: root of mean squared standard error over mean (φ − mean φ)²; 0 for exact values, NaN where
+            `r2` is.
         r2_attainable: the `r2` that exact values are expected to score against this reference, 1 − noise².
         evaluations: coalitions that the reference took, over all images.
         seconds: wall time that the reference took.
@@ -171,6 +175,7 @@ class Fidelity:
     correlation: tuple[float, ...]
     correlation_predicted: float
     correlation_predicted_standard_error: float
+    correlated_images: int
     mean_squared_error: float
     mean_squared_error_standard_error: float
     efficiency_gap: float
@@ -193,6 +198,8 @@ class Fidelity:
         defined = [(value, k) for k, value in enumerate(self.correlation) if not math.isnan(value)]
         mean = sum(value for value, _ in defined) / len(defined) if defined else math.nan
         lowest = f"   lowest {min(defined)[0]:.3f}, class {min(defined)[1]}" if defined else ""
+        left_out = self.images - self.correlated_images
+        without = f"   {left_out} of {self.images} images left out" if left_out else ""
         lines = [
             ("R², all classes", f"{self.r2:.3f}"),
             ("R² beyond the even split", f"{self.r2_beyond_even:.3f}"),
@@ -200,7 +207,7 @@ class Fidelity:
             ("correlation, mean of classes", f"{mean:.3f}{lowest}"),
             (
                 "correlation, predicted class",
-                f"{self.correlation_predicted:.3f} ± {self.correlation_predicted_standard_error:.3f}",
+                f"{self.correlation_predicted:.3f} ± {self.correlation_predicted_standard_error:.3f}{without}",
             ),
             ("mean squared error", f"{self.mean_squared_error:.3g} ± {self.mean_squared_error_standard_error:.2g}"),
             ("efficiency gap, relative", f"{self.efficiency_gap:.1e}"),
@@ -270,12 +277,16 @@ def _compare(ours: Tensor, phi: Tensor, reference: ReferenceValues) -> Fidelity:
     predicted = grand.argmax(1)
     chosen = predicted.view(-1, 1, 1).expand(-1, players, 1)
     even = ((grand - null) / players).unsqueeze(1).expand_as(phi)
-    correlation = _correlation(ours, phi)
+    # (B, 1, 1): what float32 can't tell apart in the values that φ is made of.
+    largest = torch.stack([phi.abs().amax(1), null.abs(), grand.abs()]).amax((0, 2))
+    rounding = ROUNDING * largest.view(-1, 1, 1)
+    correlation = _correlation(ours, phi, rounding)
     errors = (ours - phi).square().mean((1, 2))
     noise = 0.0
     if reference.standard_error is not None:
-        spread = (phi - phi.mean()).square().mean()
-        noise = float((reference.standard_error.square().mean().to(spread.device) / spread).sqrt())
+        spread, least = (phi - phi.mean()).square().mean(), rounding.square().mean()
+        error = reference.standard_error.square().mean().to(spread.device)
+        noise = float((error / spread).sqrt()) if spread > least else math.nan
     correlation_predicted = mean_and_error(correlation.gather(1, predicted.unsqueeze(1)))
     mean_squared_error = mean_and_error(errors.unsqueeze(1))
     return Fidelity(
@@ -283,12 +294,13 @@ def _compare(ours: Tensor, phi: Tensor, reference: ReferenceValues) -> Fidelity:
         images=batch,
         players=players,
         classes=classes,
-        r2=_r2(ours, phi, phi.mean()),
-        r2_beyond_even=_r2(ours, phi, even),
-        r2_predicted=_r2(ours.gather(2, chosen), phi.gather(2, chosen), phi.gather(2, chosen).mean()),
+        r2=_r2(ours, phi, phi.mean(), rounding),
+        r2_beyond_even=_r2(ours, phi, even, rounding),
+        r2_predicted=_r2(ours.gather(2, chosen), phi.gather(2, chosen), phi.gather(2, chosen).mean(), rounding),
         correlation=tuple(mean_and_error(correlation)[0].tolist()),
         correlation_predicted=float(correlation_predicted[0]),
         correlation_predicted_standard_error=float(correlation_predicted[1]),
+        correlated_images=int(correlation.gather(1, predicted.unsqueeze(1)).isfinite().sum()),
         mean_squared_error=float(mean_squared_error[0]),
         mean_squared_error_standard_error=float(mean_squared_error[1]),
         efficiency_gap=relative_efficiency_gap(ours, grand, null),
@@ -299,21 +311,23 @@ def _compare(ours: Tensor, phi: Tensor, reference: ReferenceValues) -> Fidelity:
     )
 
 
-def _r2(ours: Tensor, phi: Tensor, baseline: Tensor) -> float:
-    """1 − Σ (ours − φ)² / Σ (φ − baseline)²; NaN where φ is the baseline."""
-    rest = float((phi - baseline).square().sum())
-    return 1 - float((ours - phi).square().sum()) / rest if rest > 0 else math.nan
+def _r2(ours: Tensor, phi: Tensor, baseline: Tensor, rounding: Tensor) -> float:
+    """1 − Σ (ours − φ)² / Σ (φ − baseline)²; NaN where φ is the baseline, up to `rounding` (B, 1, 1)."""
+    rest = (phi - baseline).square().sum()
+    if rest <= rounding.expand_as(phi).square().sum():
+        return math.nan
+    return 1 - float((ours - phi).square().sum() / rest)
 
 
-def _correlation(ours: Tensor, phi: Tensor) -> Tensor:
-    """(B, K) Pearson over the players: NaN where φ does not vary, 0 where only ours does not."""
+def _correlation(ours: Tensor, phi: Tensor, rounding: Tensor) -> Tensor:
+    """(B, K) Pearson over the players: NaN where φ varies by `rounding` alone, 0 where only ours does."""
 
-    def centred(values: Tensor) -> tuple[Tensor, Tensor]:
-        largest = values.abs().amax((1, 2), keepdim=True).squeeze(1)
-        constant = values.amax(1) - values.amin(1) <= ROUNDING * largest
+    def centred(values: Tensor, rounding: Tensor) -> tuple[Tensor, Tensor]:
+        constant = values.amax(1) - values.amin(1) <= rounding.squeeze(2)
         return values - values.mean(1, keepdim=True), constant
 
-    (x, x_constant), (y, y_constant) = centred(ours), centred(phi)
+    x, x_constant = centred(ours, ROUNDING * ours.abs().amax((1, 2), keepdim=True))
+    y, y_constant = centred(phi, rounding)
     product = (x * y).sum(1) / (x.square().sum(1) * y.square().sum(1)).sqrt()
     return product.masked_fill(x_constant, 0.0).masked_fill(y_constant, math.nan)
 

@@ -203,6 +203,34 @@ def test_images_with_nothing_to_correlate_are_left_out():
     score = fidelity(QuadraticGame(6, lambda phi: -phi), images)
     assert score.correlation == pytest.approx([-1] * CLASSES)
     assert score.correlation_predicted == pytest.approx(-1)
+    assert score.correlated_images == 3
+    assert "± 0.000   1 of 4 images left out" in str(score)
+
+
+class RoundedGame(QuadraticGame):
+    """A constant game of float32, with the noise of its rounding; explains itself by the exact values of that."""
+
+    def shapley_values(self, images):
+        return exact_values(self, images).phi, None
+
+    def coalition_values(self, images, bits):
+        z = unpack_bits(bits, self.players)
+        noise = (z * torch.arange(1.0, self.players + 1)).sum(2, keepdim=True).sin()
+        return (self.null.float() + 3 + 2e-7 * noise).expand(len(images), -1, -1)
+
+
+def test_a_game_with_nothing_to_explain_has_no_r2_and_no_correlation():
+    """Rounding that is found again to the last bit used to score 1."""
+    model, images = RoundedGame(6), images_for(6, 3)
+    assert 0 < exact_values(model, images).phi.abs().max() < 1e-6
+    for reference in ("exact", "kernel_shap"):
+        score = fidelity(model, images, reference, coalitions=60)
+        for name in ("r2", "r2_beyond_even", "r2_predicted", "correlation_predicted"):
+            assert math.isnan(getattr(score, name)), name
+        assert all(math.isnan(value) for value in score.correlation)
+        assert score.correlated_images == 0
+        assert math.isnan(score.r2_attainable) is (reference == "kernel_shap")
+        assert "nan" in str(score)
 
 
 def test_what_is_not_defined_is_none_in_json():
