@@ -2,8 +2,36 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
+from fastshap_kernels._checks import fail
+
 
 def check_choice(argument: str, value: object, choices: tuple[object, ...]) -> None:
     """One of the choices, else a ValueError that lists them."""
     if value not in choices:
         raise ValueError(f"Argument `{argument}` must be one of {', '.join(map(repr, choices))}, but it is {value!r}.")
+
+
+def check_classes(op: str, argument: str, value: object, batch: int, classes: int, what: str = "") -> Tensor:
+    """int64 (B,) on the CPU or where `value` lies: one class for all images, or one for each.
+
+    Args:
+        value: a whole number, or (B,) of them: a tensor, an array or a sequence.
+        what: which else is allowed, for the message.
+    """
+    expected = f"{what}a class from 0 to {classes - 1}, or {batch} of them, one per image"
+    try:
+        wanted = value if isinstance(value, Tensor) else torch.tensor(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        fail(op, argument, expected, value)
+    is_plain = not wanted.is_nested and wanted.layout == torch.strided and not (wanted.is_meta or wanted.is_quantized)
+    is_whole = not (wanted.is_floating_point() or wanted.is_complex() or wanted.dtype == torch.bool)
+    if not is_plain or not is_whole or wanted.shape not in ((), (batch,)):
+        fail(op, argument, expected, value)
+    wanted = wanted.long()
+    if wanted.numel() and not 0 <= int(wanted.min()) <= int(wanted.max()) < classes:
+        found = f"holds {int(wanted.min())} to {int(wanted.max())}" if wanted.ndim else f"is {int(wanted)}"
+        raise ValueError(f"{op}: argument `{argument}` must be {expected}, but it {found}.")
+    return wanted.expand(batch)

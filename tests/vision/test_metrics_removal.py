@@ -1,11 +1,12 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from metric_games import SetGame, linear_game, two_class_game
 
-from fastshap_vision import PixelGame, SelfExplainingClassifier, metrics
+from fastshap_vision import PixelGame, SelfExplainingClassifier, exact_values, metrics
 from fastshap_vision.metrics.removal import NINE_LEVELS, TEN_LEVELS, removal_curve
 
 # Of the number of players present, not of who they are: P = 10.
@@ -187,7 +188,7 @@ def test_score_says_mean_and_standard_error(by_size):
     score = metrics.Score(values)
     assert score.mean == pytest.approx(0.5)
     assert score.standard_error == pytest.approx(0.3 / math.sqrt(3))
-    assert repr(score) == "Score(0.5000 ± 0.1732, 4 images)"
+    assert repr(score) == "Score(0.5000 ± 0.1732, 3 of 4 images)"
     assert math.isnan(metrics.Score(values[:1]).standard_error)
     difference = score - metrics.Score(values - 0.1)
     assert (difference.mean, difference.standard_error) == pytest.approx((0.1, 0), abs=1e-9)
@@ -203,9 +204,19 @@ def test_score_says_mean_and_standard_error(by_size):
         ({"attributions": torch.zeros(1, 10)}, "argument `attributions`.*explanation.values_for"),
         ({"attributions": torch.zeros(2, 10, dtype=torch.long)}, "argument `attributions`"),
         ({"attributions": torch.full((2, 10), math.nan)}, "argument `attributions` must be finite"),
-        ({"target": 2}, r"argument `target` must be in 0 … 1"),
-        ({"target": torch.tensor([0, -1])}, r"argument `target` must be in 0 … 1"),
-        ({"target": torch.tensor([0, 1, 1])}, r"argument `target` must be None, a class or \(2,\) whole numbers"),
+        ({"target": 2}, "argument `target` must be None, a class from 0 to 1, or 2 of them.* but it is 2"),
+        ({"target": torch.tensor([0, -1])}, "argument `target` must be .* a class from 0 to 1.* but it holds -1 to 0"),
+        ({"target": torch.tensor([0, 1, 1])}, "argument `target` must be None, a class from 0 to 1, or 2 of them"),
+        ({"target": torch.tensor([[0], [1]])}, "argument `target`"),
+        ({"target": [[0], [1]]}, "argument `target`"),
+        ({"target": [[0], [1, 1]]}, "argument `target`"),
+        ({"target": "cat"}, "argument `target`"),
+        ({"target": True}, "argument `target`"),
+        ({"target": 2**63}, "argument `target`"),
+        ({"target": np.uint64(2**63)}, "argument `target`"),
+        ({"target": torch.tensor([0, 1j])}, "argument `target`"),
+        ({"target": torch.tensor([0, 1]).to_sparse()}, "argument `target`"),
+        ({"target": torch.tensor([0, 1], device="meta")}, "argument `target`"),
         ({"target": torch.tensor([0.0, 1.0])}, "argument `target`"),
         ({"order": "best"}, "Argument `order`"),
         ({"levels": ()}, "argument `levels`"),
@@ -219,8 +230,115 @@ def test_bad_input_is_named(by_size, change, message):
         removal_curve(by_size, **arguments)
 
 
+def linked(game, link):
+    game.link = link
+    return game
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("classes", [1, 3])
+def test_scores_do_not_depend_on_what_the_game_gives(classes, dtype):
+    """Of one game as logits, as probabilities (by hand) and as their logarithms; one class has the sigmoid."""
+    weights = torch.randn(6, classes, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    logits = linear_game(weights, null=0.3).logits
+    full = 0.3 + weights.sum(0)
+    target = int(full.argmax())
+
+    def probability(present, images):
+        values = logits(present, images).exp()
+        return values / (1 + values if classes == 1 else values.sum(2, keepdim=True))
+
+    games = {
+        "logit": SetGame(6, lambda *given: logits(*given).to(dtype)),
+        "probability": linked(SetGame(6, lambda *given: probability(*given).to(dtype)), "probability"),
+        "log_probability": linked(SetGame(6, lambda *given: probability(*given).log().to(dtype)), "log_probability"),
+    }
+    attributions = weights[:, target].unsqueeze(0)
+    kept = torch.ones(7, 6).tril(-1).bool()[None, :, attributions[0].argsort(descending=True).argsort()]
+    expected = probability(kept, images_for(6))[0, :, target]
+    by_hand = float((expected.sum() - expected[0] / 2 - expected[-1] / 2) / 6)
+    for name, game in games.items():
+        assert metrics.insertion(game, images_for(6), attributions).mean == pytest.approx(by_hand, rel=1e-5), name
+        curve = metrics.deletion(game, images_for(6), attributions).curve
+        assert curve.full_log_probability.exp().item() == pytest.approx(expected[-1].item(), rel=1e-5), name
+        removed = probability(~kept, images_for(6))[0, :, target]
+        assert torch.allclose(curve.probability[0].double(), removed, rtol=1e-5), name
+        falls, odds = expected[-1] - removed, (removed / expected[-1]).log()
+        assert curve.aopc().mean == pytest.approx(falls.mean().item(), rel=1e-4), name
+        assert curve.log_odds().mean == pytest.approx(odds.mean().item(), rel=1e-4), name
+    exact = exact_values(games["probability"], images_for(6)).phi[:, :, target]
+    # Sensitivity follows the game's own unit: a probability's.
+    result = metrics.sensitivity_n(games["probability"], images_for(6), exact, sizes=(1,), subsets=50)
+    falls = probability(~torch.eye(6).bool()[None], images_for(6))[0, :, target]
+    chosen = games["probability"].asked[-1][0, 1:].logical_not().int().argmax(1)
+    pairs = torch.stack([exact[0, chosen], -falls[chosen]])
+    assert result.correlation.item() == pytest.approx(torch.corrcoef(pairs)[0, 1].item(), rel=1e-3)
+
+
+def test_a_probability_of_zero_is_small_and_not_nothing():
+    game = linked(SetGame(2, lambda present, images: present[..., :1].double().expand(-1, -1, 2)), "probability")
+    curve = metrics.deletion(game, images_for(2), descending(2)).curve
+    assert curve.probability[0].tolist() == pytest.approx([1, 0, 0])
+    assert curve.log_odds().values.isfinite().all()
+
+
+def test_one_logit_has_the_sigmoid_and_no_hits():
+    """Any map used to score insertion 1, deletion 1, AOPC 0."""
+    game = linear_game(torch.tensor([[2.0], [-1.0], [0.5]]), null=-0.5)
+    x, best = images_for(3), torch.tensor([[2.0, -1.0, 0.5]])
+    height = torch.tensor([-0.5, 1.5, 2.0, 1.0]).sigmoid()  # nobody, then players 0, 2 and 1
+    insertion = metrics.insertion(game, x, best)
+    assert insertion.mean == pytest.approx(float(height.sum() - height[0] / 2 - height[-1] / 2) / 3, rel=1e-6)
+    assert insertion.mean > metrics.insertion(game, x, -best).mean + 0.2
+    assert metrics.deletion(game, x, best).mean < metrics.deletion(game, x, -best).mean - 0.2
+    assert metrics.aopc(game, x, best).mean > metrics.aopc(game, x, -best).mean + 0.2
+    assert insertion.curve.hit.tolist() == [[False, True, True, True]]
+    assert insertion.curve.target.tolist() == [0]
+    with pytest.raises(ValueError, match=r"hits need a game of at least two classes.*Take insertion, deletion or aopc"):
+        metrics.perturbation_test(game, x, best)
+
+
+@pytest.mark.parametrize(
+    ("link", "values", "message"),
+    [
+        ("odds", 0.5, "removal_curve: argument `game.link` must be one of 'probability', 'logit', 'log_probability'"),
+        ("probability", 1.5, "argument `game.link` must be 'probability' for values from 0 to 1.* reach from 1.5 to"),
+        ("probability", -0.5, "argument `game.link`"),
+        ("log_probability", 0.5, "argument `game.link` must be 'log_probability' for values from -inf to 0"),
+    ],
+)
+def test_values_that_a_link_denies_are_named(link, values, message):
+    game = linked(SetGame(3, lambda present, images: torch.full((*present.shape[:2], 2), values)), link)
+    with pytest.raises(ValueError, match=message):
+        removal_curve(game, images_for(3), descending(3))
+
+
+def test_areas_of_levels_that_are_not_evenly_spaced(by_size):
+    """By hand, from trapezoids as wide as the levels are apart: the mean height, in any order of the levels."""
+    x, a = images_for(10), descending(10)
+    p = BY_SIZE.tolist()
+    expected = (0.1 * (p[0] + p[1]) / 2 + 0.5 * (p[1] + p[6]) / 2 + 0.4 * (p[6] + p[10]) / 2) / 1.0
+    for levels in ((0, 0.1, 0.6, 1), (0.6, 1, 0, 0.1), (0, 0, 0.1, 0.6, 0.6, 1)):
+        assert metrics.insertion(by_size, x, a, levels=levels).mean == pytest.approx(expected), levels
+    # Rounding makes 0, 0.15, 0.3 of ten the counts 0, 2, 3: the second step is half as wide as the first.
+    uneven = metrics.insertion(by_size, x, a, levels=(0, 0.15, 0.3)).mean
+    assert uneven == pytest.approx((2 * (p[0] + p[2]) / 2 + (p[2] + p[3]) / 2) / 3)
+    hits = metrics.removal_curve(by_size, x, a, levels=(0, 0.4, 0.5, 1)).hit_area().mean
+    assert hits == pytest.approx(0.4 * 1 + 0.1 * 0.5 + 0.5 * 0)
+    with pytest.raises(ValueError, match=r"at least two different numbers of players.*mean 3 of 10 players"):
+        metrics.insertion(by_size, x, a, levels=(0.28, 0.3))
+
+
+def test_a_game_of_one_player():
+    game = SetGame(1, two_class_game(lambda present: 0.25 + 0.5 * present[..., 0]))
+    x, a = images_for(1), torch.ones(1, 1)
+    assert metrics.insertion(game, x, a).mean == pytest.approx(0.5)
+    assert metrics.deletion(game, x, a).mean == pytest.approx(0.5)
+    assert metrics.aopc(game, x, a).mean == pytest.approx(5 / 9 * 0.5)  # 50 % of one patch is one
+
+
 def test_an_area_needs_two_levels_and_finite_values(by_size):
-    with pytest.raises(ValueError, match="argument `levels` must be at least two for an area"):
+    with pytest.raises(ValueError, match="argument `levels` must be at least two different numbers of players"):
         metrics.deletion(by_size, images_for(10), descending(10), levels=(0.5,))
     broken = linear_game(torch.full((3, 2), math.inf))
     with pytest.raises(ValueError, match="removal_curve: the game's values are not all finite"):

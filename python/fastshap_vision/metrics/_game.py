@@ -11,11 +11,15 @@ from torch import Tensor, nn
 from fastshap_kernels import pack_bits
 from fastshap_kernels._checks import fail
 
+from .._checks import check_classes
 from ..fidelity import check_images, evaluating
 
 
 class Game(Protocol):
-    """The game v_x(S) in logits: a `SelfExplainingClassifier`, a `PixelGame`, or anything like them."""
+    """The game v_x(S): a `SelfExplainingClassifier`, an `AmortizedExplainer`, a `PixelGame`, or anything like them.
+
+    Its attribute `link` says what v is: "logit" (also where it has none), "probability" or "log_probability".
+    """
 
     @property
     def players(self) -> int: ...
@@ -50,13 +54,7 @@ def check_attributions(op: str, game: Game, images: Tensor, attributions: Tensor
 
 def choose_target(op: str, argument: str, target: int | Tensor | None, full: Tensor) -> Tensor:
     """int64 (B,): the class per image that `target` means; None for the predicted one of logits `full` (B, K)."""
-    batch, classes = full.shape
     if target is None:
         return full.argmax(1)
-    wanted = torch.as_tensor(target, device=full.device)
-    if wanted.is_floating_point() or wanted.dtype == torch.bool or wanted.shape not in ((), (batch,)):
-        fail(op, argument, f"None, a class or ({batch},) whole numbers", target)
-    wanted = wanted.long().expand(batch)
-    if ((wanted < 0) | (wanted >= classes)).any():
-        fail(op, argument, f"in 0 … {classes - 1}", target)
-    return wanted
+    batch, classes = full.shape
+    return check_classes(op, argument, target, batch, classes, "None, ").to(full.device)

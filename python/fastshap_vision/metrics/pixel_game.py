@@ -11,12 +11,15 @@ from torch.nn import functional
 from fastshap_kernels import mask_patches
 from fastshap_kernels._checks import check_bits, check_count, fail
 
+from .._checks import check_choice
+from ..link import LINKS
+
 BASELINES = ("mean", "black", "blur")
 _BLUR_SIZE, _BLUR_DEVIATION = 11, 5.0
 
 
 class PixelGame(nn.Module):
-    """The game v_x(S) = model(x with the patches outside S replaced by a baseline), in logits.
+    """The game v_x(S) = model(x with the patches outside S replaced by a baseline).
 
     Args:
         model: images (B, C, H, W) to logits (B, K); a module or any callable.
@@ -29,6 +32,7 @@ class PixelGame(nn.Module):
             or a tensor, (C,) or (1, C, H, W) for all images, (B, C, H, W) for each its own.
         mean, std: of the normalisation, per channel, for pixels in [0, 1]; needed by "black".
         batch: images that the model sees at once, at most.
+        link: what the model returns, where it is not "logit": "probability" or "log_probability".
 
     Attributes:
         grid, players: (h, w) and P.
@@ -48,8 +52,11 @@ class PixelGame(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         batch: int = 256,
+        link: str = "logit",
     ) -> None:
         super().__init__()
+        check_choice("link", link, tuple(LINKS))
+        self.link = link
         if not isinstance(grid, tuple | list) or len(grid) != 2:
             fail("PixelGame", "grid", "two positive whole numbers (h, w)", grid)
         rows, columns = (check_count("PixelGame", "grid", side, 1, 4096) for side in grid)
@@ -71,7 +78,7 @@ class PixelGame(nn.Module):
             fail("PixelGame", "baseline", f"one of {', '.join(map(repr, BASELINES))} or a tensor", baseline)
 
     def forward(self, images: Tensor) -> Tensor:
-        """The model's logits (B, K) of whole images."""
+        """The model's output (B, K) for whole images."""
         return self.model(images)
 
     def coalition_values(self, images: Tensor, bits: Tensor) -> Tensor:

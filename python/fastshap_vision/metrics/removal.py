@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from fastshap_kernels._checks import fail
 
 from .._checks import check_choice
+from ..link import link_of, log_probabilities_of
 from ._game import Game, check_attributions, choose_target, values_with_full
 from .scores import Score
 
@@ -27,11 +28,14 @@ class RemovalCurve:
 
     Args:
         counts (int64): (n,) players removed, or present where `keep`.
-        log_probability: (B, n) logarithm of the target's softmax probability at each level.
+        log_probability: (B, n) logarithm of the target's probability at each level: of logits, their softmax; of one
+            logit alone, its sigmoid.
         full_log_probability: (B,) the same with every player present.
-        hit (bool): (B, n) whether the target has the largest logit.
+        hit (bool): (B, n) whether the target is the most probable class; of one class alone, whether it is more
+            probable than not.
         target (int64): (B,) the class per image.
         players: P.
+        classes: K.
         keep: whether `counts` players are present instead of removed.
     """
 
@@ -41,11 +45,12 @@ class RemovalCurve:
     hit: Tensor
     target: Tensor
     players: int
+    classes: int
     keep: bool
 
     @property
     def probability(self) -> Tensor:
-        """(B, n) softmax probability of the target."""
+        """(B, n) probability of the target."""
         return self.log_probability.exp()
 
     def at(self, levels: Sequence[float]) -> RemovalCurve:
@@ -63,23 +68,43 @@ class RemovalCurve:
         if missing:
             fail("RemovalCurve.at", "levels", f"of {sorted(known)} players", f"{missing[0]} players")
         columns = torch.tensor([known[count] for count in wanted], device=self.counts.device)
-        return RemovalCurve(
-            self.counts[columns],
-            self.log_probability[:, columns],
-            self.full_log_probability,
-            self.hit[:, columns],
-            self.target,
-            self.players,
-            self.keep,
+        return replace(
+            self,
+            counts=self.counts[columns],
+            log_probability=self.log_probability[:, columns],
+            hit=self.hit[:, columns],
         )
 
     def area(self) -> Score:
-        """Area under the target's probability, in [0, 1]: (Σ − first/2 − last/2) / (n − 1), levels evenly spaced."""
-        return Score(_area(self.probability), self)
+        """Mean height of the target's probability between the first and the last of `counts`, in [0, 1].
+
+        The trapezoid rule over `counts`, however they are spaced and in whatever order they come.
+
+        Raises:
+            ValueError: where all counts are the same.
+        """
+        return Score(self._mean_height(self.probability), self)
 
     def hit_area(self) -> Score:
-        """Area under the hits, in [0, 1], by the same rule."""
-        return Score(_area(self.hit), self)
+        """Mean height of the hits, in [0, 1], by the same rule.
+
+        Raises:
+            ValueError: where all counts are the same, or there is one class alone.
+        """
+        if self.classes == 1:
+            raise ValueError(
+                "RemovalCurve.hit_area: hits need a game of at least two classes, but this one has one alone, which "
+                "leads always. Take insertion, deletion or aopc, which follow its probability."
+            )
+        return Score(self._mean_height(self.hit), self)
+
+    def _mean_height(self, heights: Tensor) -> Tensor:
+        """float64 (B,) of (B, n)."""
+        counts, order = self.counts.double().sort(stable=True)
+        if counts[0] == counts[-1]:
+            remedy = f"These all mean {int(counts[0])} of {self.players} players."
+            fail("RemovalCurve", "levels", "at least two different numbers of players for an area", len(counts), remedy)
+        return torch.trapezoid(heights.double()[:, order], counts) / (counts[-1] - counts[0])
 
     def aopc(self, *, signed: bool = True) -> Score:
         """Mean over the levels of p − p_k, or of |p − p_k| where not `signed`."""
@@ -134,14 +159,19 @@ def removal_curve(
     first = sequence.argsort(1).unsqueeze(1) < counts.view(1, -1, 1)
     full, values = values_with_full(op, game, images, first if keep else ~first)
     chosen = choose_target(op, "target", target, full)
+    link = link_of(op, game)
+    log_probability = log_probabilities_of(op, values, link)
+    followed = log_probability.gather(2, chosen.view(-1, 1, 1).expand(-1, len(counts), 1)).squeeze(2)
+    classes = values.shape[2]
     return RemovalCurve(
-        counts,
-        values.log_softmax(2).gather(2, chosen.view(-1, 1, 1).expand(-1, len(counts), 1)).squeeze(2),
-        full.log_softmax(1).gather(1, chosen.unsqueeze(1)).squeeze(1),
-        values.argmax(2) == chosen.unsqueeze(1),
-        chosen,
-        players,
-        keep,
+        counts=counts,
+        log_probability=followed,
+        full_log_probability=log_probabilities_of(op, full, link).gather(1, chosen.unsqueeze(1)).squeeze(1),
+        hit=followed > math.log(0.5) if classes == 1 else values.argmax(2) == chosen.unsqueeze(1),
+        target=chosen,
+        players=players,
+        classes=classes,
+        keep=keep,
     )
 
 
@@ -164,7 +194,7 @@ def insertion(
         `Score` in [0, 1], with its curve.
 
     Raises:
-        ValueError: as `removal_curve`, or for fewer than two levels.
+        ValueError: as `removal_curve`, or for levels that mean fewer than two numbers of players.
 
     Deterministic: as the game is.
 
@@ -192,7 +222,7 @@ def deletion(
         `Score` in [0, 1], with its curve.
 
     Raises:
-        ValueError: as `removal_curve`, or for fewer than two levels.
+        ValueError: as `removal_curve`, or for levels that mean fewer than two numbers of players.
 
     Deterministic: as the game is.
 
@@ -250,8 +280,9 @@ def perturbation_test(
 ) -> Score:
     """Chefer's perturbation test: area under the top-1 accuracy as 0 … 90 % of the patches are removed.
 
-    The area is a mean height, in [0, 1]; times 0.9 it is the area between 0 and 0.9 on an axis of shares removed. The
-    original removes single pixels of an enlarged map and rounds their number down; here whole patches go.
+    The area is a mean height over the patches removed, in [0, 1]; times 0.9 it is the area between 0 and 0.9 on an axis
+    of shares removed. The original removes single pixels of an enlarged map and rounds their number down; here whole
+    patches go.
 
     Args:
         game, images, attributions: see `removal_curve`.
@@ -263,7 +294,7 @@ def perturbation_test(
         `Score` in [0, 1], with its curve; `curve.hit` has the single hits.
 
     Raises:
-        ValueError: as `removal_curve`.
+        ValueError: as `removal_curve`, or for a game of one class, where there is no other to lead.
 
     Deterministic: as the game is.
 
@@ -271,14 +302,6 @@ def perturbation_test(
     """
     order = "most" if positive else "least"
     return removal_curve(game, images, attributions, labels, order=order, levels=TEN_LEVELS).hit_area()
-
-
-def _area(heights: Tensor) -> Tensor:
-    """float64 (B,) of (B, n)."""
-    if heights.shape[1] < 2:
-        fail("RemovalCurve", "levels", "at least two for an area", heights.shape[1])
-    heights = heights.double()
-    return (heights.sum(1) - heights[:, 0] / 2 - heights[:, -1] / 2) / (heights.shape[1] - 1)
 
 
 def _counts(op: str, levels: Sequence[float], players: int) -> list[int]:

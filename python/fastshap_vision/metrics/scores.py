@@ -45,4 +45,6 @@ class Score:
         return Score(self.values - other.values)
 
     def __repr__(self) -> str:
-        return f"Score({self.mean:.4f} ± {self.standard_error:.4f}, {len(self)} images)"
+        left_out = int(self.values.isnan().sum())
+        images = f"{len(self) - left_out} of {len(self)}" if left_out else str(len(self))
+        return f"Score({self.mean:.4f} ± {self.standard_error:.4f}, {images} images)"
