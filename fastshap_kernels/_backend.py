@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from . import _native
+from ._checks import describe
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
@@ -26,10 +27,10 @@ _logged: set[str] = set()
 
 
 def _known(name: str, source: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(
-            f"{source} names the backend {name!r}, which does not exist. Choose one of {', '.join(BACKENDS)}."
-        )
+    if not isinstance(name, str) or name not in BACKENDS:
+        shown = describe(name).removesuffix(" (str)")
+        choices = ", ".join(BACKENDS)
+        raise ValueError(f"{source} names the backend {shown}, which does not exist. Choose one of {choices}.")
     return name
 
 

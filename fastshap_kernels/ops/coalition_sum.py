@@ -15,7 +15,6 @@ _KERNELS = ("cuda", "triton", "cpu")
 #: coalitions an H100 has the instructions for 2.7e12 values a second, and its memory gives 1.5e12 in bfloat16. Beyond,
 #: Triton's kernel on the matrix units wins. This is what the arithmetic predicts, not a measurement.
 _FEW_COALITIONS = 8
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def coalition_sum(features: Tensor, bits: Tensor, *, backend: str | None = None) -> Tensor:
@@ -46,8 +45,6 @@ def coalition_sum(features: Tensor, bits: Tensor, *, backend: str | None = None)
 def check_features(op: str, argument: str, features: object, shape: str) -> None:
     """(B, P, …) of a dtype that can be pooled, with 1 ≤ P ≤ 4096."""
     tensor = _checks.check_tensor(op, argument, features, shape, 3)
-    if tensor.dtype not in _DTYPES:
-        _checks.fail(op, argument, "float16, bfloat16, float32 or float64", tensor)
     _checks.check_count(op, f"{argument}.shape[1]", int(tensor.shape[1]), 1, _checks.MAX_PLAYERS)
 
 

@@ -46,11 +46,8 @@ def exact_shapley(values: Tensor, *, backend: str | None = None) -> Tensor:
 
 def _check_values(op: str, values: object) -> None:
     shape = "(..., 2^P, K)"
-    if not isinstance(values, Tensor):
-        raise TypeError(f"{op}: argument `values` must be a tensor {shape}, but it is {_checks.describe(values)}.")
-    if values.ndim < 2 or not values.is_floating_point():
-        _checks.fail(op, "values", f"a floating-point tensor {shape}", values)
-    coalitions = int(values.shape[-2])
+    tensor = _checks.check_tensor(op, "values", values, shape, range(2, 65))  # PyTorch has 64 dimensions
+    coalitions = int(tensor.shape[-2])
     if coalitions < 2 or coalitions & (coalitions - 1) or coalitions > 2**_MAX_PLAYERS:
         _checks.fail(
             op,

@@ -62,7 +62,7 @@ def kernel_shap(
     Lee, Improving KernelSHAP (2021), for pairs.
     """
     op = "kernel_shap"
-    _check_arguments(op, bits, values, null, grand, players)
+    players = _check_arguments(op, bits, values, null, grand, players)
     weights = _normalized_weights(op, weights, values)
     _backend.select(op, values.device, backend, ())
     phi, standard_error, is_regular = reference.kernel_shap(
@@ -74,13 +74,14 @@ def kernel_shap(
         players,
     )
     # Reading the outcome waits for the device and can't be traced.
-    if not torch.compiler.is_compiling() and not bool(is_regular.all()):
+    if _checks.has_values(is_regular) and not bool(is_regular.all()):
         _fail_singular(bits, weights, players, int(is_regular.logical_not().nonzero()[0]))
     return KernelShapEstimate(phi.to(values.dtype), standard_error.to(values.dtype))
 
 
-def _check_arguments(op: str, bits: Tensor, values: Tensor, null: Tensor, grand: Tensor, players: int) -> None:
-    _checks.check_count(op, "players", players, 1, _checks.MAX_PLAYERS)
+def _check_arguments(op: str, bits: Tensor, values: Tensor, null: Tensor, grand: Tensor, players: int) -> int:
+    """Returns P."""
+    players = _checks.check_count(op, "players", players, 1, _checks.MAX_PLAYERS)
     _checks.check_tensor(op, "values", values, "(B, M, K)", 3)
     _checks.check_bits(op, bits, players, values)
     batch, coalitions, classes = values.shape
@@ -89,12 +90,12 @@ def _check_arguments(op: str, bits: Tensor, values: Tensor, null: Tensor, grand:
     _checks.check_tensor(op, "grand", grand, "(B, K)", 2)
     if grand.shape != (batch, classes):
         _checks.fail(op, "grand", f"({batch}, {classes}) for `values` {tuple(values.shape)}", grand)
-    if not isinstance(null, Tensor):
-        raise TypeError(f"{op}: argument `null` must be a tensor (K,) or (B, K), but it is {_checks.describe(null)}.")
-    if null.shape not in ((classes,), (batch, classes)) or not null.is_floating_point():
+    _checks.check_tensor(op, "null", null, f"({classes},) or ({batch}, {classes})", range(1, 3))
+    if null.shape not in ((classes,), (batch, classes)):
         _checks.fail(op, "null", f"a floating-point tensor ({classes},) or ({batch}, {classes})", null)
     _checks.check_device(op, "null", null, values)
     _checks.check_device(op, "grand", grand, values)
+    return players
 
 
 def _normalized_weights(op: str, weights: Tensor | None, values: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ def _normalized_weights(op: str, weights: Tensor | None, values: Tensor) -> Tens
     if weights.shape != (batch, coalitions):
         _checks.fail(op, "weights", f"({batch}, {coalitions}) for `values` {tuple(values.shape)}", weights)
     _checks.check_device(op, "weights", weights, values)
-    if not torch.compiler.is_compiling() and not bool((weights.isfinite() & (weights >= 0)).all()):
+    if _checks.has_values(weights) and not bool((weights.isfinite() & (weights >= 0)).all()):
         lowest, highest = (float(end) for end in torch.aminmax(weights))
         _checks.fail(op, "weights", "finite and not negative", f"values from {lowest} to {highest}")
     total = weights.double().sum(1, keepdim=True)

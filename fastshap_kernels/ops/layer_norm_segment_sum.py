@@ -58,15 +58,14 @@ def layer_norm_segment_sum(
     _checks.check_cu_seqlens(op, cu_seqlens, rows)
     precise = torch.promote_types(rows.dtype, torch.float32)
     weight, bias = _check_affine("weight", weight, rows, precise), _check_affine("bias", bias, rows, precise)
-    _checks.check_count(op, "prefix", prefix, 0, 2**31 - 1)
-    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < float("inf"):
-        _checks.fail(op, "eps", "a number ≥ 0", eps)
+    prefix = _checks.check_count(op, "prefix", prefix, 0, 2**31 - 1)
+    eps = _checks.check_number(op, "eps", eps, 0)
     served_by = _backend.select(op, rows.device, backend, _KERNELS, unsupported=_unsupported(rows))
     if served_by == "reference":
         _checks.check_boundaries(op, cu_seqlens, int(rows.shape[0]))
-        return reference.layer_norm_segment_sum(rows, cu_seqlens, weight, bias, prefix, float(eps))
+        return reference.layer_norm_segment_sum(rows, cu_seqlens, weight, bias, prefix, eps)
     namespace = _library.namespace(served_by)
-    return LayerNormSegmentSum.apply(rows, cu_seqlens, weight, bias, prefix, float(eps), namespace)[0]
+    return LayerNormSegmentSum.apply(rows, cu_seqlens, weight, bias, prefix, eps, namespace)[0]
 
 
 def _check_affine(argument: str, value: Tensor | None, rows: Tensor, dtype: torch.dtype) -> Tensor | None:

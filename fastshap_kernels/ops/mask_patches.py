@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from typing import Any
 
 import torch
@@ -11,7 +13,6 @@ from .. import _backend, _checks, _library
 from ..reference import mask_patches as reference
 
 _KERNELS = ("cuda", "triton", "cpu")
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def mask_patches(
@@ -49,10 +50,10 @@ def mask_patches(
     """
     op = "mask_patches"
     _checks.check_tensor(op, "images", images, "(B, C, H, W)", 4)
-    _check_grid(images, grid)
+    grid = _check_grid(images, grid)
     _checks.check_bits(op, bits, grid[0] * grid[1], images)
     dtype = images.dtype if dtype is None else dtype
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, torch.dtype) or dtype not in _checks.FLOATING:
         _checks.fail(op, "dtype", "float16, bfloat16, float32 or float64", dtype)
     baseline_images = _expand_baseline(images, baseline)
     convertible = dtype == images.dtype or images.dtype == torch.float32
@@ -60,15 +61,16 @@ def mask_patches(
     unsupported = {} if convertible else dict.fromkeys(_KERNELS, reason)
     served_by = _backend.select(op, images.device, backend, _KERNELS, unsupported=unsupported)
     if served_by == "reference":
-        return reference.mask_patches(images, bits, baseline_images, (grid[0], grid[1]), dtype)
+        return reference.mask_patches(images, bits, baseline_images, grid, dtype)
     return MaskPatches.apply(images, bits, baseline_images, grid[0], grid[1], dtype, _library.namespace(served_by))
 
 
-def _check_grid(images: Tensor, grid: object) -> None:
+def _check_grid(images: Tensor, grid: object) -> tuple[int, int]:
     height, width = images.shape[2:]
-    if not isinstance(grid, tuple | list) or len(grid) != 2 or not all(isinstance(n, int) and n > 0 for n in grid):
+    if not isinstance(grid, tuple | list) or len(grid) != 2:
         _checks.fail("mask_patches", "grid", "two positive whole numbers (h, w)", grid)
-    if height % grid[0] or width % grid[1]:
+    rows, columns = (_checks.check_count("mask_patches", f"grid[{i}]", grid[i], 1, 2**31 - 1) for i in (0, 1))
+    if height % rows or width % columns:
         _checks.fail(
             "mask_patches",
             "grid",
@@ -76,16 +78,23 @@ def _check_grid(images: Tensor, grid: object) -> None:
             grid,
             "Resize the images or change the grid.",
         )
+    return rows, columns
 
 
 def _expand_baseline(images: Tensor, baseline: float | Tensor) -> Tensor:
     """(1 or B, C, H, W) in the dtype and on the device of the images; a view wherever it can be."""
     channels, height, width = images.shape[1:]
-    if not isinstance(baseline, Tensor):
-        if isinstance(baseline, bool) or not isinstance(baseline, int | float):
-            _checks.fail("mask_patches", "baseline", "a number or a tensor", baseline)
+    op, argument, shapes = "mask_patches", "baseline", "(C,), (C, H, W) or (B, C, H, W)"
+    if isinstance(baseline, numbers.Real) and not isinstance(baseline, bool):
+        # NaN and infinity are what the caller wrote; a finite number that the dtype can't hold is not.
+        most = torch.finfo(images.dtype).max
+        if not -most <= baseline <= most and baseline == baseline and baseline not in (math.inf, -math.inf):
+            _checks.fail(op, argument, f"a number that {images.dtype}, the dtype of `images`, can hold", baseline)
         return images.new_full((), float(baseline)).expand(1, channels, height, width)
-    _checks.check_device("mask_patches", "baseline", baseline, images)
+    if not isinstance(baseline, Tensor):
+        _checks.fail(op, argument, f"a number or a tensor {shapes}", baseline)
+    _checks.check_tensor(op, argument, baseline, shapes, range(1, 5))
+    _checks.check_device(op, argument, baseline, images)
     baseline = baseline.to(images.dtype)
     if baseline.shape == (channels,):
         return baseline.view(1, channels, 1, 1).expand(1, channels, height, width)
@@ -94,8 +103,8 @@ def _expand_baseline(images: Tensor, baseline: float | Tensor) -> Tensor:
     if baseline.shape == images.shape:
         return baseline
     return _checks.fail(
-        "mask_patches",
-        "baseline",
+        op,
+        argument,
         f"a number, ({channels},), {tuple(images.shape[1:])} or {tuple(images.shape)}",
         baseline,
     )

@@ -25,8 +25,10 @@ def pack_bits(present: Tensor) -> Tensor:
 
     Deterministic: yes.
     """
-    if not isinstance(present, Tensor) or present.dtype != torch.bool or present.ndim < 1:
-        _checks.fail("pack_bits", "present", "a bool tensor (..., P)", present, "Convert a 0/1 mask with .bool().")
+    expected, remedy = "a bool tensor (..., P)", "Convert a 0/1 mask with .bool()."
+    _checks.check_dense("pack_bits", "present", present, expected)
+    if present.dtype != torch.bool or present.ndim < 1:
+        _checks.fail("pack_bits", "present", expected, present, remedy)
     _checks.check_count("pack_bits", "present.shape[-1]", int(present.shape[-1]), 1, _checks.MAX_PLAYERS)
     return reference.pack_bits(present)
 
@@ -46,8 +48,9 @@ def unpack_bits(bits: Tensor, players: int) -> Tensor:
 
     Deterministic: yes.
     """
-    _checks.check_count("unpack_bits", "players", players, 1, _checks.MAX_PLAYERS)
-    wanted = _checks.words(players)
-    if not isinstance(bits, Tensor) or bits.dtype != torch.int32 or bits.ndim < 1 or bits.shape[-1] != wanted:
-        _checks.fail("unpack_bits", "bits", f"int32 (..., {wanted}) for {players} players", bits)
+    players = _checks.check_count("unpack_bits", "players", players, 1, _checks.MAX_PLAYERS)
+    expected, remedy = f"int32 (..., {_checks.words(players)}) for {players} players", "Make it with pack_bits."
+    _checks.check_dense("unpack_bits", "bits", bits, expected, remedy)
+    if bits.dtype != torch.int32 or bits.ndim < 1 or bits.shape[-1] != _checks.words(players):
+        _checks.fail("unpack_bits", "bits", expected, bits, remedy)
     return reference.unpack_bits(bits, players)

@@ -58,16 +58,19 @@ def pack_tokens(
     op = "pack_tokens"
     _checks.check_tensor(op, "tokens", tokens, "(B, Q + P, D)", 3)
     length = int(tokens.shape[1])
-    _checks.check_count(op, "prefix", prefix, 0, length - 1, "At least one token must be a player.")
+    prefix = _checks.check_count(op, "prefix", prefix, 0, length - 1, "At least one token must be a player.")
     players = length - prefix
     _checks.check_count(op, "tokens.shape[1] - prefix", players, 1, _checks.MAX_PLAYERS)
     _checks.check_bits(op, bits, players, tokens)
+    _checks.check_flag(op, "paired", paired)
     if paired and bits.shape[1] % 2:
         _checks.fail(op, "bits", "pairs of complements (M even), since `paired` is True", bits)
     if rows is not None:
-        _checks.check_count(op, "rows", rows, 0, 2**31 - 1)
+        rows = _checks.check_count(op, "rows", rows, 0, 2**31 - 1)
         if paired:
             _checks.fail(op, "rows", "left out for pairs, whose rows follow from the shapes", rows)
+    elif not paired and bits.is_meta:
+        _checks.fail(op, "bits", "coalitions that can be counted", bits, "Pass `rows`, or `paired` for pairs.")
     served_by = _backend.select(op, tokens.device, backend, _KERNELS)
     if served_by == "reference":
         packed, cu_seqlens = _reference(tokens, bits, prefix, paired, rows)
@@ -77,7 +80,7 @@ def pack_tokens(
         )
     if rows is None:
         return packed, cu_seqlens, length
-    if cu_seqlens.device.type != "cpu":
+    if cu_seqlens.device.type not in ("cpu", "meta"):
         torch._assert_async(cu_seqlens[-1] <= rows, "pack_tokens: argument `rows` is less than the tokens present.")
     return packed, torch.cat([cu_seqlens, _surplus_ends(cu_seqlens, rows, length)]), length
 
@@ -96,7 +99,7 @@ def _paired_total(bits: Tensor, length: int, prefix: int) -> int:
 def _reference(tokens: Tensor, bits: Tensor, prefix: int, paired: bool, total: int | None) -> tuple[Tensor, Tensor]:
     promised = _paired_total(bits, tokens.shape[1], prefix) if paired else total
     rows, cu_seqlens = reference.pack_tokens(tokens, bits, prefix, promised)
-    if promised is not None and cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if promised is not None and cu_seqlens.device.type == "cpu" and _checks.has_values(cu_seqlens):
         counted = int(cu_seqlens[-1])
         if total is not None and counted > total:
             _checks.fail("pack_tokens", "rows", f"at least {counted}, the tokens present", total)

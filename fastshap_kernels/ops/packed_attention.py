@@ -43,17 +43,14 @@ def packed_attention(
     _checks.check_tensor(op, "qkv", qkv, "(T, 3, heads, head_dim)", 4)
     if qkv.shape[1] != 3 or not qkv.shape[2] or not qkv.shape[3]:
         _checks.fail(op, "qkv", "(T, 3, heads, head_dim) with at least one head and one value each", qkv)
-    _checks.check_count(op, "max_seqlen", max_seqlen, 0, 2**31 - 1)
+    max_seqlen = _checks.check_count(op, "max_seqlen", max_seqlen, 0, 2**31 - 1)
     _checks.check_cu_seqlens(op, cu_seqlens, qkv)
-    if scale is None:
-        scale = float(qkv.shape[3]) ** -0.5
-    elif isinstance(scale, bool) or not isinstance(scale, int | float):
-        _checks.fail(op, "scale", "a number", scale)
+    scale = float(qkv.shape[3]) ** -0.5 if scale is None else _checks.check_number(op, "scale", scale)
     served_by = _backend.select(op, qkv.device, backend, _KERNELS, unsupported=_unsupported(qkv))
     if served_by == "reference":
         _checks.check_boundaries(op, cu_seqlens, int(qkv.shape[0]), max_seqlen)
-        return reference.packed_attention(qkv, cu_seqlens, max_seqlen, float(scale))
-    return PackedAttention.apply(qkv, cu_seqlens, max_seqlen, float(scale), _library.namespace(served_by))[0]
+        return reference.packed_attention(qkv, cu_seqlens, max_seqlen, scale)
+    return PackedAttention.apply(qkv, cu_seqlens, max_seqlen, scale, _library.namespace(served_by))[0]
 
 
 def _unsupported(qkv: Tensor) -> dict[str, str]:

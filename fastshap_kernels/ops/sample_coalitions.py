@@ -61,11 +61,9 @@ def sample_coalitions(
     2017, theorem 2 (Shapley kernel); Covert and Lee, AISTATS 2021 (paired sampling).
     """
     op = "sample_coalitions"
-    _check_counts(batch, coalitions, players, seed, offset)
-    if not isinstance(paired, bool):
-        _checks.fail(op, "paired", "True or False", paired)
-    if sizes not in _SIZES:
-        _checks.fail(op, "sizes", '"shapley" or "uniform"', sizes)
+    batch, coalitions, players, seed, offset = _check_counts(batch, coalitions, players, seed, offset)
+    _checks.check_flag(op, "paired", paired)
+    _checks.check_choice(op, "sizes", sizes, _SIZES)
     thresholds = _size_thresholds(players, sizes, _resolve_device(device))
     served_by = _backend.select(op, thresholds.device, backend, _KERNELS)
     if served_by == "reference":
@@ -76,16 +74,19 @@ def sample_coalitions(
     return kernels.sample_coalitions(thresholds, batch, coalitions, players, signed_seed, offset, paired)
 
 
-def _check_counts(batch: int, coalitions: int, players: int, seed: int, offset: int) -> None:
-    op = "sample_coalitions"
-    _checks.check_count(op, "batch", batch, 0, 2**31 - 1)
-    _checks.check_count(op, "coalitions", coalitions, 0, 2**31 - 1)
-    _checks.check_count(
-        op, "players", players, 2, _checks.MAX_PLAYERS, "A coalition that is neither empty nor full needs two players."
-    )
-    _checks.check_count(op, "seed", seed, 0, 2**64 - 1)
-    _checks.check_count(
-        op, "offset", offset, 0, 2**63 - 1 - batch * coalitions, "Start again from 0 with another seed."
+def _check_counts(batch: int, coalitions: int, players: int, seed: int, offset: int) -> tuple[int, ...]:
+    op, check = "sample_coalitions", _checks.check_count
+    batch, coalitions = check(op, "batch", batch, 0, 2**31 - 1), check(op, "coalitions", coalitions, 0, 2**31 - 1)
+    two = "A coalition that is neither empty nor full needs two players."
+    players = check(op, "players", players, 2, _checks.MAX_PLAYERS, two)
+    seed = check(op, "seed", seed, 0, 2**64 - 1)
+    most = 2**63 - 1 - batch * coalitions
+    return (
+        batch,
+        coalitions,
+        players,
+        seed,
+        check(op, "offset", offset, 0, most, "Start again from 0 with another seed."),
     )
 
 
@@ -93,11 +94,9 @@ def _resolve_device(device: torch.device | str | None) -> torch.device:
     """The device itself, with its index where it has one, so that each has a single table."""
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"sample_coalitions: argument `device` must be a device that this torch can use, "
-            f"but it is {_checks.describe(device)}. {error}"
-        ) from error
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        reason = (str(error).splitlines() or [""])[0][:200]
+        _checks.fail("sample_coalitions", "device", "a device that this torch can use", device, reason)
 
 
 def _size_thresholds(players: int, sizes: str, device: torch.device) -> Tensor:

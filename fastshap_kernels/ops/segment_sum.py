@@ -37,7 +37,7 @@ def segment_sum(rows: Tensor, cu_seqlens: Tensor, prefix: int = 0, *, backend: s
     """
     op = "segment_sum"
     _checks.check_tensor(op, "rows", rows, "(T, D)", 2)
-    _checks.check_count(op, "prefix", prefix, 0, 2**31 - 1)
+    prefix = _checks.check_count(op, "prefix", prefix, 0, 2**31 - 1)
     _checks.check_cu_seqlens(op, cu_seqlens, rows)
     served_by = _backend.select(op, rows.device, backend, _KERNELS)
     if served_by == "reference":

@@ -168,10 +168,8 @@ def check_game(
     `like` (B, P, …) is what the Shapley values come from.
     """
     batch, coalitions = bits.shape[:2]
-    if normalization not in NORMALIZATIONS:
-        _checks.fail(op, "normalization", "one of " + ", ".join(NORMALIZATIONS), normalization)
-    if reduction not in REDUCTIONS:
-        _checks.fail(op, "reduction", "one of " + ", ".join(REDUCTIONS), reduction)
+    _checks.check_choice(op, "normalization", normalization, NORMALIZATIONS)
+    _checks.check_choice(op, "reduction", reduction, REDUCTIONS)
     _check(op, "values", values, like, (batch, coalitions, classes), "(B, M, K)")
     if null is not None:
         shared = isinstance(null, Tensor) and null.ndim == 1

@@ -18,5 +18,5 @@ def coalition_sum(features: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     accumulate = torch.promote_types(features.dtype, torch.float32)
     present = unpack_bits(bits, features.shape[1]).to(accumulate)
     # Autocast would round the sums to half precision.
-    with torch.autocast(features.device.type, enabled=False):
+    with torch.autocast("cpu" if features.is_meta else features.device.type, enabled=False):
         return torch.bmm(present, features.to(accumulate)).to(dtype)

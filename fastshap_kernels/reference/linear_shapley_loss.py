@@ -35,7 +35,7 @@ def linear_shapley_loss(
         pooled = pooled - share * total
         constant = share * gain
     # Autocast would round the predictions to half precision.
-    with torch.autocast(features.device.type, enabled=False):
+    with torch.autocast("cpu" if features.is_meta else features.device.type, enabled=False):
         predicted = torch.nn.functional.linear(pooled, weight.to(dtype))
     if constant is not None:
         predicted = predicted + constant

@@ -304,7 +304,7 @@ def test_devices():
         ({"offset": -1}, "`offset`"),
         ({"offset": 2**63 - 15}, "`offset`.*another seed"),
         ({"paired": 1}, "`paired`"),
-        ({"sizes": "kernel"}, '`sizes` must be "shapley" or "uniform"'),
+        ({"sizes": "kernel"}, "`sizes` must be one of shapley, uniform"),
         ({"device": "gpu"}, "`device`"),
         ({"backend": "gpu"}, "Choose one of"),
     ],
