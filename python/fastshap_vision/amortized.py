@@ -21,7 +21,7 @@ from ._checks import check_choice
 from .classifier import SelfExplainingClassifier, convert
 from .coalition_objective import SIZES, CoalitionObjective, Draw, ObjectiveTerms, evaluate_draw, variance_of
 from .explanation import Explanation, LogProbabilityExplanation, ProbabilityExplanation
-from .link import LINKS, log_distribution
+from .link import LINKS, at_least_float32, log_distribution
 from .stem import evaluation_mode
 
 _EXPLANATIONS: dict[str, type[Explanation]] = {
@@ -167,17 +167,17 @@ class AmortizedExplainer(nn.Module):
         return self.surrogate(images)
 
     def coalition_values(self, images: Tensor, bits: Tensor, **options: Any) -> Tensor:
-        """v(S) under the link, (B, M, K); arguments as in `SelfExplainingClassifier.coalition_values`."""
+        """v(S) under the link, (B, M, K), float32 at least; arguments as in `SelfExplainingClassifier.coalition_values`."""
         return LINKS[self.link](self.surrogate.coalition_values(images, bits, **options))
 
     def null_value(self) -> Tensor:
-        """v(∅) under the link: (K,)."""
+        """v(∅) under the link: (K,), float32 at least."""
         return LINKS[self.link](self.surrogate.null_value())
 
     def shapley_values(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Shapley values (B, P, K) of every patch and class, and v(N) (B, K), both in the link's unit.
 
-        They sum to v(N) − v(∅). Gradients flow to the network.
+        They sum to v(N) − v(∅), in float32 at least whatever the networks compute in. Gradients flow to the network.
         """
         self.network._check_images(images)
         return self._explained(images)[:2]
@@ -186,7 +186,7 @@ class AmortizedExplainer(nn.Module):
         """Shapley values (B, P, K), v(N) (B, K) and v(∅) (K,)."""
         grand, null = LINKS[self.link](self.surrogate(images)), self.null_value()
         features, _ = self.network.game.features_and_logits(images)
-        delta = self.network.shares(self.network.explainer(features))
+        delta = at_least_float32(self.network.shares(self.network.explainer(features)))
         missing = grand - null - delta.sum(1)
         return delta + (missing / self.players).unsqueeze(1), grand, null
 

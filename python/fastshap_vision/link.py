@@ -11,18 +11,26 @@ from torch.nn import functional
 from fastshap_kernels._checks import fail
 
 
+def at_least_float32(values: Tensor) -> Tensor:
+    """The values themselves, or in float32 what has fewer bits: sums and differences then keep what there is."""
+    return values.float() if values.dtype.itemsize < 4 else values
+
+
 def probabilities(logits: Tensor) -> Tensor:
-    """(…, K): the softmax; of one logit alone, whose softmax would be 1 whatever it is, the sigmoid."""
+    """(…, K), float32 at least: the softmax; of one logit alone, whose softmax is 1 whatever it is, the sigmoid."""
+    logits = at_least_float32(logits)
     return logits.sigmoid() if logits.shape[-1] == 1 else logits.softmax(-1)
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
-    """(…, K): logarithm of `probabilities`."""
+    """(…, K), float32 at least: logarithm of `probabilities`."""
+    logits = at_least_float32(logits)
     return functional.logsigmoid(logits) if logits.shape[-1] == 1 else logits.log_softmax(-1)
 
 
 def log_distribution(logits: Tensor) -> Tensor:
     """Logarithms of the probabilities of all classes: (…, K), or (…, 2) for one logit, of the class and of its lack."""
+    logits = at_least_float32(logits)
     if logits.shape[-1] == 1:
         logits = torch.cat([logits, torch.zeros_like(logits)], -1)
     return logits.log_softmax(-1)
@@ -31,7 +39,7 @@ def log_distribution(logits: Tensor) -> Tensor:
 #: What v(S) is, of logits.
 LINKS: dict[str, Callable[[Tensor], Tensor]] = {
     "probability": probabilities,
-    "logit": lambda logits: logits,
+    "logit": at_least_float32,
     "log_probability": log_probabilities,
 }
 

@@ -150,5 +150,6 @@ def _blur(images: Tensor) -> Tensor:
     kernel = gaussian.new_zeros(_BLUR_SIZE).index_add(0, wrapped, gaussian / gaussian.sum()).to(images)
     channels = images.shape[1]
     rows = kernel.view(1, 1, -1, 1).expand(channels, 1, -1, 1)
-    down = functional.conv2d(images, rows, padding=(_BLUR_SIZE // 2, 0), groups=channels)
-    return functional.conv2d(down, rows.transpose(2, 3), padding=(0, _BLUR_SIZE // 2), groups=channels)
+    with torch.autocast(images.device.type, enabled=False):  # the game is the same whatever the model computes in
+        down = functional.conv2d(images, rows, padding=(_BLUR_SIZE // 2, 0), groups=channels)
+        return functional.conv2d(down, rows.transpose(2, 3), padding=(0, _BLUR_SIZE // 2), groups=channels)
