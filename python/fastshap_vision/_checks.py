@@ -5,13 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastshap_kernels._checks import fail
+from fastshap_kernels._checks import describe, fail
 
 
 def check_choice(argument: str, value: object, choices: tuple[object, ...]) -> None:
-    """One of the choices, else a ValueError that lists them."""
-    if value not in choices:
-        raise ValueError(f"Argument `{argument}` must be one of {', '.join(map(repr, choices))}, but it is {value!r}.")
+    """One of the choices (True is not 1 here), else a ValueError that lists them."""
+    if not any(
+        isinstance(value, type(choice)) and value == choice and (value is not True or choice is True)
+        for choice in choices
+    ):
+        listed = ", ".join(map(repr, choices))
+        raise ValueError(f"Argument `{argument}` must be one of {listed}, but it is {describe(value)}.")
 
 
 def check_classes(op: str, argument: str, value: object, batch: int, classes: int, what: str = "") -> Tensor:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastshap_kernels._checks import fail
+
 from ._checks import check_choice
 from .classifier import SelfExplainingClassifier, convert
 from .coalition_objective import SIZES, CoalitionObjective, Draw, ObjectiveTerms, evaluate_draw, variance_of
@@ -59,6 +61,8 @@ class SurrogateObjective(CoalitionObjective):
 
     def __init__(self, teacher: nn.Module, coalitions: int = 1, sizes: str = "uniform", seed: int = 0) -> None:
         check_choice("sizes", sizes, SIZES)
+        if not isinstance(teacher, nn.Module):
+            fail("SurrogateObjective", "teacher", "a module from images to logits (B, K)", teacher)
         super().__init__(coalitions, paired=False, sizes=sizes, seed=seed, with_ends=sizes == "uniform")
         self.teacher = teacher.eval()
         self._checked: nn.Module | None = None
@@ -79,11 +83,9 @@ class SurrogateObjective(CoalitionObjective):
         with torch.no_grad():
             logits = self.teacher(images)
         values = evaluate_draw(model, images, Draw(bits, rows), paired=False)
-        if logits.shape != values[:, 0].shape:
-            raise ValueError(
-                f"SurrogateObjective: argument `teacher` must return logits (B, K) = {tuple(values[:, 0].shape)}, the "
-                f"surrogate's, but it returns {tuple(logits.shape)}. Convert a model with as many classes."
-            )
+        if not isinstance(logits, Tensor) or logits.shape != values[:, 0].shape:
+            expected = f"one that returns logits (B, K) = {tuple(values[:, 0].shape)}, as the surrogate does"
+            fail("SurrogateObjective", "teacher", expected, logits, "Convert a model with as many classes.")
         wanted = log_distribution(logits)
         found = log_distribution(values)
         divergence = functional.kl_div(found, wanted.unsqueeze(1).expand_as(found), reduction="none", log_target=True)
@@ -167,7 +169,7 @@ class AmortizedExplainer(nn.Module):
         return self.surrogate(images)
 
     def coalition_values(self, images: Tensor, bits: Tensor, **options: Any) -> Tensor:
-        """v(S) under the link, (B, M, K), float32 at least; arguments as in `SelfExplainingClassifier.coalition_values`."""
+        """v(S) under the link, (B, M, K), float32 at least; arguments as `SelfExplainingClassifier`'s."""
         return LINKS[self.link](self.surrogate.coalition_values(images, bits, **options))
 
     def null_value(self) -> Tensor:
@@ -271,6 +273,8 @@ def _network(surrogate: SelfExplainingClassifier, backbone: nn.Module | str) -> 
         "base": "even",
         "backbone_gradient": 1.0,
     }
+    if not isinstance(backbone, str | nn.Module):
+        fail("AmortizedExplainer", "explainer_backbone", "a timm model or the name of one", backbone)
     if isinstance(backbone, str):
         kwargs = {"in_chans": channels}
         network = SelfExplainingClassifier(backbone, surrogate.num_classes, model_kwargs=kwargs, **options)

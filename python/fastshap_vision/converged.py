@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from fastshap_kernels import kernel_shap, pack_bits, sample_coalitions
 from fastshap_kernels._checks import check_count, fail
 
-from .fidelity import ROUNDING, ReferenceValues, check_images, evaluating, values_of
+from .fidelity import ROUNDING, ReferenceValues, check_images, check_sampled_game, evaluating, values_of
 
 if TYPE_CHECKING:
     from .classifier import SelfExplainingClassifier
@@ -62,15 +63,18 @@ def converged_values(
     Source: Lundberg and Lee (2017); Covert and Lee (2021) for pairs and for stopping by the standard error.
     """
     op = "converged_values"
+    check_sampled_game(op, model)
     check_images(op, images)
-    if not isinstance(relative_error, int | float) or not 0 < relative_error < math.inf:
+    is_number = isinstance(relative_error, Real) and not isinstance(relative_error, bool)
+    if not is_number or not 0 < relative_error < math.inf:
         fail(op, "relative_error", "a number above 0", relative_error)
-    check_count(op, "coalitions", coalitions, 2, 2**31 - 2)
-    check_count(op, "most", most, coalitions, 2**31 - 2)
+    coalitions = check_count(op, "coalitions", coalitions, 2, 2**31 - 2)
+    most = check_count(op, "most", most, coalitions, 2**31 - 2, "It is at least `coalitions`.")
+    seed = check_count(op, "seed", seed, 0, 2**64 - 1)
     for name, number in (("coalitions", coalitions), ("most", most)):
         if number % 2:
             fail(op, name, "even, as coalitions come in pairs", number)
-    check_count(op, "batch", batch, 1, 2**31 - 1)
+    batch = check_count(op, "batch", batch, 1, 2**31 - 1)
     start = time.perf_counter()
     rows = []
     bar = tqdm(desc="converged KernelSHAP", unit=" coalitions", unit_scale=True, disable=not progress, leave=False)
@@ -96,16 +100,14 @@ def _converge(
     """φ (P, K), its standard error, v(∅) and v(N) (K,), whether it converged, and evaluations, of an image (1, …)."""
     players = model.players
     bits = pack_bits(torch.tensor([False, True], device=image.device).view(1, 2, 1).expand(1, 2, players))
-    null, grand = ends = values_of(model, image, bits, batch, bar)
+    null, grand = ends = values_of("converged_values", model, image, bits, batch, bar)
     bits, values = bits[:, :0], ends[:0]
     wanted = coalitions
     while True:
         done = bits.shape[1]
         more = sample_coalitions(1, wanted - done, players, seed=seed, offset=offset + done, device=image.device)
         bits = torch.cat([bits, more], 1)
-        values = torch.cat([values, values_of(model, image, more, batch, bar)])
-        if not values.isfinite().all():
-            raise ValueError("converged_values: v(S) is not always finite. Check the model's weights and the images.")
+        values = torch.cat([values, values_of("converged_values", model, image, more, batch, bar)])
         estimate = kernel_shap(bits, values.unsqueeze(0), null, grand.unsqueeze(0), players=players)
         phi, error = estimate.phi[0], estimate.standard_error[0]
         noise = float(error.square().mean().sqrt())

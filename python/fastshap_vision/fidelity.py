@@ -8,16 +8,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastshap_kernels import exact_shapley, kernel_shap, pack_bits, sample_coalitions
-from fastshap_kernels._checks import check_count, fail
+from fastshap_kernels._checks import MAX_PLAYERS, check_count, check_tensor, fail
 
 from .explanation import relative_efficiency_gap
 from .stem import evaluation_mode
@@ -67,21 +67,21 @@ def exact_values(
 
     Source: Shapley, A value for n-person games (1953).
     """
-    players = model.players
+    players = check_game("exact_values", "model", model, "coalition_values")
     if players > _EXACT_PLAYERS:
         remedy = (
             f'That takes 2^{players} coalitions an image. Estimate with kernel_shap_values (reference="kernel_shap").'
         )
         fail("exact_values", "model.players", f"at most {_EXACT_PLAYERS}", players, remedy)
     check_images("exact_values", images)
-    check_count("exact_values", "batch", batch, 1, 2**31 - 1)
+    batch = check_count("exact_values", "batch", batch, 1, 2**31 - 1)
     start = time.perf_counter()
     order = _coalitions_by_size(players, images.device)
     bits = order.to(torch.int32).view(1, -1, 1)
     rows = []
     with evaluating(model), _bar("exact Shapley values", len(images) * len(order), progress) as bar:
         for image in images.split(1):
-            ordered = values_of(model, image, bits, batch, bar)
+            ordered = values_of("exact_values", model, image, bits, batch, bar)
             values = torch.empty_like(ordered).index_copy_(0, order, ordered)
             rows.append((exact_shapley(values), values[0], values[-1]))
     phi, null, grand = (torch.stack(column) for column in zip(*rows, strict=True))
@@ -117,10 +117,12 @@ def kernel_shap_values(
 
     Source: Lundberg and Lee (2017); Covert and Lee (2021) for pairs.
     """
-    players = model.players
-    check_images("kernel_shap_values", images)
-    check_count("kernel_shap_values", "coalitions", coalitions, 2, 2**31 - 1)
-    check_count("kernel_shap_values", "batch", batch, 1, 2**31 - 1)
+    op = "kernel_shap_values"
+    players = check_sampled_game(op, model)
+    check_images(op, images)
+    coalitions = check_count(op, "coalitions", coalitions, 2, 2**31 - 1)
+    seed = check_count(op, "seed", seed, 0, 2**64 - 1)
+    batch = check_count(op, "batch", batch, 1, 2**31 - 1)
     start = time.perf_counter()
     ends = pack_bits(torch.tensor([False, True], device=images.device).view(1, 2, 1).expand(1, 2, players))
     rows = []
@@ -128,7 +130,7 @@ def kernel_shap_values(
         for b, image in enumerate(images.split(1)):
             offset = b * coalitions
             bits = sample_coalitions(1, coalitions, players, seed=seed, offset=offset, device=images.device)
-            values = values_of(model, image, torch.cat([ends, bits], 1), batch, bar)
+            values = values_of(op, model, image, torch.cat([ends, bits], 1), batch, bar)
             null, grand = values[0], values[1]
             estimate = kernel_shap(bits, values[None, 2:], null, grand[None], players=players)
             rows.append((estimate.phi[0], estimate.standard_error[0], null, grand))
@@ -254,6 +256,7 @@ def fidelity(
     Deterministic: as the model is, but for `seconds`.
     """
     check_images("fidelity", images)
+    players = check_game("fidelity", "model", model, "coalition_values", "shapley_values")
     if isinstance(reference, str) and reference == "exact":
         reference = exact_values(model, images, batch=batch, progress=progress)
     elif isinstance(reference, str) and reference == "kernel_shap":
@@ -263,10 +266,12 @@ def fidelity(
     with evaluating(model):
         parts = [model.shapley_values(part)[0] for part in images.split(_IMAGES_TOGETHER)]
     ours = torch.cat(parts).double()
+    if ours.ndim != 3 or ours.shape[:2] != (len(images), players):
+        fail("fidelity", "model", f"a game whose shapley_values are ({len(images)}, {players}, K)", ours)
     if reference.phi.shape != ours.shape:
         fail("fidelity", "reference", f"of the same images, (B, P, K) = {tuple(ours.shape)}", reference.phi)
-    if not ours.isfinite().all():
-        raise ValueError("fidelity: the model's Shapley values are not all finite. Check its weights and the images.")
+    check_finite("fidelity", "the model's Φ", ours)
+    check_finite("fidelity", "the reference's φ", reference.phi)
     return _compare(ours, reference.phi.to(ours.device), reference)
 
 
@@ -349,13 +354,17 @@ def _coalitions_by_size(players: int, device: torch.device) -> Tensor:
     return sizes.argsort(stable=True)
 
 
-def values_of(model: SelfExplainingClassifier, image: Tensor, bits: Tensor, batch: int, bar: tqdm) -> Tensor:
+def values_of(op: str, model: SelfExplainingClassifier, image: Tensor, bits: Tensor, batch: int, bar: tqdm) -> Tensor:
     """float64 (M, K): v of the coalitions (1, M, W) of one image."""
     parts = []
     for part in bits.split(batch, 1):
-        parts.append(model.coalition_values(image, part)[0].double())
+        values = model.coalition_values(image, part)
+        check_values(op, values, 1, part.shape[1])
+        parts.append(values[0].double())
         bar.update(part.shape[1])
-    return torch.cat(parts)
+    joined = torch.cat(parts)
+    check_finite(op, "v(S)", joined)
+    return joined
 
 
 def _bar(title: str, coalitions: int, progress: bool) -> tqdm:
@@ -363,12 +372,50 @@ def _bar(title: str, coalitions: int, progress: bool) -> tqdm:
 
 
 @contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module is in the mode it was in."""
-    with evaluation_mode(model), torch.no_grad():
+def evaluating(model: object) -> Iterator[None]:
+    """Evaluation mode, where there are modes, without gradients; afterwards every module is in the mode it was in."""
+    mode = evaluation_mode(model) if isinstance(model, nn.Module) else nullcontext()
+    with mode, torch.no_grad():
         yield
 
 
+def check_game(op: str, argument: str, game: Any, *methods: str) -> int:
+    """P of a game that has `players` and the methods."""
+    players = getattr(game, "players", None)
+    missing = [name for name in methods if not callable(getattr(game, name, None))]
+    if missing or isinstance(players, bool) or not isinstance(players, int) or players < 1:
+        expected = f"a game, with the number of its `players` and `{'` and `'.join(methods)}`"
+        remedy = "Convert a timm model with fv.convert(model); for coalition values alone any classifier will do, in "
+        fail(op, argument, expected, type(game), remedy + "fv.metrics.PixelGame(classifier, grid).")
+    return players
+
+
+def check_sampled_game(op: str, model: Any) -> int:
+    """P of a game that has coalitions between none and all."""
+    players = check_game(op, "model", model, "coalition_values")
+    remedy = "One player alone has φ = v(N) − v(∅): take exact_values."
+    return check_count(op, "model.players", players, 2, MAX_PLAYERS, remedy if players == 1 else "")
+
+
 def check_images(op: str, images: object) -> None:
-    if not isinstance(images, Tensor) or images.ndim != 4 or len(images) == 0:
-        fail(op, "images", "a tensor (B, C, H, W) of at least one image", images)
+    """Floating-point (B, C, H, W), at least one image, of finite pixels."""
+    pixels = check_tensor(op, "images", images, "(B, C, H, W)", 4)
+    if not len(pixels):
+        fail(op, "images", "a tensor (B, C, H, W) of at least one image", pixels)
+    if pixels.is_meta or not pixels.isfinite().all():
+        got = pixels if pixels.is_meta else "one with NaN or infinite pixels"
+        fail(op, "images", "a tensor (B, C, H, W) of finite pixels", got, "Leave those images out.")
+
+
+def check_values(op: str, values: object, batch: int, coalitions: int) -> None:
+    """Floating-point (B, M, K): what a game gives for its coalitions."""
+    expected = f"a game whose coalition_values are floating-point ({batch}, {coalitions}, K)"
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        fail(op, "game", expected, values)
+    if values.ndim != 3 or values.shape[:2] != (batch, coalitions) or not values.shape[2]:
+        fail(op, "game", expected, values)
+
+
+def check_finite(op: str, what: str, values: Tensor) -> None:
+    if not values.isfinite().all():
+        raise ValueError(f"{op}: {what} is not always finite. Check the model's weights and the images.")

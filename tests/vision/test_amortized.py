@@ -317,7 +317,7 @@ def test_bad_input_is_named(teacher, surrogate):
         ("of type SelfExplainingClassifier", lambda: fv.SurrogateObjective(teacher)(tiny(), x, labels)),
         (r"shares weights.*copy\.deepcopy", lambda: fv.SurrogateObjective(game.backbone)(game, x, labels)),
         (
-            r"`teacher` must return logits.*\(3, 3\).*\(3, 5\)",
+            r"`teacher` must be one that returns logits.*\(3, 3\).*\(3, 5\)",
             lambda: fv.SurrogateObjective(tiny(classes=5))(game, x, labels),
         ),
         ("`coalitions` must be at least 1", lambda: fv.AmortizedObjective(0)),

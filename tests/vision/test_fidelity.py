@@ -1,6 +1,5 @@
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -322,7 +321,7 @@ def test_progress_bar(capsys):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, x: exact_values(SimpleNamespace(players=21), x), r"at most 20.*reference=\"kernel_shap\""),
+        (lambda m, x: exact_values(QuadraticGame(21), x), r"at most 20.*reference=\"kernel_shap\""),
         (lambda m, x: exact_values(m, x[:0]), "exact_values: argument `images`.*at least one image"),
         (lambda m, x: exact_values(m, x, batch=0), "`batch`"),
         (lambda m, x: kernel_shap_values(m, x[0]), "kernel_shap_values: argument `images`"),
@@ -331,7 +330,7 @@ def test_progress_bar(capsys):
         (lambda m, x: fidelity(m, x, "exhaustive"), "fidelity: argument `reference`"),
         (lambda m, x: fidelity(m, x, exact_values(m, x[:2])), "of the same images"),
         (lambda m, x: fidelity(m, x[:0]), "fidelity: argument `images`"),
-        (lambda m, x: fidelity(QuadraticGame(6, lambda phi: phi / 0), x), "not all finite"),
+        (lambda m, x: fidelity(QuadraticGame(6, lambda phi: phi / 0), x), "the model's Φ is not always finite"),
     ],
 )
 def test_bad_input_is_named(call, message):

@@ -113,8 +113,11 @@ def test_modes_and_state_are_the_models(model):
             lambda m: PixelGame(m, GRID, "grey"),
             "argument `baseline` must be one of 'mean', 'black', 'blur' or a tensor",
         ),
-        (lambda m: PixelGame(m, GRID, torch.zeros(2, 8, 18)), "argument `baseline` must be floating-point"),
-        (lambda m: PixelGame(m, GRID, torch.zeros(2, dtype=torch.long)), "argument `baseline` must be floating-point"),
+        (lambda m: PixelGame(m, GRID, torch.zeros(2, 8, 18)), "argument `baseline` must be a floating-point tensor"),
+        (
+            lambda m: PixelGame(m, GRID, torch.zeros(2, dtype=torch.long)),
+            "argument `baseline` must be a floating-point tensor",
+        ),
         (lambda m: PixelGame(m, GRID, "black"), "argument `mean` must be given"),
         (lambda m: PixelGame(m, GRID, "black", mean=MEAN), "argument `mean` must be given, and `std`"),
         (lambda m: PixelGame(m, GRID, "black", mean=MEAN, std=(1.0,)), "argument `std`"),
@@ -148,5 +151,5 @@ def test_bad_call_is_named(model, images, present, game, change, message):
 
 def test_a_model_without_logits_is_named(images, present):
     game = PixelGame(lambda images: images, GRID)
-    with pytest.raises(ValueError, match="argument `model` must be a map from 15 images to logits"):
+    with pytest.raises(ValueError, match="argument `model` must be a function from 15 images to logits"):
         game.coalition_values(images, pack_bits(present))

@@ -137,7 +137,7 @@ def test_a_real_model():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sizes": ()}, "argument `sizes` must be at least one"),
+        ({"sizes": ()}, "argument `sizes` must be a sequence of at least one"),
         ({"sizes": (0,)}, "argument `sizes` must be a whole number from 1 to 11"),
         ({"sizes": (3, 12)}, "argument `sizes` must be a whole number from 1 to 11"),
         ({"subsets": 1}, "argument `subsets`"),

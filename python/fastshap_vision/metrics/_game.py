@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastshap_kernels import pack_bits
-from fastshap_kernels._checks import fail
+from fastshap_kernels._checks import check_tensor, fail
 
 from .._checks import check_classes
-from ..fidelity import check_images, evaluating
+from ..fidelity import check_finite, check_game, check_images, check_values, evaluating
+from ..link import at_least_float32
 
 
 class Game(Protocol):
@@ -30,25 +30,27 @@ class Game(Protocol):
 def values_with_full(op: str, game: Game, images: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
     """v(N) (B, K) and v(S) (B, M, K) of coalitions bool (B, M, P): in evaluation mode, without gradients."""
     present = torch.cat([torch.ones_like(present[:, :1]), present], 1)
-    mode: AbstractContextManager = evaluating(game) if isinstance(game, nn.Module) else torch.no_grad()
-    with mode:
+    with evaluating(game):
         values = game.coalition_values(images, pack_bits(present))
-    if not values.isfinite().all():
-        raise ValueError(f"{op}: the game's values are not all finite. Check the model's weights and the images.")
-    values = values if values.dtype == torch.float64 else values.float()
+    check_values(op, values, *present.shape[:2])
+    check_finite(op, "v(S)", values)
+    values = at_least_float32(values)
     return values[:, 0], values[:, 1:]
 
 
 def check_attributions(op: str, game: Game, images: Tensor, attributions: Tensor) -> Tensor:
     """Attributions float64 (B, P) on the images' device."""
+    players = check_game(op, "game", game, "coalition_values")
     check_images(op, images)
-    expected = f"finite floating-point (B, P) = ({len(images)}, {game.players}), one class per image"
-    if not isinstance(attributions, Tensor) or not attributions.is_floating_point():
-        fail(op, "attributions", expected, attributions)
-    if attributions.shape != (len(images), game.players):
-        fail(op, "attributions", expected, attributions, "Take explanation.values_for(target).")
-    if not attributions.isfinite().all():
-        fail(op, "attributions", expected, "one with NaN or infinite values")
+    shape = f"(B, P) = ({len(images)}, {players})"
+    if isinstance(attributions, Tensor) and attributions.shape != (len(images), players):
+        fail(
+            op, "attributions", f"{shape}, of one class per image", attributions, "Take explanation.values_for(target)."
+        )
+    check_tensor(op, "attributions", attributions, shape, 2)
+    if attributions.is_meta or not attributions.isfinite().all():
+        got = attributions if attributions.is_meta else "one with NaN or infinite values"
+        fail(op, "attributions", f"finite {shape}", got, "An explanation that is not finite ranks nothing.")
     return attributions.detach().to(images.device).double()
 
 

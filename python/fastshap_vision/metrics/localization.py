@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastshap_kernels._checks import check_count, fail
+from fastshap_kernels._checks import check_count, check_tensor, fail
 
 from ..fidelity import ROUNDING
 from .scores import Score
@@ -36,10 +37,11 @@ def pointing_game(maps: Tensor, masks: Tensor, tolerance: int = 15) -> Score:
     Source: Zhang et al., Top-down neural attention by excitation backprop, ECCV 2016.
     """
     maps, masks = _check_maps("pointing_game", maps, masks)
-    check_count("pointing_game", "tolerance", tolerance, 0, 4096)
+    tolerance = check_count("pointing_game", "tolerance", tolerance, 0, 4096)
     if not masks.flatten(1).any(1).all():
         missing = int(masks.flatten(1).any(1).logical_not().nonzero()[0])
         fail("pointing_game", "masks", "True somewhere in every image", f"all False in image {missing}")
+    tolerance = min(tolerance, math.isqrt(maps.shape[1] ** 2 + maps.shape[2] ** 2))  # the diagonal reaches everything
     steps = torch.arange(-tolerance, tolerance + 1, device=maps.device)
     disc = (steps.square().unsqueeze(1) + steps.square() <= tolerance**2).float()
     near = functional.conv2d(masks.unsqueeze(1).float(), disc[None, None], padding=tolerance).squeeze(1) > 0.5
@@ -148,11 +150,15 @@ def _constant(flat: Tensor) -> Tensor:
 
 
 def _check_maps(op: str, maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    if not isinstance(maps, Tensor) or not maps.is_floating_point() or maps.ndim != 3 or maps.numel() == 0:
-        fail(op, "maps", "a floating-point tensor (B, H, W) of at least one map", maps)
-    if not maps.isfinite().all():
-        fail(op, "maps", "finite", "one with NaN or infinite values")
-    if not isinstance(masks, Tensor) or masks.dtype != torch.bool or masks.shape != maps.shape:
-        remedy = "Resize the maps to the masks: explanation.heatmap(size)."
+    expected = "(B, H, W) of at least one map"
+    if not check_tensor(op, "maps", maps, expected, 3).numel():
+        fail(op, "maps", f"a floating-point tensor {expected}", maps)
+    if maps.is_meta or not maps.isfinite().all():
+        fail(op, "maps", "finite", maps if maps.is_meta else "one with NaN or infinite values")
+    remedy = "Resize the maps to the masks: explanation.heatmap(size)."
+    if isinstance(masks, Tensor) and masks.shape == maps.shape:
+        remedy = "Say what counts as the object: masks > 0."
+    is_dense = isinstance(masks, Tensor) and masks.layout == torch.strided and not masks.is_meta
+    if not is_dense or masks.dtype != torch.bool or masks.shape != maps.shape:
         fail(op, "masks", f"bool {tuple(maps.shape)} like `maps`", masks, remedy)
     return maps.detach(), masks.to(maps.device)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastshap_kernels import mask_patches
-from fastshap_kernels._checks import check_bits, check_count, fail
+from fastshap_kernels._checks import check_bits, check_count, check_tensor, fail
 
 from .._checks import check_choice
 from ..link import LINKS
@@ -60,6 +60,8 @@ class PixelGame(nn.Module):
         if not isinstance(grid, tuple | list) or len(grid) != 2:
             fail("PixelGame", "grid", "two positive whole numbers (h, w)", grid)
         rows, columns = (check_count("PixelGame", "grid", side, 1, 4096) for side in grid)
+        if not callable(model):
+            fail("PixelGame", "model", "a module or a function of images (B, C, H, W)", model)
         self.model = model
         self.grid, self.players = (rows, columns), rows * columns
         self.batch = check_count("PixelGame", "batch", batch, 1, 2**31 - 1)
@@ -67,15 +69,15 @@ class PixelGame(nn.Module):
         self.fixed: Tensor | None
         self.register_buffer("fixed", None, persistent=False)
         if isinstance(baseline, Tensor):
-            if not baseline.is_floating_point() or baseline.ndim not in (1, 4):
-                fail("PixelGame", "baseline", "floating-point (C,), (1, C, H, W) or (B, C, H, W)", baseline)
+            shape = "(C,), (1, C, H, W) or (B, C, H, W)"
+            check_tensor("PixelGame", "baseline", baseline, shape, baseline.ndim if baseline.ndim in (1, 4) else 1)
             self.fixed = baseline
+        elif not isinstance(baseline, str) or baseline not in BASELINES:
+            fail("PixelGame", "baseline", f"one of {', '.join(map(repr, BASELINES))} or a tensor", baseline)
         elif baseline == "black":
             self.fixed = _black(mean, std)
-        elif baseline == "blur":
-            self.blurs = True
-        elif baseline != "mean":
-            fail("PixelGame", "baseline", f"one of {', '.join(map(repr, BASELINES))} or a tensor", baseline)
+        else:
+            self.blurs = baseline == "blur"
 
     def forward(self, images: Tensor) -> Tensor:
         """The model's output (B, K) for whole images."""
@@ -96,8 +98,7 @@ class PixelGame(nn.Module):
 
         Deterministic: as the model is.
         """
-        if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
-            fail("PixelGame", "images", "a floating-point tensor (B, C, H, W)", images)
+        check_tensor("PixelGame", "images", images, "(B, C, H, W)", 4)
         bits = check_bits("PixelGame", bits, self.players).to(images.device)
         if len(bits) != len(images) or bits.numel() == 0:
             fail("PixelGame", "bits", f"({len(images)}, M, W), at least one coalition of one image", bits)
@@ -109,7 +110,7 @@ class PixelGame(nn.Module):
             absent = baseline[owner] if isinstance(baseline, Tensor) and baseline.ndim == 4 else baseline
             logits = self.model(mask_patches(images[owner], part.unsqueeze(1), self.grid, absent))
             if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(part):
-                fail("PixelGame", "model", f"a map from {len(part)} images to logits ({len(part)}, K)", logits)
+                fail("PixelGame", "model", f"a function from {len(part)} images to logits ({len(part)}, K)", logits)
             parts.append(logits)
         return torch.cat(parts).unflatten(0, (len(images), coalitions))
 
@@ -135,10 +136,21 @@ def _black(mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
     """(C,): what normalisation makes of black."""
     if mean is None or std is None:
         fail("PixelGame", "mean", 'given, and `std` too, for baseline="black"', mean)
-    colour, scale = (torch.as_tensor(numbers, dtype=torch.float64) for numbers in (mean, std))
-    if colour.ndim != 1 or colour.shape != scale.shape or not bool((scale > 0).all()):
+    colour, scale = (_numbers(name, numbers) for name, numbers in (("mean", mean), ("std", std)))
+    if colour.shape != scale.shape or not bool((scale > 0).all()):
         fail("PixelGame", "std", "as many positive numbers as `mean` has", std)
     return -colour / scale
+
+
+def _numbers(argument: str, numbers: Sequence[float]) -> Tensor:
+    """float64 (C,), finite."""
+    try:
+        channels = torch.as_tensor(numbers, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        fail("PixelGame", argument, "a number for each channel", numbers)
+    if channels.ndim != 1 or not channels.isfinite().all():
+        fail("PixelGame", argument, "a finite number for each channel", numbers)
+    return channels
 
 
 def _blur(images: Tensor) -> Tensor:

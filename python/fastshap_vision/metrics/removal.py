@@ -306,7 +306,11 @@ def perturbation_test(
 
 def _counts(op: str, levels: Sequence[float], players: int) -> list[int]:
     """Players at each level, rounded half away from zero (1e-9 makes 0.29 · 50 the 14.5 that it means)."""
-    numbers = list(levels)
+    try:
+        given = [] if isinstance(levels, str | bytes) else list(levels)
+        numbers = [math.nan if isinstance(level, bool) else float(level) for level in given]
+    except (TypeError, ValueError, OverflowError):
+        numbers = []
     if not numbers or not all(0 <= level <= 1 for level in numbers):
-        fail(op, "levels", "at least one share of the players in [0, 1]", levels)
+        fail(op, "levels", "a sequence of shares of the players in [0, 1], at least one", levels)
     return [math.floor(level * players + 0.5 + 1e-9) for level in numbers]

@@ -76,7 +76,7 @@ def sensitivity_n(
         target: None for the class that the game predicts from the whole image, an int, or (B,) classes.
         sizes: n, players per subset, each from 1 to P − 1.
         subsets: random subsets per image and size, drawn anew for every image.
-        seed: of the subsets; those of an image depend on the seed and on its place in the batch.
+        seed: of the subsets, below 2^32; those of an image depend on the seed and on its place in the batch.
         form: "ancona" or "vit-shapley".
 
     Returns:
@@ -93,13 +93,10 @@ def sensitivity_n(
     op = "sensitivity_n"
     check_choice("form", form, FORMS)
     attributions = check_attributions(op, game, images, attributions)
-    check_count(op, "subsets", subsets, 2, 2**31 - 1)
-    check_count(op, "seed", seed, 0, 2**63 - 1)
-    if not sizes:
-        fail(op, "sizes", "at least one number of players", sizes)
-    for size in sizes:
-        check_count(op, "sizes", size, 1, game.players - 1, "All subsets of P players are the same one.")
-    chosen = _subsets(len(images), game.players, list(sizes), subsets, seed).to(images.device)
+    subsets = check_count(op, "subsets", subsets, 2, 2**31 - 1)
+    seed = check_count(op, "seed", seed, 0, 2**32 - 1, "PyTorch's generator reads no more bits of it.")
+    sizes = _check_sizes(op, sizes, game.players)
+    chosen = _subsets(len(images), game.players, sizes, subsets, seed).to(images.device)
     is_kept = form == "vit-shapley"
     full, values = values_with_full(op, game, images, chosen if is_kept else ~chosen)
     classes = choose_target(op, "target", target, full).view(-1, 1, 1).expand(-1, values.shape[1], 1)
@@ -109,7 +106,20 @@ def sensitivity_n(
     x, y = sums.unflatten(1, shape), outputs.unflatten(1, shape)
     # v(N) is the same for all subsets: the fall v(N) − v(N∖S) correlates as −v(N∖S) does.
     correlation = _correlation(x, y if is_kept else -y, ranked=is_kept)
-    return SensitivityN(torch.tensor(list(sizes), device=images.device), correlation)
+    return SensitivityN(torch.tensor(sizes, device=images.device), correlation)
+
+
+def _check_sizes(op: str, sizes: Sequence[int], players: int) -> list[int]:
+    if players < 2:
+        fail(op, "game.players", "at least 2, since one player alone has no subsets to compare", players)
+    try:
+        given = sizes.tolist() if isinstance(sizes, Tensor) else list(sizes)
+    except TypeError:
+        given = []
+    if not isinstance(given, list) or not given:
+        fail(op, "sizes", "a sequence of at least one number of players", sizes)
+    remedy = "All subsets of P players are the same one."
+    return [check_count(op, "sizes", size, 1, players - 1, remedy) for size in given]
 
 
 def _subsets(images: int, players: int, sizes: list[int], subsets: int, seed: int) -> Tensor:
