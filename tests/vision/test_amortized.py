@@ -308,6 +308,17 @@ def test_steps_compile_whole_and_change_nothing(stage):
     torch._dynamo.reset()
 
 
+class Twice(nn.Module):
+    """Gives its logits and the images, as no teacher does."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x), x
+
+
 def test_bad_input_is_named(teacher, surrogate):
     x, labels = photographs(3).tensors
     game = fv.convert(tiny())
@@ -320,6 +331,12 @@ def test_bad_input_is_named(teacher, surrogate):
             r"`teacher` must be one that returns logits.*\(3, 3\).*\(3, 5\)",
             lambda: fv.SurrogateObjective(tiny(classes=5))(game, x, labels),
         ),
+        ("argument `teacher` must be a module", lambda: fv.SurrogateObjective(lambda x: x)),
+        (
+            "`teacher` must be one that returns logits.*tuple",
+            lambda: fv.SurrogateObjective(Twice(teacher))(fv.convert(tiny()), x, labels),
+        ),
+        ("`explainer_backbone` must be a timm model or the name", lambda: fv.AmortizedExplainer(surrogate, None)),
         ("`coalitions` must be at least 1", lambda: fv.AmortizedObjective(0)),
         ("`sizes`", lambda: fv.AmortizedObjective(sizes="binomial")),
         ("of type AmortizedExplainer", lambda: fv.AmortizedObjective()(game, x, labels)),
@@ -335,6 +352,53 @@ def test_bad_input_is_named(teacher, surrogate):
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+# -- precision and one logit -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("way", ["autocast", torch.bfloat16, torch.float16])
+def test_values_add_up_whatever_the_networks_compute_in(link, way):
+    """To float32's rounding; rounded to bfloat16 they missed by a hundredth."""
+    model, x = explainer(link=link).float(), images()
+    nn.init.normal_(model.network.shares.weight, std=0.5)
+    if way != "autocast":
+        model, x = model.to(way), x.to(way)
+    with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+        explanation = model.explain(x, "all")
+        bits = fk.pack_bits(torch.ones(3, 1, 16, dtype=torch.bool))
+        everybody = model.coalition_values(x, bits)[:, 0]
+        terms = fv.AmortizedObjective(4)(model, x, LABELS)
+    assert explanation.values.dtype == explanation.logits.dtype == everybody.dtype == torch.float32
+    assert explanation.values.std(1).min() > 0.01
+    assert explanation.efficiency_gap() < 1e-5
+    terms.loss.backward()
+    assert terms.loss.isfinite()
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_one_logit_is_explained_by_its_sigmoid(link):
+    """Its softmax is 1 whatever the image: nothing was there to explain, and nothing to learn from a teacher."""
+    surrogate = fv.convert(tiny(classes=1, global_pool="avg", class_token=False), head_depth=0)
+    for weight in surrogate.backbone.parameters():
+        nn.init.normal_(weight, std=0.3)
+    model, x = fv.AmortizedExplainer(surrogate, tiny(seed=1, classes=1), link), photographs(4).tensors[0]
+    logits = surrogate(x).detach()
+    expected = {"probability": logits.sigmoid(), "logit": logits, "log_probability": F.logsigmoid(logits)}[link]
+    explanation = model.explain(x)
+    assert torch.allclose(explanation.logits, expected)
+    assert torch.allclose(explanation.probabilities, logits.sigmoid())
+    assert explanation.logits.std() > 0.01
+    assert fv.metrics.aopc(model, x, fv.exact_values(model, x).phi[..., 0]).mean > 0.01
+    teacher = tiny(seed=2, classes=1)
+    nn.init.normal_(teacher.head.weight, std=0.3)
+    loss = fv.SurrogateObjective(teacher, coalitions=1, seed=3)(surrogate, x, torch.zeros(4)).loss
+    bits = fv.SurrogateObjective(teacher, coalitions=1, seed=3).draw(surrogate, x).bits
+    p, q = teacher(x).sigmoid(), surrogate.coalition_values(x, bits)[:, 0].sigmoid()
+    divergence = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    assert torch.allclose(loss, divergence.mean(), rtol=1e-4)
+    assert loss > 1e-3
 
 
 # -- ViaSHAP -----------------------------------------------------------------------------------------------
