@@ -52,8 +52,17 @@ def _backends() -> list[list[str]]:
         rows.append([name, "available" if reason is None else f"not available: {reason}"])
     for name in ("cpu", "cuda"):
         rows.append([f"{name} built by", _native.build_info(f"_C_{name}.so") or "nothing that this torch can load"])
+    rows.append(["cpu compiled for", _capability()])
     rows.append(["FASTSHAP_BACKEND", os.environ.get("FASTSHAP_BACKEND") or "not set: the best backend for each call"])
     return rows
+
+
+def _capability() -> str:
+    if not _native.cpu_capabilities():
+        return "nothing that this process can run"
+    forced = os.environ.get("FASTSHAP_CPU_CAPABILITY")
+    origin = "by FASTSHAP_CPU_CAPABILITY" if forced else "the best of this processor"
+    return f"{_native.cpu_capability()}, {origin}; here: {', '.join(_native.cpu_capabilities())}"
 
 
 def _ops() -> list[list[str]]:

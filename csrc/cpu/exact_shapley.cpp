@@ -46,7 +46,7 @@ Game make_game(int64_t players, int64_t classes) {
 // Adds the weighted values of the coalitions with one high part to `low_sums` [low parts, columns] and to
 // `high_sum` [columns].
 template <typename T>
-FASTSHAP_CLONES void add_values(const Game& game, const double* weights, const T* __restrict__ values,
+FASTSHAP_INLINE void add_values(const Game& game, const double* weights, const T* __restrict__ values,
                                 int64_t columns, const double* __restrict__ null,
                                 double* __restrict__ low_sums, double* __restrict__ high_sum) {
   for (int64_t low_size : game.low_sizes) {
@@ -77,8 +77,9 @@ void explain(const Game& game, const T* values, int64_t columns, T* out) {
   std::vector<double> low_sums(low_parts * columns, 0.0), sums(game.players * columns, 0.0);
   for (int64_t high = 0; high < high_parts; ++high) {
     std::fill(high_sum.begin(), high_sum.end(), 0.0);
-    add_values(game, game.weights.data() + count_players(high), values + high * low_parts * game.classes,
-               columns, null.data(), low_sums.data(), high_sum.data());
+    FASTSHAP_CLONED(add_values(game, game.weights.data() + count_players(high),
+                               values + high * low_parts * game.classes, columns, null.data(),
+                               low_sums.data(), high_sum.data()));
     add_to_players(high, game.low_players, columns, high_sum.data(), sums.data());
   }
   for (int64_t low = 0; low < low_parts; ++low) {

@@ -54,7 +54,7 @@ FASTSHAP_INLINE void copy_run(const From* from, To* to, int64_t count) {
 
 // One image row for one coalition.
 template <typename From, typename To>
-FASTSHAP_CLONES void mask_rows(const Layout& layout, const From* image, const From* baseline,
+FASTSHAP_INLINE void mask_rows(const Layout& layout, const From* image, const From* baseline,
                                const int32_t* bits, To* out) {
   const int64_t patch_height = layout.height / layout.grid_rows;
   for (int64_t row = 0; row < layout.rows; ++row) {
@@ -79,15 +79,15 @@ void mask_images(const Layout& layout, const Tensor& images, const Tensor& bits,
   torch::stable::parallel_for(0, layout.images * layout.coalitions, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t image = i / layout.coalitions;
-      mask_rows(layout, image_data + image * pixels, baseline_data + image * baseline_step,
-                bit_data + i * layout.bit_words, out_data + i * pixels);
+      FASTSHAP_CLONED(mask_rows(layout, image_data + image * pixels, baseline_data + image * baseline_step,
+                                bit_data + i * layout.bit_words, out_data + i * pixels));
     }
   });
 }
 
 // out[b] = Σ_m grad[b, m] where the player is present (or where it is absent), in a fixed order of m.
 template <typename From, typename To>
-FASTSHAP_CLONES void sum_rows(const Layout& layout, const From* grad, const int32_t* bits, bool present,
+FASTSHAP_INLINE void sum_rows(const Layout& layout, const From* grad, const int32_t* bits, bool present,
                               To* out, accumulate_t<From>* sum) {
   const int64_t patch_height = layout.height / layout.grid_rows, pixels = layout.rows * layout.row;
   for (int64_t row = 0; row < layout.rows; ++row) {
@@ -114,9 +114,9 @@ void sum_images(const Layout& layout, const Tensor& grad, const Tensor& bits, bo
   torch::stable::parallel_for(0, layout.images, 1, [&](int64_t begin, int64_t end) {
     std::vector<accumulate_t<From>> sum(layout.row);
     for (int64_t image = begin; image < end; ++image) {
-      sum_rows(layout, grad_data + image * layout.coalitions * pixels,
-               bit_data + image * layout.coalitions * layout.bit_words, present, out_data + image * pixels,
-               sum.data());
+      FASTSHAP_CLONED(sum_rows(layout, grad_data + image * layout.coalitions * pixels,
+                               bit_data + image * layout.coalitions * layout.bit_words, present,
+                               out_data + image * pixels, sum.data()));
     }
   });
 }

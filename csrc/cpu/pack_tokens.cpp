@@ -75,7 +75,7 @@ void copy_tokens(const Packing& packing, int64_t row_bytes, const char* tokens, 
 
 // out = Σ grad[rows[i]], in that order.
 template <typename T>
-FASTSHAP_CLONES void sum_rows(const T* grad, const std::vector<int64_t>& rows, int64_t width, T* out,
+FASTSHAP_INLINE void sum_rows(const T* grad, const std::vector<int64_t>& rows, int64_t width, T* out,
                               accumulate_t<T>* sum) {
   std::fill(sum, sum + width, accumulate_t<T>(0));
   for (const int64_t row : rows) {
@@ -96,7 +96,7 @@ void sum_word(const Packing& packing, const T* grad, const int32_t* bits, const 
   std::vector<int64_t> rows(packing.coalitions), next(packing.coalitions);
   for (int64_t token = 0; word == 0 && token < packing.prefix; ++token) {
     for (int64_t m = 0; m < packing.coalitions; ++m) rows[m] = starts[m] + token;
-    sum_rows(grad, rows, width, out + token * width, sum.data());
+    FASTSHAP_CLONED(sum_rows(grad, rows, width, out + token * width, sum.data()));
   }
   for (int64_t m = 0; m < packing.coalitions; ++m) {
     next[m] = starts[m] + packing.prefix + count_present(bits + m * packing.bit_words, word, packing.players);
@@ -106,7 +106,7 @@ void sum_word(const Packing& packing, const T* grad, const int32_t* bits, const 
     for (int64_t m = 0; m < packing.coalitions; ++m) {
       if (is_present(bits + m * packing.bit_words, player)) rows.push_back(next[m]++);
     }
-    sum_rows(grad, rows, width, out + (packing.prefix + player) * width, sum.data());
+    FASTSHAP_CLONED(sum_rows(grad, rows, width, out + (packing.prefix + player) * width, sum.data()));
   }
 }
 

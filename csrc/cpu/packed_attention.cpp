@@ -18,8 +18,8 @@ namespace {
 
 // from (rows, head_dim), rows `stride` apart → to (rows, wide) times `scale`; columns past head_dim are 0.
 template <typename T, typename A>
-FASTSHAP_CLONES void copy_rows(const T* __restrict from, int64_t stride, int64_t rows, int64_t head_dim,
-                               A scale, A* __restrict to, int64_t wide) {
+FASTSHAP_INLINE void copy_rows_body(const T* __restrict from, int64_t stride, int64_t rows, int64_t head_dim,
+                                    A scale, A* __restrict to, int64_t wide) {
   for (int64_t row = 0; row < rows; ++row, from += stride, to += wide) {
     int64_t i = 0;
     for (; i + kPanel<A> <= head_dim; i += kPanel<A>) {
@@ -29,6 +29,10 @@ FASTSHAP_CLONES void copy_rows(const T* __restrict from, int64_t stride, int64_t
     for (; i < head_dim; ++i) to[i] = static_cast<A>(from[i]) * scale;
     for (; i < wide; ++i) to[i] = 0;
   }
+}
+template <typename T, typename A>
+void copy_rows(const T* from, int64_t stride, int64_t rows, int64_t head_dim, A scale, A* to, int64_t wide) {
+  FASTSHAP_CLONED(copy_rows_body(from, stride, rows, head_dim, scale, to, wide));
 }
 
 // Scores (keys, queries) → exp(score − largest), and for each query the largest and the sum of those.

@@ -122,10 +122,7 @@ Pair* take_pairs(Scratch<float>& scratch, int64_t pairs) {
 
 }  // namespace
 
-bool multiplies_bf16(const Heads& heads) {
-  static const bool can = __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16");
-  return can && heads.head_dim % 2 == 0;
-}
+bool multiplies_bf16(const Heads& heads) { return clone_in_use() == kAvx512Bf16 && heads.head_dim % 2 == 0; }
 
 int64_t bf16_scratch(const Heads& heads, int64_t length) {
   const int64_t wide = round_up(heads.head_dim, kLanes16), half = heads.head_dim / 2, even = length + 1;

@@ -114,7 +114,7 @@ FASTSHAP_INLINE void write_complement(const uint32_t* bits, int64_t players, uin
   complement[last] &= ~uint32_t{0} >> ((32 - players % 32) % 32);
 }
 
-FASTSHAP_CLONES void sample_range(const Draw& draw, const int64_t* thresholds, int64_t begin, int64_t end,
+FASTSHAP_INLINE void sample_range(const Draw& draw, const int64_t* thresholds, int64_t begin, int64_t end,
                                   uint32_t* out) {
   alignas(64) uint32_t keys[kMaxPlayers];
   const int64_t bit_words = words(draw.players);
@@ -147,9 +147,10 @@ Tensor sample_coalitions(const Tensor& thresholds, int64_t batch, int64_t coalit
   draw.paired = paired;
   const int64_t* table_data = table.const_data_ptr<int64_t>();
   uint32_t* out_data = reinterpret_cast<uint32_t*>(out.mutable_data_ptr<int32_t>());
-  torch::stable::parallel_for(
-      0, batch * draw.drawn, 1 + kKeysPerThread / players,
-      [&](int64_t begin, int64_t end) { sample_range(draw, table_data, begin, end, out_data); });
+  torch::stable::parallel_for(0, batch * draw.drawn, 1 + kKeysPerThread / players,
+                              [&](int64_t begin, int64_t end) {
+                                FASTSHAP_CLONED(sample_range(draw, table_data, begin, end, out_data));
+                              });
   return out;
 }
 

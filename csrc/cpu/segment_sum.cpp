@@ -30,7 +30,7 @@ FASTSHAP_INLINE void sum_columns(const T* rows, int64_t count, int64_t width, in
 
 // rows (count, width) → out (width).
 template <typename T>
-FASTSHAP_CLONES void sum_sequence(const T* rows, int64_t count, int64_t width, T* out) {
+FASTSHAP_INLINE void sum_sequence(const T* rows, int64_t count, int64_t width, T* out) {
   int64_t column = 0;
   for (; column + kColumns <= width; column += kColumns) {
     sum_columns(rows + column, count, width, kColumns, out + column);
@@ -51,7 +51,7 @@ Tensor segment_sum(const Tensor& rows, const Tensor& cu_seqlens, int64_t prefix)
         0, sequences, grain(sequences, rows.numel()), [&](int64_t begin, int64_t end) {
           for (int64_t s = begin; s < end; ++s) {
             const int64_t first = std::min<int64_t>(starts[s] + prefix, starts[s + 1]);
-            sum_sequence(from + first * width, starts[s + 1] - first, width, to + s * width);
+            FASTSHAP_CLONED(sum_sequence(from + first * width, starts[s + 1] - first, width, to + s * width));
           }
         });
   });

@@ -12,7 +12,7 @@ namespace {
 // One coalition's tile: residual = sums - target. Returns the sum of its squares, lane by lane and then in
 // order.
 template <typename Sum>
-FASTSHAP_CLONES Sum subtract_target(const Sum* sums, const Sum* target, int64_t count, Sum* residual) {
+FASTSHAP_INLINE Sum subtract_target(const Sum* sums, const Sum* target, int64_t count, Sum* residual) {
   constexpr int64_t lanes = 4 * Strip<Sum>::lanes;
   Sum squares[lanes] = {};
   for (int64_t start = 0; start < count; start += lanes) {
@@ -37,8 +37,8 @@ void subtract_targets(const Layout& layout, const Tensor& phi, const Tensor& bit
   pool_images<From>(layout, phi, bits, [&](int64_t image, int64_t start, int64_t count, const Sum* sums) {
     for (int64_t m = 0; m < layout.coalitions; ++m) {
       const int64_t row = image * layout.coalitions + m, at = row * layout.features + start;
-      tile_errors[row * tiles + start / layout.tile] =
-          subtract_target(sums + m * layout.tile, target_data + at, count, residual_data + at);
+      tile_errors[row * tiles + start / layout.tile] = FASTSHAP_CLONED(
+          subtract_target(sums + m * layout.tile, target_data + at, count, residual_data + at));
     }
   });
   Sum* error_data = errors.mutable_data_ptr<Sum>();

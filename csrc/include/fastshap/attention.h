@@ -51,8 +51,8 @@ struct Head {
 
 // from (rows, wide) → to (columns, kQueries). Its rows are filled up with 0 to whole panels first.
 template <typename A>
-FASTSHAP_CLONES void transpose(A* __restrict from, int64_t wide, int64_t rows, int64_t columns,
-                               A* __restrict to) {
+FASTSHAP_INLINE void transpose_body(A* __restrict from, int64_t wide, int64_t rows, int64_t columns,
+                                    A* __restrict to) {
   const int64_t filled = round_up(rows, kPanel<A>);
   std::fill(from + rows * wide, from + filled * wide, A(0));
   for (int64_t row = 0; row < filled; row += 4) {
@@ -67,17 +67,26 @@ FASTSHAP_CLONES void transpose(A* __restrict from, int64_t wide, int64_t rows, i
     }
   }
 }
+template <typename A>
+void transpose(A* from, int64_t wide, int64_t rows, int64_t columns, A* to) {
+  FASTSHAP_CLONED(transpose_body(from, wide, rows, columns, to));
+}
 
 // from (rows, wide), row r times scale[r], or times `factor` where there is no scale → to (rows, head_dim),
 // rows `stride` apart.
 template <typename T, typename A>
-FASTSHAP_CLONES void write_rows(const A* from, int64_t wide, int64_t rows, int64_t head_dim, A factor,
-                                const A* scale, T* __restrict to, int64_t stride) {
+FASTSHAP_INLINE void write_rows_body(const A* from, int64_t wide, int64_t rows, int64_t head_dim, A factor,
+                                     const A* scale, T* __restrict to, int64_t stride) {
   for (int64_t row = 0; row < rows; ++row) {
     const A times = scale ? scale[row] : factor;
     for (int64_t i = 0; i < head_dim; ++i)
       to[row * stride + i] = static_cast<T>(from[row * wide + i] * times);
   }
+}
+template <typename T, typename A>
+void write_rows(const A* from, int64_t wide, int64_t rows, int64_t head_dim, A factor, const A* scale, T* to,
+                int64_t stride) {
+  FASTSHAP_CLONED(write_rows_body(from, wide, rows, head_dim, factor, scale, to, stride));
 }
 
 // Σ body(row) over the rows, in blocks, so that a long sum loses no more digits than PyTorch's.

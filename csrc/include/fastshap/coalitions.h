@@ -84,8 +84,8 @@ FASTSHAP_INLINE void add_present(const Sum* rows, int64_t step, uint32_t present
 
 // One tile of an image: sums[m] += Σ_p features[p] where player p is in coalition m; `sums` is (M, tile).
 template <typename From>
-FASTSHAP_CLONES static void pool_tile(const Layout& layout, const From* features, int64_t player_step,
-                                      const int32_t* bits, int64_t count, accumulate_t<From>* sums) {
+FASTSHAP_INLINE void pool_tile(const Layout& layout, const From* features, int64_t player_step,
+                               const int32_t* bits, int64_t count, accumulate_t<From>* sums) {
   using Sum = accumulate_t<From>;
   constexpr int64_t width = Strip<Sum>::width;
   const int64_t bit_words = words(layout.players);
@@ -144,8 +144,8 @@ void pool_images(const Layout& layout, const Tensor& features, const Tensor& bit
   const int32_t* bit_data = bits.const_data_ptr<int32_t>();
   const int64_t image_step = features.stride(0), player_step = features.stride(1);
   for_each_tile<Sum>(layout, layout.coalitions, [&](int64_t image, int64_t start, int64_t count, Sum* sums) {
-    pool_tile(layout, feature_data + image * image_step + start, player_step,
-              bit_data + image * layout.coalitions * words(layout.players), count, sums);
+    FASTSHAP_CLONED(pool_tile(layout, feature_data + image * image_step + start, player_step,
+                              bit_data + image * layout.coalitions * words(layout.players), count, sums));
     finish(image, start, count, sums);
   });
 }
@@ -164,9 +164,8 @@ inline int64_t count_groups(const Layout& layout) { return (layout.coalitions + 
 // One tile of an image: out[p] = Σ_m scale[m] grad[m] where player p is in coalition m. `kind` is (groups,
 // P), `sums` (groups, kinds, tile), zero.
 template <typename From, typename To>
-FASTSHAP_CLONES static void scatter_tile(const Layout& layout, const From* grad,
-                                         const accumulate_t<From>* scale, const uint8_t* kind, int64_t count,
-                                         To* out, accumulate_t<From>* sums) {
+FASTSHAP_INLINE void scatter_tile(const Layout& layout, const From* grad, const accumulate_t<From>* scale,
+                                  const uint8_t* kind, int64_t count, To* out, accumulate_t<From>* sums) {
   using Sum = accumulate_t<From>;
   constexpr int64_t width = Strip<Sum>::width;
   const int64_t groups = count_groups(layout);
@@ -204,7 +203,7 @@ FASTSHAP_CLONES static void scatter_tile(const Layout& layout, const From* grad,
 }
 
 // kind[b, g, p] = which coalitions of group g player p is in.
-FASTSHAP_CLONES static void find_kinds(const Layout& layout, const int32_t* bits, uint8_t* kind) {
+FASTSHAP_INLINE void find_kinds(const Layout& layout, const int32_t* bits, uint8_t* kind) {
   const int64_t groups = count_groups(layout);
   for (int64_t i = 0; i < layout.images * layout.coalitions; ++i) {
     const int64_t image = i / layout.coalitions, m = i % layout.coalitions;
@@ -226,12 +225,12 @@ void scatter_images(const Layout& layout, const Tensor& grad, const accumulate_t
   To* out_data = out.mutable_data_ptr<To>();
   const int64_t groups = count_groups(layout);
   std::vector<uint8_t> kind(layout.images * groups * layout.players);
-  find_kinds(layout, bits.const_data_ptr<int32_t>(), kind.data());
+  FASTSHAP_CLONED(find_kinds(layout, bits.const_data_ptr<int32_t>(), kind.data()));
   for_each_tile<Sum>(layout, groups * kinds, [&](int64_t image, int64_t start, int64_t count, Sum* sums) {
-    scatter_tile(layout, grad_data + image * layout.coalitions * layout.features + start,
-                 scale == nullptr ? nullptr : scale + image * layout.coalitions,
-                 kind.data() + image * groups * layout.players, count,
-                 out_data + image * layout.players * layout.features + start, sums);
+    FASTSHAP_CLONED(scatter_tile(layout, grad_data + image * layout.coalitions * layout.features + start,
+                                 scale == nullptr ? nullptr : scale + image * layout.coalitions,
+                                 kind.data() + image * groups * layout.players, count,
+                                 out_data + image * layout.players * layout.features + start, sums));
   });
 }
 

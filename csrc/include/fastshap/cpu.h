@@ -1,4 +1,4 @@
-// What every CPU kernel needs: vector clones, bits and huge pages.
+// What every CPU kernel needs: clones for instruction sets, bits and huge pages.
 #pragma once
 
 #include "fastshap/tensor.h"
@@ -7,18 +7,46 @@
 #include <sys/mman.h>
 #endif
 
-// One source, three instruction sets, chosen when the library is loaded: nothing shipped needs a given CPU.
-// GCC only: on clang the baseline build is used.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define FASTSHAP_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FASTSHAP_CLONES
-#endif
-
 // A function without clones that is called from one must be inlined into it, or it runs as baseline code.
 #define FASTSHAP_INLINE inline __attribute__((always_inline))
+#define FASTSHAP_INLINE_BODY __attribute__((always_inline))
+
+// Calls a FASTSHAP_INLINE function, compiled for the instruction set in use.
+#define FASTSHAP_CLONED(...) \
+  ::fastshap::with_vectors([&]<int64_t kBytes>() FASTSHAP_INLINE_BODY { return __VA_ARGS__; })
 
 namespace fastshap {
+
+// One source, several instruction sets: nothing shipped needs a given processor. GCC only: elsewhere the
+// baseline is all there is.
+enum Clone : int { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
+
+// The clone in use: the best of this processor, unless FASTSHAP_CPU_CAPABILITY names another (clones.cpp).
+Clone clone_in_use();
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define FASTSHAP_HAS_CLONES
+template <typename Body>
+__attribute__((target("arch=x86-64-v4"))) auto run_v4(const Body& body) {
+  return body.template operator()<64>();
+}
+template <typename Body>
+__attribute__((target("arch=x86-64-v3"))) auto run_v3(const Body& body) {
+  return body.template operator()<32>();
+}
+#endif
+
+// Calls body.operator()<bytes>(), compiled for the clone in use, whose registers are so wide. The body must
+// be FASTSHAP_INLINE_BODY, or it would not be compiled for it.
+template <typename Body>
+FASTSHAP_INLINE auto with_vectors(const Body& body) {
+#ifdef FASTSHAP_HAS_CLONES
+  const Clone clone = clone_in_use();
+  if (clone >= kAvx512) return run_v4(body);
+  if (clone == kAvx2) return run_v3(body);
+#endif
+  return body.template operator()<16>();
+}
 
 FASTSHAP_INLINE bool is_present(const int32_t* bits, int64_t player) {
   return (static_cast<uint32_t>(bits[player >> 5]) >> (player & 31)) & 1u;

@@ -2,7 +2,7 @@
 //
 // The vectors are GCC's generic ones. One wider than the registers would go through memory (64 bytes ran six
 // times slower with AVX2, 32 bytes thirty times slower with SSE), so their width is a template parameter:
-// code that uses them is a body of `with_vectors`, not one of FASTSHAP_CLONES. Memory is laid out in panels
+// code that uses them is a body of `with_vectors`. Memory is laid out in panels
 // of 64 bytes, whole vectors at any width.
 #pragma once
 
@@ -24,33 +24,6 @@ struct Vector {
 };
 template <typename A, int64_t kBytes>
 using vector_t = typename Vector<A, kBytes>::type;
-
-#define FASTSHAP_INLINE_BODY __attribute__((always_inline))
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-template <typename Body>
-__attribute__((target("arch=x86-64-v4"))) void run_v4(const Body& body) {
-  body.template operator()<64>();
-}
-template <typename Body>
-__attribute__((target("arch=x86-64-v3"))) void run_v3(const Body& body) {
-  body.template operator()<32>();
-}
-#endif
-
-// Calls body.operator()<bytes>(), compiled for the widest registers of this processor. The body must be
-// FASTSHAP_INLINE_BODY, or it would not be compiled for them.
-template <typename Body>
-FASTSHAP_INLINE void with_vectors(const Body& body) {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-  static const int level = __builtin_cpu_supports("x86-64-v4")   ? 4
-                           : __builtin_cpu_supports("x86-64-v3") ? 3
-                                                                 : 2;
-  if (level == 4) return run_v4(body);
-  if (level == 3) return run_v3(body);
-#endif
-  body.template operator()<16>();
-}
 
 template <int64_t kBytes, typename A>
 FASTSHAP_INLINE vector_t<A, kBytes> load(const A* from) {
