@@ -5,6 +5,13 @@ A run's folder holds
     summary.csv                   one row an epoch
     model.safetensors             the model after the last finished epoch (and config.json where the model has one)
     checkpoints/epoch_0007/       everything that resuming needs, after 7 epochs; the last two are kept
+        model.safetensors         its weights and statistics
+        state.safetensors         the tensors of optimiser and objective
+        record.json               all else: settings, history, numbers of optimiser, objective and loss scaling, digests
+    .lock                         held by the run that writes here
+
+Nothing is pickled, so that reading a checkpoint never runs code. No state of a random generator is kept: `fit` seeds
+every epoch anew.
 """
 
 from __future__ import annotations
@@ -13,19 +20,31 @@ import csv
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from accelerate import Accelerator
-from safetensors.torch import save_model
-from torch import nn
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import Tensor, nn
 
 FOLDER = "checkpoints"
-RECORD = "record.json"
-PARTIAL = ".partial"
+MODEL, STATE, RECORD = "model.safetensors", "state.safetensors", "record.json"
+LOCK = ".lock"
+PARTIAL, REMOVED = ".partial", ".removed"
 KEPT = 2
+torch.channels_last = torch.channels_last
+#: The workers of a killed run notice within five seconds that it is gone, and hold its lock until then.
+SECONDS_TO_WAIT = 10.0
 
 
 class CheckpointError(RuntimeError):
@@ -37,54 +56,161 @@ class Checkpoints:
 
     Args:
         output: the run's folder, or None to write nothing.
-        accelerator: holds the model, the optimiser and the objective that are saved and restored.
+        accelerator: of the run; it holds the loss scaling of fp16.
         settings: what must be the same for a resumed run to be the same run; JSON-able.
+        model, optimizer, objective: what is saved and restored. The states of optimizer and objective are made of
+            tensors, numbers, words, None, lists, tuples and dicts.
+
+    Raises:
+        TypeError: the objective's state holds anything else.
     """
 
-    def __init__(self, output: str | Path | None, accelerator: Accelerator, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        output: str | Path | None,
+        accelerator: Accelerator,
+        settings: Mapping[str, Any],
+        *,
+        model: nn.Module,
+        optimizer: Any,
+        objective: Any,
+    ) -> None:
         self.output = None if output is None else Path(output)
         self.accelerator = accelerator
         self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings)))  # tuples become lists, as in the file
+        self.model, self.optimizer, self.objective = model, optimizer, objective
         self.newest: Path | None = None
+        if output is not None:
+            _encode(self._state(), {})
 
-    def save(self, model: nn.Module, history: Sequence[Mapping[str, Any]]) -> None:
-        """Saves the state after len(history) epochs beside the last checkpoint, then renames it into place."""
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps other runs out of the folder, once it is sure that it can be written to."""
+        if self.output is None or not self.accelerator.is_main_process:
+            yield
+            return
+        lock = self._lock(self.output)
+        try:
+            self._check_room(self.output)
+            yield
+        finally:
+            lock.release()
+
+    def _lock(self, output: Path) -> FileLock:
+        try:
+            (output / FOLDER).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=output / FOLDER) as file:
+                file.write(bytes(4096))
+            lock = FileLock(output / LOCK)
+            lock.acquire(timeout=SECONDS_TO_WAIT)
+        except Timeout as error:
+            raise CheckpointError(
+                f"fit: another run writes into {str(output)!r} now. Wait for its end, or pass another `output`."
+            ) from error
+        except OSError as error:
+            raise CheckpointError(
+                f"fit: argument `output` must be a folder that can be written to, but {str(output)!r} can't be: "
+                f"{error}. Pass another folder, or None to write nothing."
+            ) from error
+        return lock
+
+    def _check_room(self, output: Path) -> None:
+        """The least that an epoch writes is the model, twice; what the optimiser keeps comes on top."""
+        tensors = chain(self.model.parameters(), self.model.buffers())
+        needed = 2 * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        free = shutil.disk_usage(output).free
+        if free < needed:
+            raise CheckpointError(
+                f"fit: argument `output` must have room for checkpoints of at least {needed / 1e6:.1f} MB, but "
+                f"{str(output)!r} has {free / 1e6:.1f} MB left. Free some, or pass a folder on another disk."
+            )
+
+    def save(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Saves the state after len(history) epochs beside the last checkpoint, then renames it into place.
+
+        Checkpoints of later epochs, which are there where the run went back to an earlier one, are removed.
+
+        Raises:
+            CheckpointError: the state can't be written; the last checkpoint is whole.
+        """
         if self.output is None:
             return
+        self.accelerator.wait_for_everyone()
         folder = self.output / FOLDER / f"epoch_{len(history):04d}"
-        partial = folder.with_name(folder.name + PARTIAL)
         if self.accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial))
-        self.accelerator.wait_for_everyone()
+            with self._writing(self.output):
+                self._write(folder, history)
+                _export(self.model, history, self.output)
+                for old in whole_checkpoints(self.output)[:-KEPT]:
+                    _remove(old)
         self.newest = folder
-        if self.accelerator.is_main_process:
-            files = {path.name: _digest(path) for path in sorted(partial.iterdir())}
-            record = {"settings": self.settings, "history": list(history), "files": files}
-            (partial / RECORD).write_text(json.dumps(record, indent=1))
-            os.replace(partial, folder)
-            _write_model(model, self.output)
-            _write_summary(history, self.output)
-            for old in whole_checkpoints(self.output)[:-KEPT]:
-                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def _write(self, folder: Path, history: Sequence[Mapping[str, Any]]) -> None:
+        for leftover in folder.parent.glob("epoch_*.*"):  # of a run that was killed while it wrote or removed
+            shutil.rmtree(leftover)
+        partial = folder.with_name(folder.name + PARTIAL)
+        partial.mkdir(parents=True)
+        tensors: dict[str, Tensor] = {}
+        state = _encode(self._state(), tensors)
+        save_model(self.model, str(partial / MODEL))
+        save_file(tensors, partial / STATE)
+        files = {name: _digest(partial / name) for name in (MODEL, STATE)}
+        record = {"settings": self.settings, "history": list(history), "files": files, "state": state}
+        text = json.dumps({"digest": _digest_of(record), "record": record}, indent=1)
+        (partial / RECORD).write_text(text)
+        for later in reversed(whole_checkpoints(folder.parent.parent)):
+            if _epochs(later) >= len(history):
+                _remove(later)
+        os.replace(partial, folder)
+
+    def _state(self) -> dict[str, Any]:
+        """What changes in training, beside the model."""
+        scaler = self.accelerator.scaler
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "objective": self.objective.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+
+    @contextmanager
+    def _writing(self, output: Path) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            whole = whole_checkpoints(output)
+            kept = f"The checkpoint {whole[-1].name} is whole" if whole else "No epoch was kept"
+            raise CheckpointError(
+                f"fit: the run can't be written to {str(output)!r}: {error}. {kept}. Make room there, and go on with "
+                "resume='auto'."
+            ) from error
 
     def resume(self, resume: str | Path | None) -> list[dict[str, Any]]:
-        """Restores the state that `resume` names and returns its history; an empty one where the run starts anew."""
+        """Restores the state that `resume` names and returns its history; an empty one where the run starts anew.
+
+        The model and the summary in the run's folder are written again, as the run may have ended before it wrote them.
+        """
         folder = find_checkpoint(self.output, resume)
         if folder is None:
             return []
         record = _read_record(folder)
         self._check_settings(folder, record["settings"])
         try:
-            self.accelerator.load_state(str(folder))
-        except Exception as error:  # whatever the many readers below raise
+            load_model(self.model, folder / MODEL)
+            state = _decode(record["state"], load_file(folder / STATE))
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.objective.load_state_dict(state["objective"])
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+        except Exception as error:  # whatever the many readers above raise
             raise CheckpointError(
                 f"fit: the checkpoint {str(folder)!r} does not fit this model, optimiser and objective: {error}. "
                 "Build the model as the run did, or start another run in another folder."
             ) from error
         self.newest = folder
+        if self.output is not None and self.accelerator.is_main_process:
+            with self._writing(self.output):
+                _export(self.model, record["history"], self.output)
         return record["history"]
 
     def _check_settings(self, folder: Path, saved: Mapping[str, Any]) -> None:
@@ -100,6 +226,12 @@ class Checkpoints:
             )
 
 
+def _export(model: nn.Module, history: Sequence[Mapping[str, Any]], output: Path) -> None:
+    """Writes what users read: the model and the history."""
+    _write_model(model, output)
+    _write_summary(history, output)
+
+
 def _write_model(model: nn.Module, output: Path) -> None:
     """Writes the model into the run's folder, each file whole or not at all."""
     partial = output / f"model{PARTIAL}"
@@ -110,7 +242,7 @@ def _write_model(model: nn.Module, output: Path) -> None:
         save_pretrained(partial)
         (partial / "README.md").unlink(missing_ok=True)  # the Hub's model card says the model was pushed there
     else:
-        save_model(model, str(partial / "model.safetensors"))
+        save_model(model, str(partial / MODEL))
     for path in partial.iterdir():
         os.replace(path, output / path.name)
     partial.rmdir()
@@ -128,6 +260,11 @@ def _write_summary(history: Sequence[Mapping[str, Any]], output: Path) -> None:
 
 def find_checkpoint(output: Path | None, resume: str | Path | None) -> Path | None:
     """The checkpoint that `resume` names; None where the run starts anew, which an output that holds one forbids."""
+    if not isinstance(resume, (str, os.PathLike, type(None))):
+        raise ValueError(
+            "fit: argument `resume` must be None, 'auto', or the path of a run or one of its checkpoints, but it is "
+            f"{resume!r}."
+        )
     own = [] if output is None else whole_checkpoints(output)
     if resume is None:
         if own:
@@ -139,31 +276,52 @@ def find_checkpoint(output: Path | None, resume: str | Path | None) -> Path | No
     if resume == "auto":
         return own[-1] if own else None
     folder = Path(resume)
-    if (folder / RECORD).is_file():
-        return folder
-    inner = whole_checkpoints(folder)
-    if not inner:
+    if not (folder / RECORD).is_file():
+        inner = whole_checkpoints(folder)
+        if not inner:
+            raise CheckpointError(
+                f"fit: there is no checkpoint in {str(folder)!r}. Pass a run's folder, one of its "
+                f"{FOLDER}/epoch_* folders, or resume=None to start anew."
+            )
+        folder = inner[-1]
+    if own and folder.parent.resolve() != own[-1].parent.resolve():
         raise CheckpointError(
-            f"fit: there is no checkpoint in {str(folder)!r}. Pass a run's folder, one of its "
-            f"{FOLDER}/epoch_* folders, or resume=None to start anew."
+            f"fit: {str(output)!r} already holds a run, and {str(folder)!r} is of another one. Pass another output "
+            "folder to go on with that one."
         )
-    return inner[-1]
+    return folder
 
 
 def whole_checkpoints(output: Path) -> list[Path]:
     """Oldest first. A folder gets its name only when it is whole."""
-    return sorted(path for path in (output / FOLDER).glob("epoch_*") if path.suffix != PARTIAL)
+    found = (output / FOLDER).glob("epoch_*")
+    return sorted((path for path in found if re.fullmatch(r"epoch_\d+", path.name)), key=_epochs)
+
+
+def _epochs(checkpoint: Path) -> int:
+    """By number: the names of ten thousand epochs and more are longer."""
+    return int(checkpoint.name.removeprefix("epoch_"))
+
+
+def _remove(checkpoint: Path) -> None:
+    """Takes the name away first: what is half removed is no checkpoint."""
+    removed = checkpoint.with_name(checkpoint.name + REMOVED)
+    os.replace(checkpoint, removed)
+    shutil.rmtree(removed)
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
     """The record of a checkpoint whose files are all there and unchanged."""
     path = folder / RECORD
     try:
-        record = json.loads(path.read_text())
-        files = record["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder, path, f"it cannot be read ({error})") from error
-    for name, digest in files.items():
+        found = json.loads(path.read_text())
+        record = found["record"]
+        if _digest_of(record) != found["digest"]:
+            raise ValueError("it is not what was written")
+        _check_record(record)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(folder, path, f"it cannot be read ({error!r})") from error
+    for name, digest in record["files"].items():
         if not (folder / name).is_file():
             raise _damaged(folder, folder / name, "it is missing")
         if _digest(folder / name) != digest:
@@ -171,11 +329,71 @@ def _read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
+def _check_record(record: dict[str, Any]) -> None:
+    """The types that a record has, for one that was changed together with its digest."""
+    if not isinstance(record["settings"], dict) or set(record["files"]) != {MODEL, STATE}:
+        raise ValueError(f"settings must be named, and the files must be {MODEL} and {STATE}")
+    for row in record["history"]:
+        columns = {"epoch", "seconds", "spread", "eval_accuracy"}
+        values = row.values() if isinstance(row, dict) and columns <= row.keys() else ["none"]
+        if not all(isinstance(value, (int, float, type(None))) for value in values):
+            raise ValueError(f"each row of the history must hold {', '.join(sorted(columns))}, as numbers")
+
+
+def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """A state as JSON can hold it; its tensors go to `tensors`, under the names that stand in their places."""
+    if isinstance(value, Tensor):
+        name = f"{len(tensors)}"
+        tensors[name] = value.detach().contiguous()
+        last = value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last) and not value.is_contiguous()
+        return {"channels_last" if last else "tensor": name}
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, list):
+        return [_encode(part, tensors) for part in value]
+    if isinstance(value, tuple):
+        return {"tuple": [_encode(part, tensors) for part in value]}
+    if isinstance(value, Mapping):
+        return {"dict": [[_encode(part, tensors) for part in item] for item in value.items()]}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    raise TypeError(
+        "fit: the states of optimizer and `objective` (their state_dict) must hold tensors, numbers, words, None, "
+        f"lists, tuples and dicts, but there is a {type(value).__name__}. Keep arrays as tensors."
+    )
+
+
+def _decode(node: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """What `_encode` was given."""
+    if isinstance(node, list):
+        return [_decode(part, tensors) for part in node]
+    if not isinstance(node, dict):
+        return node
+    ((kind, content),) = node.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "channels_last":
+        return tensors[content].contiguous(memory_format=torch.channels_last)
+    if kind == "tuple":
+        return tuple(_decode(part, tensors) for part in content)
+    if kind == "dict":
+        return {_decode(name, tensors): _decode(part, tensors) for name, part in content}
+    if kind == "dtype" and isinstance(getattr(torch, content), torch.dtype):
+        return getattr(torch, content)
+    raise ValueError(f"its state holds {kind!r}")
+
+
 def _damaged(folder: Path, path: Path, what: str) -> CheckpointError:
     return CheckpointError(
         f"fit: the checkpoint file {str(path)!r} is damaged: {what}. Delete {str(folder)!r}, and resume='auto' takes "
         "the checkpoint before it, or starts anew where there is none."
     )
+
+
+def _digest_of(record: Any) -> str:
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:

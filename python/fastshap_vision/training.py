@@ -9,6 +9,9 @@ from __future__ import annotations
 import difflib
 import logging
 import math
+import numbers
+import os
+import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,15 +22,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, is_initialized
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, set_seed
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 from tqdm import tqdm
 
+from fastshap_kernels._checks import check_count, describe, fail
+
+from ._checks import check_choice
 from .checkpoint import Checkpoints
 from .classifier import SelfExplainingClassifier
 from .coalition_objective import CoalitionObjective
@@ -41,6 +47,9 @@ TERMS = ("loss", "task", "regression", "masked_task", "r2", "spread")
 
 # timm's schedules that follow the updates; "none" keeps the learning rate.
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")
+
+_MOST = 2**31 - 1
+_OF_OBJECTIVES = ("state_dict", "load_state_dict")
 
 # The host reads the terms this often: seldom enough that the device never waits, often enough to stop a lost run.
 STEPS_BETWEEN_READS = 100
@@ -58,7 +67,7 @@ class TrainingError(RuntimeError):
 
 
 class Evaluation(NamedTuple):
-    """Accuracy in percent and mean cross-entropy."""
+    """Accuracy in percent and mean cross-entropy, as `evaluate` defines them."""
 
     accuracy: float
     loss: float
@@ -112,35 +121,42 @@ def fit(
     Args:
         model: takes images and returns logits (B, K); it is trained in place.
         train_data, eval_data: datasets of (image, label), or what `play` returned; of the latter eval_r2 is known.
+            Labels of eval_data are as in `evaluate`.
         objective: called as objective(model, images, labels), it returns the terms of the loss; `.progress`, the
-            share of the training that is done, is set before each step.
+            share of the training that is done, is set before each step. What it holds in its `state_dict` (tensors,
+            numbers, words, lists, tuples, dicts) is part of a checkpoint.
         epochs: passes over train_data; the last, incomplete batch of each is left out.
         batch_size: images a step and process.
         opt, lr, weight_decay, sched, warmup_epochs: as in timm (create_optimizer_v2, create_scheduler_v2).
         clip_grad: largest norm of the gradient, or None. The encoder of a self-explaining model and its explainer are
             clipped apart.
-        seed: of the data's order, augmentation and dropout. Two runs with one seed are equal.
+        seed: of the data's order, augmentation and dropout, below 2³². Two runs with one seed are equal.
         workers: processes that load data.
         mixed_precision: "no", "bf16" or "fp16".
         compile: compiles the objective's step (`objective.compile`): slow first steps, faster later ones.
         grad_checkpointing: as in timm: activations within blocks are computed again instead of kept, where the model
-            has `set_grad_checkpointing`. Less memory, more time, the same gradients.
+            has `set_grad_checkpointing`. Less memory, more time, the same gradients. Off again after the run.
         output: the run's folder: summary.csv, model.safetensors and checkpoints, written after every epoch. None
-            writes nothing.
+            writes nothing. One run at a time writes to a folder.
         resume: None starts anew (and refuses an output folder that holds a run); "auto" goes on from the newest
-            checkpoint in `output`, if there is one; a path names a run's folder or a checkpoint.
+            checkpoint in `output`, if there is one, and writes the model again if all epochs are done; a path names a
+            run's folder or a checkpoint. From an earlier checkpoint in `output` the run goes back: the later ones are
+            removed once it has trained and saved the epoch after it.
         progress: shows a bar on a terminal.
 
     Returns:
         the history of the run, its duration and accuracy. The model is left in evaluation mode, on the device that
-        accelerate chose.
+        accelerate chose. The random generators of Python, numpy and torch, and an `Accelerator` of the caller's, are
+        left as they were found.
 
     Raises:
         ValueError: an argument out of its range, or data that fits neither the batch nor the model.
-        CheckpointError: the checkpoint to resume from is missing, damaged, or of another run.
+        TypeError: the objective's state can't be written.
+        CheckpointError: the checkpoint to resume from is missing, damaged, or of another run; or `output` can't be
+            written to, which is tried before the first step, or another run writes to it.
         TrainingError: images or loss are not finite, or the game collapsed. The last checkpoint stays whole.
     """
-    settings = {
+    given = {
         "epochs": epochs,
         "batch_size": batch_size,
         "opt": opt,
@@ -155,26 +171,31 @@ def fit(
         "compile": compile,
         "grad_checkpointing": grad_checkpointing,
     }
-    if eval_data is not None:
-        _check_labelled(model, eval_data, "fit", "eval_data")
-    with _accelerate_as_found():
+    _check_kinds(model, objective, output)
+    settings = _checked_settings(given)
+    with _as_found(model):
+        if eval_data is not None:
+            _check_data(model, eval_data, "fit", "eval_data")
         run = _Run(model, train_data, objective, settings)
         for games in (train_data, eval_data):
             if isinstance(games, PlayedGames) and isinstance(model, SelfExplainingClassifier):
                 games.check(model)
-        checkpoints = Checkpoints(output, run.accelerator, run.settings)
-        history = checkpoints.resume(resume)
-        run.optimizer.zero_grad()  # of what the model was trained in before
-        with run.bar(len(history), progress) as bar:
-            for epoch in range(len(history), epochs):
-                row = run.train_epoch(epoch, bar)
-                if eval_data is not None:
-                    row |= run.evaluate(eval_data)
-                history.append(row)
-                if run.accelerator.is_main_process:
-                    _log.info(_line(row, epochs))
-                _check_game(history, getattr(model, "num_classes", None))
-                checkpoints.save(model, history)
+        checkpoints = Checkpoints(
+            output, run.accelerator, run.settings, model=model, optimizer=run.optimizer, objective=objective
+        )
+        with checkpoints.held():
+            history = checkpoints.resume(resume)
+            run.optimizer.zero_grad()  # of what the model was trained in before
+            with run.bar(len(history), progress) as bar:
+                for epoch in range(len(history), settings["epochs"]):
+                    row = run.train_epoch(epoch, bar)
+                    if eval_data is not None:
+                        row |= run.evaluate(eval_data)
+                    history.append(row)
+                    if run.accelerator.is_main_process:
+                        _log.info(_line(row, settings["epochs"]))
+                    _check_game(history, getattr(model, "num_classes", None))
+                    checkpoints.save(history)
     model.eval()
     accuracies = [row["eval_accuracy"] for row in history if row["eval_accuracy"] is not None]
     return FitResult(
@@ -197,42 +218,126 @@ def evaluate(
 ) -> Evaluation:
     """Accuracy (percent) and mean cross-entropy of `model` on `data`.
 
+    Labels are class numbers, (B,). Where they have the shape of the logits, (B, K), each is a yes or no of its own, 1
+    or 0: the accuracy is the share of all B·K labels that the sign of their logit says, and the cross-entropy is
+    binary, its mean over all of them. The same for a single logit (K = 1), with labels (B,) or (B, 1).
+
     Args:
         model: takes images and returns logits (B, K); in eval mode for the while.
         data: a dataset of (image, label), or what `play` returned.
         batch_size: images a step (and process).
         workers: processes that load data.
         accelerator: spreads the work over its processes, in its precision; without one the model's device is used.
+
+    Raises:
+        ValueError: an argument out of its range, labels of another shape, or labels that are none of the K classes.
     """
-    _check_labelled(model, data, "evaluate", "data")
+    if not isinstance(model, nn.Module):
+        fail("evaluate", "model", "a torch.nn.Module", model)
+    check_count("evaluate", "batch_size", batch_size, 1, _MOST)
+    check_count("evaluate", "workers", workers, 0, _MOST)
+    _check_data(model, data, "evaluate", "data")
     data = data.data if isinstance(data, PlayedGames) else data
-    loader = DataLoader(data, batch_size, num_workers=workers)
+    # A generator of its own: the loader draws a seed for its workers, and the process's generator stays as it was.
+    loader = DataLoader(data, batch_size, num_workers=workers, collate_fn=_Batch(), generator=torch.Generator())
     if accelerator is not None:
         loader = accelerator.prepare_data_loader(loader)
-    device = next(model.parameters()).device
-    sums = torch.zeros(3, device=device)
+    like = next((weight for weight in model.parameters() if weight.is_floating_point()), torch.empty(0))
+    counts, total = torch.zeros(3, dtype=torch.int64, device=like.device), torch.zeros((), device=like.device)
     with evaluation_mode(model):
         for images, labels in loader:
             with accelerator.autocast() if accelerator is not None else nullcontext():
-                logits = model(images.to(device)).float()
-            labels = labels.to(device)
+                logits = model(images.to(like.device, like.dtype)).float()
+            labels = labels.to(like.device)
             if accelerator is not None:
                 logits, labels = accelerator.gather_for_metrics((logits, labels))
-            loss = functional.cross_entropy(logits, labels, reduction="sum")
-            sums += torch.stack([(logits.argmax(dim=1) == labels).sum().float(), loss, loss.new_tensor(len(labels))])
-    correct, loss, count = sums.tolist()
-    return Evaluation(accuracy=100 * correct / count, loss=loss / count)
+            loss, *found = _scores(logits, labels)
+            total += loss
+            counts += torch.stack(found)
+    correct, impossible, count = counts.tolist()
+    if impossible:
+        raise ValueError(
+            f"evaluate: {impossible} labels of the data are impossible for the model's {logits.shape[1]} logits. They "
+            f"must be class numbers from 0 to {logits.shape[1] - 1}, or 1 and 0 for each logit. Build the model with "
+            "as many classes as there are labels."
+        )
+    return Evaluation(accuracy=100 * correct / count, loss=float(total) / count)
+
+
+def _scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of a batch: the sum of the cross-entropies; how many labels are right, impossible, and there in all."""
+    of_one = logits.ndim == 2 and logits.shape[1] == 1 and labels.shape == logits.shape[:1]
+    if logits.ndim == 2 and (labels.shape == logits.shape or of_one):
+        wanted = labels.view_as(logits).float()
+        impossible = (wanted < 0) | (wanted > 1)
+        right = (logits > 0) == (wanted > 0.5)
+        loss = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="sum")
+    elif logits.ndim == 2 and labels.shape == logits.shape[:1] and not labels.is_floating_point():
+        impossible = (labels < 0) | (labels >= logits.shape[1])
+        right = logits.argmax(dim=1) == labels
+        loss = functional.cross_entropy(logits, labels.long().masked_fill(impossible, 0), reduction="sum")
+    else:
+        raise ValueError(
+            "evaluate: labels must be class numbers (B,), or a yes or no (1 or 0) for each logit (B, K), but they are "
+            f"{describe(labels)} for logits {tuple(logits.shape)}. Let the dataset return such labels."
+        )
+    return loss, right.sum(), impossible.sum(), torch.tensor(right.numel(), device=logits.device)
 
 
 @contextmanager
-def _accelerate_as_found() -> Iterator[None]:
-    """accelerate fixes the precision of a process at its first use: a run takes that back, for the next run's own."""
-    found = is_initialized()
+def _as_found(model: nn.Module) -> Iterator[None]:
+    """What a run changes beyond its arguments becomes what it was.
+
+    accelerate keeps precision and gradient accumulation for the whole process: a run has its own, and the caller's
+    come back after it. So do the random generators, and whether blocks checkpoint their activations.
+    """
+    states = (GradientState, AcceleratorState, PartialState)
+    contents = [dict(state._shared_state) for state in states]
+    for state in states[:2]:
+        state._shared_state.clear()
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    name = "grad_checkpointing"
+    checkpointing = [(module, getattr(module, name)) for module in model.modules() if hasattr(module, name)]
     try:
-        yield
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
     finally:
-        if not found:
-            AcceleratorState._reset_state()
+        for module, enabled in checkpointing:
+            setattr(module, name, enabled)
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+        for state, content in zip(states, contents, strict=True):
+            state._shared_state.clear()
+            state._shared_state.update(content)
+
+
+class _Batch:
+    """Stacks items to a batch, or says what is wrong with them.
+
+    Args:
+        classes: of labels that are class numbers. They are checked here, on the CPU: on a GPU the loss would end the
+            process's use of it. −100, which cross-entropy leaves out, may stand among them. None checks nothing.
+    """
+
+    def __init__(self, classes: int | None = None) -> None:
+        self.classes = classes
+
+    def __call__(self, items: list[Any]) -> Any:
+        try:
+            images, labels = default_collate(items)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"The data's items can't be stacked to a batch: {error}. Let the dataset return (image, label), all "
+                "images of one size, as fv.load_dataset does."
+            ) from error
+        if self.classes is not None and isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.ndim == 1:
+            impossible = labels[((labels < 0) | (labels >= self.classes)) & (labels != -100)]
+            if len(impossible):
+                raise ValueError(
+                    f"fit: `train_data` has the label {int(impossible[0])}, but the model's {self.classes} classes "
+                    f"count from 0 to {self.classes - 1}. Build the model with as many classes as there are labels."
+                )
+        return images, labels
 
 
 class TrainingStep(nn.Module):
@@ -246,6 +351,12 @@ class TrainingStep(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         terms = self._objective[0](self.model, images, labels)
+        loss = getattr(terms, "loss", None)
+        if not isinstance(loss, Tensor) or loss.ndim:
+            raise ValueError(
+                "fit: the `objective` must return terms with a scalar tensor `loss`, as ObjectiveTerms(loss), but its "
+                f"loss is {describe(loss)}."
+            )
         return {name: getattr(terms, name) for name in TERMS if getattr(terms, name, None) is not None}
 
 
@@ -253,8 +364,7 @@ class _Run:
     """One training run: what accelerate prepared, and the pass over an epoch."""
 
     def __init__(self, model: nn.Module, data: Dataset, objective: Any, settings: dict[str, Any]) -> None:
-        _check_settings(settings)
-        _check_labelled(model, data, "fit", "train_data")
+        _check_data(model, data, "fit", "train_data", settings["mixed_precision"])
         if isinstance(data, PlayedGames) and isinstance(objective, (TaskObjective, CoalitionObjective)):
             raise ValueError(
                 f"fit: {type(objective).__name__} learns from labelled images, but train_data are games that were "
@@ -275,15 +385,27 @@ class _Run:
         self.encoder = list(backbone.parameters())
         of_encoder = {id(parameter) for parameter in self.encoder}
         self.explainer = [parameter for parameter in model.parameters() if id(parameter) not in of_encoder]
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                "fit: argument `model` has no trainable parameter: all are frozen (requires_grad is False). Unfreeze "
+                "some with requires_grad_(True)."
+            )
         _prepare_step(model, objective, settings)
         set_seed(settings["seed"])  # the seedable sampler takes this seed
         optimizer = _create_optimizer(model, settings)
         # Workers live for one epoch: they then draw from its seed, whether or not the run was resumed before it.
-        loader = DataLoader(data, settings["batch_size"], shuffle=True, drop_last=True, num_workers=settings["workers"])
+        counted = getattr(objective, "task_loss", None) is functional.cross_entropy
+        loader = DataLoader(
+            data,
+            settings["batch_size"],
+            shuffle=True,
+            drop_last=True,
+            num_workers=settings["workers"],
+            collate_fn=_Batch(getattr(model, "num_classes", None) if counted else None),
+        )
         self.step, self.optimizer, self.loader = self.accelerator.prepare(
             TrainingStep(model, objective), optimizer, loader
         )
-        self.accelerator.register_for_checkpointing(objective)
         # The schedule holds no state: step_update says which update it is.
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
@@ -314,6 +436,11 @@ class _Run:
             lr = self.optimizer.param_groups[0]["lr"]
             self.objective.progress = update / (self.settings["epochs"] * len(self.loader))
             terms = self.step(images, labels)
+            if not terms["loss"].requires_grad:
+                raise ValueError(
+                    "fit: the objective's loss depends on none of the model's trainable parameters. Unfreeze those "
+                    "that it trains (requires_grad_), or use an objective that trains the others."
+                )
             self.accelerator.backward(terms["loss"])
             if self.settings["clip_grad"] is not None:
                 # Apart: no explainer changes how the encoder is trained.
@@ -350,12 +477,13 @@ class _Run:
         if not isinstance(self.objective, ExplainerObjective):
             return None
         model: Any = self.model
-        device, found = self.accelerator.device, torch.zeros((), device=self.accelerator.device)
+        device, found = self.accelerator.device, []
         with evaluation_mode(model), self.accelerator.autocast():
             for images, played in DataLoader(games, self.settings["batch_size"], num_workers=self.settings["workers"]):
                 terms: Any = self.objective(model, images.to(device), [part.to(device) for part in played])
-                found += len(images) * terms.r2
-        return float(found) / len(games)
+                found.append(terms.r2.expand(len(images)))
+        mean = float(torch.cat(found).nanmean())
+        return None if math.isnan(mean) else mean
 
 
 class _TermReader:
@@ -433,12 +561,18 @@ def _identity(data: Any, objective: Any) -> dict[str, Any]:
 
 
 def _create_optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimizer:
+    opt = settings["opt"]
     try:
-        return create_optimizer_v2(model, opt=settings["opt"], lr=settings["lr"], weight_decay=settings["weight_decay"])
+        get_optimizer_info(opt.lower().split("_")[-1])
     except ValueError as error:
-        close = difflib.get_close_matches(settings["opt"], list_optimizers(), 3) or ["adamw", "sgd"]
+        close = difflib.get_close_matches(opt, list_optimizers(), 3) or ["adamw", "sgd"]
+        raise ValueError(f"fit: timm has no optimizer `opt` = {opt!r} ({error}). Try {', '.join(close)}.") from error
+    try:
+        return create_optimizer_v2(model, opt=opt, lr=settings["lr"], weight_decay=settings["weight_decay"])
+    except (ValueError, TypeError, AssertionError, ImportError) as error:
         raise ValueError(
-            f"fit: timm has no optimizer `opt` = {settings['opt']!r} ({error}). Try {', '.join(close)}."
+            f"fit: timm can't make the optimizer `opt` = {opt!r} for this model, lr and weight_decay: {error}. Try "
+            "opt='adamw'."
         ) from error
 
 
@@ -457,7 +591,7 @@ def _epoch_seed(seed: int, epoch: int, process: int) -> int:
 def _check_game(history: list[dict[str, Any]], num_classes: int | None) -> None:
     """Stops a run whose coalitions have all come to the same value, and whose accuracy (if known) is chance."""
     spreads = [row["spread"] for row in history if row["spread"] is not None]
-    chance = 0.0 if num_classes is None else 100 / num_classes
+    chance = 0.0 if num_classes is None else 100 / max(num_classes, 2)  # a single logit says yes or no
     lately = history[-COLLAPSED_EPOCHS:]
     # A game that never came to life has no larger spread behind it.
     smallest = max(COLLAPSED_SPREAD * max(spreads, default=0.0), STILLBORN_SPREAD * (len(spreads) > STILLBORN_EPOCHS))
@@ -477,40 +611,103 @@ def _check_game(history: list[dict[str, Any]], num_classes: int | None) -> None:
     )
 
 
-def _check_settings(settings: dict[str, Any]) -> None:
-    for name, low in (("epochs", 1), ("batch_size", 1), ("seed", 0), ("workers", 0)):
+def _check_kinds(model: object, objective: object, output: object) -> None:
+    """The arguments that are no numbers or words."""
+    if not isinstance(model, nn.Module):
+        fail("fit", "model", "a torch.nn.Module that returns logits", model, "Use timm.create_model or fv.convert.")
+    if isinstance(objective, type) or not all(
+        callable(part) for part in (objective, *(getattr(objective, name, None) for name in _OF_OBJECTIVES))
+    ):
+        fail(
+            "fit",
+            "objective",
+            "an objective: called as objective(model, images, labels), with state_dict and load_state_dict",
+            objective,
+            "Use fv.ShapleyObjective() or fv.TaskObjective().",
+        )
+    if output is not None and not isinstance(output, (str, os.PathLike)):
+        fail("fit", "output", "the path of a folder, or None", output)
+
+
+def _checked_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run as plain numbers and words; numpy's become Python's."""
+    settings = dict(given)
+    low_high = {"epochs": (1, _MOST), "batch_size": (1, _MOST), "workers": (0, _MOST), "seed": (0, 2**32 - 1)}
+    for name, (low, high) in low_high.items():
         value = settings[name]
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ValueError(f"fit: argument `{name}` must be a whole number from {low}, but it is {value!r}.")
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= int(value) <= high:
+            fail("fit", name, f"a whole number from {low} to {high}", value)
+        settings[name] = int(value)
     for name in ("lr", "weight_decay", "warmup_epochs", "clip_grad"):
         value = settings[name]
+        if value is None and name == "clip_grad":
+            continue
         positive = name in ("lr", "clip_grad")
-        if value is not None and not (math.isfinite(value) and (value > 0 if positive else value >= 0)):
-            bound = "above 0" if positive else "from 0"
-            raise ValueError(f"fit: argument `{name}` must be a finite number {bound}, but it is {value!r}.")
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or not (value > 0 if positive else value >= 0):
+            fail("fit", name, f"a finite number {'above 0' if positive else 'from 0'}", value)
+        settings[name] = float(value) if not isinstance(value, numbers.Integral) else int(value)
+    for name in ("opt", "sched", "mixed_precision"):
+        if not isinstance(settings[name], str):
+            fail("fit", name, "a name", settings[name])
+    check_choice("mixed_precision", settings["mixed_precision"], ("no", "bf16", "fp16"))
     if settings["sched"] not in SCHEDULES:
         raise ValueError(
             f"fit: argument `sched` must be one of {', '.join(SCHEDULES)}, but it is {settings['sched']!r}."
         )
+    return settings
 
 
 def _check_batch(settings: dict[str, Any]) -> None:
     """A step needs a full batch in each process."""
     batch, processes, images = settings["batch_size"], settings["processes"], settings["images"]
     if images < batch * processes:
+        most = images // processes
+        remedy = f"Lower batch_size to at most {most}." if most else "Pass more images, or use fewer processes."
         raise ValueError(
             f"fit: train_data has {images} images, fewer than one step takes (batch_size {batch}, {processes} "
-            f"process{'es' if processes > 1 else ''}). Lower batch_size to at most {images // processes}."
+            f"process{'es' if processes > 1 else ''}). {remedy}"
         )
 
 
-def _check_labelled(model: nn.Module, data: Dataset, function: str, argument: str) -> None:
-    """Data with images, and as many classes as the model."""
-    if len(data) == 0:  # type: ignore[arg-type]
+def _check_data(model: nn.Module, data: Any, function: str, argument: str, mixed_precision: str = "") -> None:
+    """A dataset of (image, label), with as many classes as the model."""
+    if isinstance(data, DataLoader):
+        raise ValueError(
+            f"{function}: argument `{argument}` must be a dataset, but it is a DataLoader. Pass its dataset "
+            "(loader.dataset) and `batch_size`."
+        )
+    if isinstance(data, IterableDataset) or not all(hasattr(data, name) for name in ("__len__", "__getitem__")):
+        raise ValueError(
+            f"{function}: argument `{argument}` must be a dataset with a length whose items can be indexed, but it is "
+            f"a {type(data).__name__}. Wrap it in a torch.utils.data.Dataset."
+        )
+    if len(data) == 0:
         raise ValueError(f"{function}: argument `{argument}` must hold images, but it is empty.")
     classes, outputs = getattr(data, "classes", None), getattr(model, "num_classes", None)
-    if classes is not None and outputs is not None and len(classes) != outputs:
+    # Two classes may also be the no and yes of a single logit.
+    if classes is not None and outputs is not None and len(classes) not in (outputs, 2 * (outputs == 1)):
         raise ValueError(
             f"{function}: `{argument}` has {len(classes)} classes, but the model has {outputs} outputs. "
             f"Build the model with num_classes={len(classes)}."
+        )
+    _check_item(model, data[0], function, argument, mixed_precision)
+
+
+def _check_item(model: nn.Module, item: Any, function: str, argument: str, mixed_precision: str) -> None:
+    """One item of a dataset, which stands for all."""
+    remedy = "Let the dataset turn pictures into normalised tensors, as fv.load_dataset does."
+    expected = "a dataset of (image, label), each image a tensor of floating-point numbers"
+    if not isinstance(item, (tuple, list)) or len(item) != 2:
+        fail(function, argument, expected, type(item), remedy)
+    image = torch.as_tensor(item[0]) if isinstance(item[0], np.ndarray) else item[0]
+    if not isinstance(image, Tensor) or not image.is_floating_point():
+        fail(function, argument, expected, image if isinstance(image, Tensor) else type(image), remedy)
+    weights = next((weight for weight in model.parameters() if weight.is_floating_point()), image)
+    if weights.is_meta:
+        raise ValueError(f"{function}: argument `model` has no weights yet (device meta). Create it on a real device.")
+    if mixed_precision == "no" and weights.dtype != image.dtype:
+        raise ValueError(
+            f"{function}: the images of `{argument}` are {image.dtype}, but the model's weights are {weights.dtype}. "
+            "Make both float32 (model.float(), image.float()); mixed_precision='bf16' is for speed."
         )

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -9,18 +10,21 @@ import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import timm
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import ChainDataset, DataLoader, Subset, TensorDataset
 
 from fastshap_vision import SelfExplainingClassifier, ShapleyObjective, TaskObjective, load_dataset
 from fastshap_vision.checkpoint import CheckpointError
-from fastshap_vision.training import TrainingError, evaluate, fit
+from fastshap_vision.training import TrainingError, _check_game, evaluate, fit
 
 
 class NoisyNet(nn.Module):
@@ -276,7 +280,7 @@ def test_a_failed_save_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
         rename(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match=r"disk full\. The checkpoint epoch_0002 is whole\..*resume='auto'"):
         train(tmp_path)
     monkeypatch.undo()
     resumed, _ = train(tmp_path, resume="auto")
@@ -309,7 +313,7 @@ def test_a_run_is_not_overwritten(short_run):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "missing"])
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl"])
+@pytest.mark.parametrize("name", ["model.safetensors", "state.safetensors"])
 def test_damaged_checkpoint_names_the_file(run_copy, name, damage):
     path = run_copy / "checkpoints" / "epoch_0001" / name
     content = path.read_bytes()
@@ -333,7 +337,7 @@ def test_checkpoint_of_another_run_is_refused(short_run):
     with pytest.raises(CheckpointError, match=r"does not fit this model"):
         train(short_run, epochs=1, model=NoisyNet(hidden=9), resume="auto")
     record = json.loads((short_run / "checkpoints" / "epoch_0001" / "record.json").read_text())
-    assert record["settings"]["images"] == 40
+    assert record["record"]["settings"]["images"] == 40
 
 
 def test_nan_images_stop_the_run():
@@ -387,16 +391,106 @@ def test_no_game_collapsed_while_the_classifier_works_or_for_an_epoch():
     assert len(result.history) == 4
 
 
+def test_numbers_may_be_numpys():
+    given = {"lr": np.float32(0.01), "epochs": np.int64(1), "batch_size": np.int32(8), "clip_grad": np.float64(1.0)}
+    assert_same_weights(train(**given)[0], train(epochs=1, lr=float(np.float32(0.01)))[0])
+
+
+def test_a_label_that_is_left_out_may_be_given():
+    """-100, as cross-entropy leaves it out."""
+    data = blobs()
+    data.tensors[1][3] = -100
+    train(data=data, objective=TaskObjective(), epochs=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_models_of_other_precision(dtype):
+    """Evaluated as they are; trained only on images of their own."""
+    model, data = NoisyNet().to(dtype), blobs()
+    assert evaluate(model, data).accuracy == pytest.approx(evaluate(NoisyNet(), data).accuracy, abs=5)
+    with pytest.raises(
+        ValueError, match=rf"images of `train_data` are torch\.float32, but .* {dtype}.*model\.float\(\)"
+    ):
+        train(model=model)
+    own = TensorDataset(data.tensors[0].to(dtype), data.tensors[1])
+    if dtype != torch.float16:  # whose small numbers vanish in AdamW
+        assert fit(model, own, objective=CountingObjective(), epochs=1, batch_size=8).history
+    assert train(model=NoisyNet().to(dtype).float(), epochs=1)[1].history
+
+
+def test_a_model_without_trainable_weights_is_refused():
+    with pytest.raises(ValueError, match=r"`model` has no trainable parameter.*requires_grad_\(True\)"):
+        train(model=NoisyNet().requires_grad_(False))
+    model = NoisyNet().requires_grad_(False)
+    model.unused = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"depends on none of the model's trainable parameters.*Unfreeze"):
+        train(model=model)
+    model.head.requires_grad_(True)
+    assert train(model=model, epochs=1)[1].history
+    with pytest.raises(ValueError, match="no weights yet"):
+        train(model=NoisyNet().to("meta"))
+
+
+def test_an_objective_without_a_loss_is_refused():
+    class Vector(CountingObjective):
+        def __call__(self, model, images, labels):
+            return SimpleNamespace(loss=functional.cross_entropy(model(images), labels, reduction="none"))
+
+    class Nothing(CountingObjective):
+        def __call__(self, model, images, labels):
+            return {"loss": functional.cross_entropy(model(images), labels)}
+
+    for kind, found in ((Vector, r"float32 \(8,\)"), (Nothing, "None")):
+        with pytest.raises(ValueError, match=rf"`objective` must return terms with a scalar tensor `loss`.*{found}"):
+            train(objective=kind())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": 0}, "`epochs` must be a whole number from 1, but it is 0"),
+        ({"epochs": 0}, r"`epochs` must be a whole number from 1 to .*, but it is 0"),
         ({"batch_size": 2.5}, "`batch_size` must be a whole number"),
         ({"lr": 0.0}, "`lr` must be a finite number above 0"),
         ({"lr": float("nan")}, "`lr` must be a finite number"),
         ({"weight_decay": -1}, "`weight_decay` must be a finite number from 0"),
         ({"clip_grad": 0.0}, "`clip_grad` must be a finite number above 0"),
-        ({"seed": -1}, "`seed` must be a whole number from 0"),
+        ({"seed": -1}, "`seed` must be a whole number from 0 to 4294967295"),
+        ({"seed": 2**32}, "`seed` must be a whole number from 0 to 4294967295"),
+        ({"workers": -1}, "`workers` must be a whole number from 0"),
+        ({"epochs": True}, "`epochs` must be a whole number"),
+        ({"lr": "a"}, r"`lr` must be a finite number above 0, but it is 'a' \(str\)"),
+        ({"lr": None}, "`lr` must be a finite number"),
+        ({"clip_grad": True}, "`clip_grad` must be a finite number"),
+        ({"opt": None}, "`opt` must be a name"),
+        ({"mixed_precision": "fp8"}, "`mixed_precision` must be one of 'no', 'bf16', 'fp16'"),
+        ({"objective": "shapley"}, r"`objective` must be an objective.*'shapley'.*Use fv\.ShapleyObjective\(\)"),
+        ({"objective": ShapleyObjective}, r"`objective` must be an objective.*Use fv\.ShapleyObjective\(\)"),
+        ({"objective": lambda model, images, labels: 0}, "`objective` must be .* with state_dict and load_state_dict"),
+        ({"model": "resnet18"}, r"`model` must be a torch\.nn\.Module.*'resnet18'.*timm\.create_model"),
+        ({"output": 5}, "`output` must be the path of a folder"),
+        ({"resume": 5}, "`resume` must be None, 'auto', or the path of a run .* but it is 5"),
+        ({"data": DataLoader(blobs())}, r"`train_data` must be a dataset, but it is a DataLoader.*loader\.dataset"),
+        ({"data": ChainDataset([])}, r"`train_data` must be a dataset with a length .* a ChainDataset"),
+        ({"data": 5}, "`train_data` must be a dataset with a length .* a int"),
+        (
+            {"data": [{"image": torch.zeros(1, 4, 4), "label": 0}] * 8},
+            r"`train_data` must be a dataset of \(image, lab.*dict",
+        ),
+        (
+            {"data": [(Image.new("L", (4, 4)), 0)] * 8},
+            r"`train_data` must be .* each image a tensor .*Image.*load_dataset",
+        ),
+        (
+            {"data": [(torch.zeros(1, 4, 4, dtype=torch.uint8), 0)] * 8},
+            "`train_data` must be .* floating-point .*uint8",
+        ),
+        ({"data": [(torch.zeros(1, 4, 4), 0), (torch.zeros(1, 5, 5), 0)] * 4}, r"stacked to a batch.*of one size"),
+        ({"data": [(torch.zeros(1, 4, 4, dtype=torch.float64), 0)] * 8}, r"float64, but .* weights are torch\.float32"),
+        (
+            {"data": [(torch.zeros(1, 4, 4), 3)] * 8, "objective": TaskObjective()},
+            "the label 3, but the model's 3 classes",
+        ),
+        ({"data": [(torch.zeros(1, 4, 4), -1)] * 8, "objective": TaskObjective()}, "the label -1, but the model's 3"),
         ({"batch_size": 41}, r"40 images, fewer than one step takes .*Lower batch_size to at most 40"),
         ({"sched": "plateau"}, "`sched`"),
         ({"sched": "nonsense"}, "`sched` must be one of cosine"),
@@ -435,6 +529,86 @@ def test_class_count_mismatch():
         evaluate(NoisyNet(), TensorDataset(torch.zeros(0, 1, 4, 4), torch.zeros(0)))
 
 
+def answers(logits, labels):
+    """Accuracy and loss of a model that returns these logits for images that hold their number."""
+
+    class Answering(nn.Module):
+        def forward(self, images):
+            return logits[images.flatten().long()]
+
+    data = TensorDataset(torch.arange(len(logits)).float().view(-1, 1, 1, 1), labels)
+    return evaluate(Answering(), data, batch_size=3)
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (8,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
+def test_a_single_logit_says_yes_by_its_sign(shape, dtype):
+    logits = torch.tensor([[2.0], [-1.0], [0.5], [-3.0], [1.0], [4.0], [-0.1], [-2.0]])
+    labels = torch.tensor([1, 0, 0, 0, 1, 1, 1, 0]).view(shape).to(dtype)
+    found = answers(logits, labels)
+    assert found.accuracy == 75
+    expected = functional.binary_cross_entropy_with_logits(logits, labels.view(8, 1).float())
+    assert found.loss == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_each_of_many_labels_counts(generator):
+    logits, labels = torch.randn(10, 5, generator=generator), torch.rand(10, 5, generator=generator).round()
+    found = answers(logits, labels)
+    assert found.accuracy == pytest.approx(100 * ((logits > 0) == labels.bool()).float().mean().item())
+    expected = functional.binary_cross_entropy_with_logits(logits, labels)
+    assert found.loss == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.full((8,), 5), "8 labels of the data are impossible for the model's 5 logits"),
+        (torch.tensor([-1, 0, 0, 0, 0, 0, 0, 4]), "1 labels of the data are impossible"),
+        (torch.full((8, 5), 2.0), "40 labels of the data are impossible"),
+        (torch.zeros(8, 1, dtype=torch.int64), r"labels must be class numbers \(B,\), .*int64 \(3, 1\)"),
+        (torch.zeros(8), r"labels must be class numbers \(B,\), .*float32 \(3,\)"),
+    ],
+)
+def test_labels_that_do_not_fit_the_logits_are_refused(labels, message):
+    with pytest.raises(ValueError, match=message):
+        answers(torch.randn(8, 5), labels)
+
+
+def test_a_single_logit_is_trained_and_its_game_judged():
+    """Two classes are the no and yes of one logit, chance is a half, and no accuracy is above 100 %."""
+
+    class OneLogit(NoisyNet):
+        num_classes = 1
+
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(8, 1)
+
+    data = blobs()
+    data = TensorDataset(data.tensors[0], (data.tensors[1] == 1).float().view(-1, 1))
+    data.classes = ["no", "yes"]
+    objective = TaskObjective(functional.binary_cross_entropy_with_logits)
+    result = fit(OneLogit(), data, data, objective=objective, epochs=4, batch_size=8, lr=0.1)
+    assert 80 < result.accuracy <= 100
+    history = [{"epoch": n, "spread": spread, "eval_accuracy": 98.0} for n, spread in enumerate([1, 1e-9, 1e-9, 1e-9])]
+    _check_game(history, 1)
+    with pytest.raises(TrainingError, match="collapsed"):
+        _check_game([row | {"eval_accuracy": 52.0} for row in history], 1)
+
+
+def test_evaluate_refuses_what_it_cannot_take():
+    data = blobs()
+    for options, message in (
+        ({"data": DataLoader(data)}, "`data` must be a dataset, but it is a DataLoader"),
+        ({"model": None}, "`model` must be a torch.nn.Module"),
+        ({"batch_size": 0}, "`batch_size` must be a whole number from 1"),
+        ({"workers": -1}, "`workers` must be a whole number from 0"),
+        ({"data": [(torch.zeros(1, 4, 4), None)] * 3}, r"stacked to a batch.*\(image, label\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(**{"model": NoisyNet(), "data": data} | options)
+
+
 def test_evaluate_against_its_definition():
     model, data = NoisyNet(), blobs(50)
     result = evaluate(model, data, batch_size=16)
@@ -451,11 +625,77 @@ def test_every_run_has_its_own_precision():
     assert result.accuracy > 80
 
 
-def test_a_callers_accelerator_lives_on():
-    accelerator = Accelerator()
-    train(epochs=1)
-    assert accelerator.mixed_precision == "no"
-    AcceleratorState._reset_state()
+@pytest.fixture
+def _no_accelerator():
+    """accelerate as in a new process, before the test and after it."""
+    states = (GradientState, AcceleratorState, PartialState)
+    for state in states:
+        state._reset_state()
+    yield
+    for state in states:
+        state._reset_state()
+
+
+@pytest.mark.usefixtures("_no_accelerator")
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_a_callers_accelerator_lives_on(mixed_precision):
+    """In the middle of its gradient accumulation, and of another precision than the run's."""
+    expected, _ = train(mixed_precision=mixed_precision)
+    accelerator = Accelerator(gradient_accumulation_steps=4, cpu=True)
+    layer = nn.Linear(2, 2)
+    layer, optimizer = accelerator.prepare(layer, torch.optim.SGD(layer.parameters(), lr=0.1))
+    before = layer.weight.detach().clone()
+
+    def micro_step():
+        with accelerator.accumulate(layer):
+            accelerator.backward(layer(torch.ones(1, 2)).sum())
+            optimizer.step()
+            optimizer.zero_grad()
+
+    micro_step()
+    model, _ = train(mixed_precision=mixed_precision)
+    evaluate(model, blobs())
+    assert_same_weights(model, expected)
+    assert accelerator.gradient_accumulation_steps == 4
+    assert accelerator.mixed_precision == AcceleratorState().mixed_precision == "no"
+    assert not accelerator.sync_gradients
+    for _ in range(2):
+        micro_step()
+        assert torch.equal(layer.weight, before)
+    micro_step()
+    torch.testing.assert_close(layer.weight, before - 0.1)
+
+
+@pytest.mark.usefixtures("_no_accelerator")
+def test_a_run_leaves_no_accelerator_behind():
+    train(epochs=1, mixed_precision="bf16")
+    assert Accelerator(cpu=True, gradient_accumulation_steps=3).mixed_precision == "no"
+
+
+def test_random_generators_stay_as_they_were():
+    def drawn():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    model, data = NoisyNet(), blobs()
+    for seed in range(2):
+        random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+        expected = drawn()
+        random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+        fit(model, data, data, objective=CountingObjective(), epochs=1, batch_size=8)
+        evaluate(model, data)
+        assert drawn() == expected
+
+
+def test_a_run_that_fails_leaves_everything_as_it_was():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=8, patch_size=4, embed_dim=16, depth=1, num_heads=1)
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    data = TensorDataset(torch.full((8, 3, 8, 8), torch.nan), torch.zeros(8).long())
+    with pytest.raises(TrainingError):
+        fit(model, data, objective=TaskObjective(), epochs=1, batch_size=4, seed=9, grad_checkpointing=True)
+    assert torch.equal(torch.rand(1), expected)
+    assert not model.grad_checkpointing
 
 
 def test_gradients_from_before_have_no_part_in_the_run():
