@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from .cpu_attention import cpu_attention
 from .game import Game, UnsupportedModelError
-from .stem import evaluation_mode, probe_images
+from .probe import evaluation_mode, is_close, perturbed, probe_images
 
 
 class MergedFeatures(nn.Module):
@@ -65,13 +65,13 @@ def probe_widths(game: Game) -> list[int]:
     backbone = game.backbone
     images, name = probe_images(backbone, game.input_size), type(backbone).__name__
     remedy = "Use intermediates=False."
-    with evaluation_mode(backbone):
+    with evaluation_mode(backbone), perturbed(backbone):
         try:
             output, stages = _forward_with_intermediates(game, images, len(images))
         except (AttributeError, AssertionError, TypeError, RuntimeError) as error:
             raise UnsupportedModelError(f"{name} gives no intermediate features: {error}.", remedy) from error
         expected = backbone.forward_features(images)
-    if output.shape != expected.shape or not torch.allclose(output, expected, rtol=1e-3, atol=1e-4):
+    if not is_close(output, expected):
         raise UnsupportedModelError(f"{name} computes other features beside its intermediate ones.", remedy)
     if not stages:
         raise UnsupportedModelError(f"This {name} has one stage, so there are no features before its last.", remedy)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -12,6 +10,7 @@ from timm.models import ByobNet, ConvNeXt, EfficientNet, MobileNetV3, RegNet, Re
 from torch import Tensor, nn
 
 from .game import UnsupportedModelError
+from .probe import evaluation_mode, is_close, perturbed, probe_images
 
 
 class _Parts(NamedTuple):
@@ -81,7 +80,7 @@ def split_at_stem(backbone: nn.Module, input_size: tuple[int, int, int], grid: t
     """
     split = SplitNetwork(backbone)
     images = probe_images(backbone, input_size)
-    with evaluation_mode(backbone):
+    with evaluation_mode(backbone), perturbed(backbone):
         stem_map = split.stem(images)
         height, width = stem_map.shape[2:]
         if height % grid[0] or width % grid[1]:
@@ -90,27 +89,9 @@ def split_at_stem(backbone: nn.Module, input_size: tuple[int, int, int], grid: t
                 "of it. Choose an image size that is a multiple of the network's reduction, or removal='pixel'."
             )
         expected = split.backbone.forward_features(images)
-        if not torch.allclose(split.behind_stem(stem_map), expected, rtol=1e-3, atol=1e-4):
+        if not is_close(split.behind_stem(stem_map), expected):
             raise UnsupportedModelError(
                 f"This {type(backbone).__name__}'s forward_features is more than its stem and stages, so "
                 "removal='feature' would play another network's game. Use removal='pixel'."
             )
     return split
-
-
-def probe_images(backbone: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
-    """Two random images, the same at each call: (2, C, H, W)."""
-    images = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))
-    return images.to(next(backbone.parameters()))
-
-
-@contextmanager
-def evaluation_mode(backbone: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; each module gets its own mode back (a frozen batch norm stays frozen)."""
-    modes = [(module, module.training) for module in backbone.modules()]
-    backbone.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

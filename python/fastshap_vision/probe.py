@@ -1,0 +1,72 @@
+"""How a network is tried before it is trusted: in evaluation mode, on random images, far from its initialisation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+def probe_images(backbone: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
+    """Two random images, the same at each call: (2, C, H, W)."""
+    images = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))
+    return images.to(next(backbone.parameters()))
+
+
+def is_close(found: Tensor, expected: Tensor) -> bool:
+    """Within the rounding of a network's layers, relative to the largest."""
+    tolerance = max(1e-3, 8 * torch.finfo(expected.dtype).eps)
+    return found.shape == expected.shape and bool((found - expected).abs().max() <= tolerance * expected.abs().max())
+
+
+@contextmanager
+def evaluation_mode(backbone: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; each module gets its own mode back (a frozen batch norm stays frozen)."""
+    modes = [(module, module.training) for module in backbone.modules()]
+    backbone.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def perturbed(backbone: nn.Module) -> Iterator[None]:
+    """Norms, scales, biases, statistics and zero matrices that are random for a while, and then what they were.
+
+    At initialisation a norm may be the identity and a branch may add 0: what they do shows after training only.
+    """
+    generator = torch.Generator().manual_seed(0)
+    changed = [(tensor, name) for name, tensor in _tensors(backbone) if _hides(name, tensor)]
+    with torch.inference_mode():  # which may write to all tensors, those made in it too
+        before = [tensor.clone() for tensor, _ in changed]
+        for tensor, name in changed:
+            drawn = torch.randn(tensor.shape, generator=generator).to(tensor)
+            if name.endswith("running_var"):
+                tensor.mul_(drawn.sigmoid() + 0.5)
+            elif tensor.numel() > max(tensor.shape, default=1):
+                tensor.copy_(drawn / tensor[0].numel() ** 0.5)
+            else:
+                tensor.add_(0.1 * (1 + tensor.abs()) * drawn)
+    try:
+        yield
+    finally:
+        with torch.inference_mode():
+            for (tensor, _), old in zip(changed, before, strict=True):
+                tensor.copy_(old)
+
+
+def _tensors(backbone: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from ((name, tensor) for name, tensor in backbone.named_parameters() if tensor.is_floating_point())
+    for name, tensor in backbone.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            yield name, tensor
+
+
+def _hides(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor may make its module the identity or 0: all but a matrix that is not 0."""
+    is_vector = tensor.numel() == max(tensor.shape, default=1)
+    return tensor.numel() > 0 and (is_vector or not bool(tensor.any()))
