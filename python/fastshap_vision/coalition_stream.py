@@ -7,7 +7,6 @@ of rows: one graph serves them all. Each chunk embeds its image anew, which is 1
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,9 +24,8 @@ from tqdm import tqdm
 
 from fastshap_kernels import coalition_sum
 
+from ._log import say_once
 from .game import Game
-
-_log = logging.getLogger(__name__)
 
 #: Bytes of live tensors past which a chunk without gradient gains nothing. On the CPU larger ones leave the caches:
 #: digits ViT, 65 536 coalitions, 3.0 s in chunks of this size, 7.2 s at once. On a GPU, where nobody measured it, it
@@ -360,7 +358,7 @@ def _captured(
     try:
         return _Graph(values, images[part], _take(bits, part, chosen), chunks.unit)
     except (RuntimeError, torch.AcceleratorError) as error:
-        _say_once(f"Coalitions run without a CUDA graph, since this model could not be captured: {error}")
+        say_once(f"Coalitions run without a CUDA graph, since this model could not be captured: {error}")
         return values
 
 
@@ -394,12 +392,3 @@ class _Graph:
 def _fill(bits: Tensor, coalitions: int, unit: int) -> Tensor:
     """A chunk that is one unit short of so many coalitions, with its first unit once more at its end."""
     return torch.cat([bits, bits[:, :unit]], 1) if bits.shape[1] + unit == coalitions else bits
-
-
-_said: set[str] = set()
-
-
-def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        _log.warning(message)

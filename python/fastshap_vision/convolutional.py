@@ -8,12 +8,15 @@ import torch
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
-from fastshap_kernels import coalition_sum, mask_patches
+from fastshap_kernels import coalition_sum, mask_patches, unpack_bits
 
 from ._checks import check_choice
 from .game import SUPPORTED, JointPass, UnsupportedModelError
+from .hooks import check_backbone
 from .intermediates import forward_features
-from .stem import evaluation_mode, probe_images, split_at_stem
+from .probe import evaluation_mode, is_close, perturbed, probe_images
+from .stem import split_at_stem
+from .votes import check_votes, linear_classifier, mean_patch, vote
 
 REMOVALS = ("pixel", "feature")
 _WIDEST = 2048
@@ -71,7 +74,9 @@ class PixelRemoval:
                 "of pixels of its own. Choose an image size that is a multiple of the network's reduction."
             )
         self.split = split_at_stem(backbone, input_size, self.grid) if removal == "feature" else None
-        averages_linearly = _probe_head(self.backbone, features)
+        is_classified, is_average = _probe_head(self.backbone, features)
+        check_votes(self.backbone, votes, is_classified)
+        averages_linearly = is_classified and is_average
         self.feature_width = self._vote_features(features).shape[2]
         self.intermediate_widths: list[int] = []
         self.patches_vote = votes or averages_linearly
@@ -79,10 +84,12 @@ class PixelRemoval:
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The full image, through timm's own forward pass: features (B, P, L + ΣC), logits (B, K)."""
+        check_backbone(self.backbone)
         return self._read_images(*forward_features(self, images, len(images)))
 
     def values(self, images: Tensor, bits: Tensor, paired: bool = False, rows: int | None = None) -> Tensor:
         """v(S) of every coalition: (B, M, K). `paired` and `rows` change nothing here."""
+        check_backbone(self.backbone)
         inputs, dtype = self._inputs(images)
         masked = mask_patches(inputs, bits, self.grid, dtype=dtype)
         feature_map = self.backbone.forward_features(masked) if self.split is None else self.split.behind_stem(masked)
@@ -90,6 +97,7 @@ class PixelRemoval:
 
     def joint(self, images: Tensor, bits: Tensor, paired: bool = False, rows: int | None = None) -> JointPass:
         """Full images and coalitions in one batch, so that batch norm sees both."""
+        check_backbone(self.backbone)
         inputs, dtype = self._inputs(images)
         masked = mask_patches(inputs, bits, self.grid, dtype=dtype)
         both = torch.cat([inputs.to(dtype), masked])
@@ -109,8 +117,7 @@ class PixelRemoval:
 
     def vote_weight(self) -> tuple[Tensor, Tensor | None]:
         """(W, b) of the votes."""
-        classifier = self.backbone.get_classifier()
-        return classifier.weight, classifier.bias
+        return linear_classifier(self.backbone)
 
     def explanation_block(self) -> nn.Module:
         """A convolutional block on the feature grid: ConvNeXt's, which needs no batch statistics."""
@@ -130,15 +137,18 @@ class PixelRemoval:
     def _read_images(self, feature_map: Tensor, earlier: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Features (B, P, L + ΣC) and logits (B, K) of the images' map (B, L', h, w); `earlier`, (B, P, C) each."""
         features = self._vote_features(feature_map)
-        logits = self.backbone.forward_head(feature_map) if self.is_exact_conversion else self._vote(features.mean(1))
+        logits = (
+            self.backbone.forward_head(feature_map)
+            if self.is_exact_conversion
+            else vote(self.backbone, mean_patch(features))
+        )
         return torch.cat([features, *earlier], -1) if earlier else features, logits
 
     def _vote_features(self, feature_map: Tensor) -> Tensor:
         """(N, L', h, w) → (N, P, L): what the classifier would see if a cell were the whole image."""
-        count = feature_map.shape[0]
-        cells = feature_map.flatten(2).transpose(1, 2)
-        before_linear = self.backbone.forward_head(cells.reshape(-1, cells.shape[2], 1, 1), pre_logits=True)
-        return before_linear.view(count, self.players, -1)
+        cells = feature_map.flatten(2).mT
+        before_linear = self.backbone.forward_head(cells.flatten(0, 1)[:, :, None, None], pre_logits=True)
+        return before_linear.unflatten(0, cells.shape[:2])
 
     def _read_values(self, feature_map: Tensor, bits: Tensor) -> Tensor:
         """(B·M, L', h, w) → (B, M, K)."""
@@ -146,17 +156,12 @@ class PixelRemoval:
         each = bits.reshape(batch * coalitions, 1, words)
         if self.patches_vote:
             features = self._vote_features(feature_map)
-            share = _sizes(each, features) / self.players
-            values = self._vote(coalition_sum(features, each)[:, 0] / self.players, share)
+            pooled = coalition_sum(features, each)[:, 0] / self.players
+            values = vote(self.backbone, pooled, unpack_bits(each, self.players).sum(2), self.players)
         else:
             pooled = coalition_sum(feature_map.flatten(2).transpose(1, 2), each)[:, 0] / self.players
             values = self.backbone.forward_head(pooled[:, :, None, None])
-        return values.view(batch, coalitions, -1)
-
-    def _vote(self, pooled: Tensor, share: Tensor | float = 1.0) -> Tensor:
-        weight, bias = self.vote_weight()
-        logits = pooled @ weight.T
-        return logits if bias is None else logits + share * bias
+        return values.unflatten(0, (batch, coalitions))
 
 
 class _GridBlock(nn.Module):
@@ -173,11 +178,6 @@ class _GridBlock(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         cells = features.transpose(1, 2).unflatten(2, self.grid)
         return self.block(cells).flatten(2).transpose(1, 2)
-
-
-def _sizes(bits: Tensor, features: Tensor) -> Tensor:
-    """|S| of each coalition, (N, 1): every player counts 1."""
-    return coalition_sum(features.new_ones(features.shape[0], features.shape[1], 1), bits)[:, 0]
 
 
 @torch.no_grad()
@@ -198,19 +198,20 @@ def _probe_features(backbone: Any, input_size: tuple[int, int, int]) -> Tensor:
 
 
 @torch.no_grad()
-def _probe_head(backbone: Any, features: Tensor) -> bool:
-    """Whether the classifier is linear in the averaged features; an error if they are not averaged."""
-    classifier = backbone.get_classifier() if hasattr(backbone, "get_classifier") else None
-    if not isinstance(classifier, nn.Linear):
-        raise UnsupportedModelError(
-            f"{type(backbone).__name__} has no linear classifier (it has {type(classifier).__name__}). {SUPPORTED}"
-        )
-    with evaluation_mode(backbone):
+def _probe_head(backbone: Any, features: Tensor) -> tuple[bool, bool]:
+    """Whether the classifier is all that follows the pre-logits, and whether they are the averaged features.
+
+    An error if the features are not averaged.
+    """
+    with evaluation_mode(backbone), perturbed(backbone):
+        linear_classifier(backbone)  # an error if there is none
         average = features.mean((2, 3), keepdim=True)
-        before_linear = backbone.forward_head(average, pre_logits=True)
-        if not torch.allclose(backbone.forward_head(features), classifier(before_linear), rtol=1e-3, atol=1e-4):
+        logits = backbone.forward_head(features)
+        if not is_close(backbone.forward_head(average), logits):
             raise UnsupportedModelError(
                 f"{type(backbone).__name__} does not pool by global averaging: create it with global_pool='avg'. "
                 + SUPPORTED
             )
-        return bool(torch.equal(before_linear, average[:, :, 0, 0]))
+        before_linear = backbone.forward_head(average, pre_logits=True)
+        is_classified = is_close(vote(backbone, before_linear), logits)
+        return is_classified, bool(torch.equal(before_linear, average[:, :, 0, 0]))

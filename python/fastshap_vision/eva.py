@@ -9,7 +9,9 @@ from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 
-from .token_dropping import TokenDropping, check_supported, norm_queries_and_keys, packing_problems
+from .masked_attention import MaskedAttention
+from .packing import packing_problems
+from .token_dropping import TokenDropping, check_supported, norm_queries_and_keys
 
 
 class EvaGame(TokenDropping):
@@ -21,7 +23,7 @@ class EvaGame(TokenDropping):
 
     def __init__(self, backbone: Eva, votes: bool) -> None:
         check_supported(backbone, packing_problems(backbone, EvaBlock, (EvaAttention, AttentionRope)))
-        super().__init__(backbone, votes)
+        super().__init__(backbone, votes, MaskedAttention(backbone, votes))
         self.pools_prefix = True
         if backbone.rope is not None and not backbone.rope_mixed:
             # With dynamic_img_size timm makes the positions anew in every pass, on the CPU, and the device waits.
@@ -30,6 +32,9 @@ class EvaGame(TokenDropping):
                 table = self._rotary_table(backbone.rope.eval().get_embed(shape=list(self.grid)))
             backbone.rope.train(was_training)
             backbone.register_buffer("rotary_table", table, persistent=False)
+
+    def _packing_problems(self) -> list[str]:
+        return packing_problems(self.backbone, EvaBlock, (EvaAttention, AttentionRope))
 
     def _embed(self, images: Tensor) -> tuple[Tensor, list[Tensor] | None]:
         backbone = self.backbone
@@ -80,10 +85,11 @@ class EvaGame(TokenDropping):
 def _project(attention: EvaAttention | AttentionRope, normed: Tensor) -> Tensor:
     """(..., D) → queries, keys and values (..., 3, heads, head_dim); heads that share keys get copies of them."""
     if attention.qkv is not None:
-        bias = attention.qkv.bias
-        if getattr(attention, "q_bias", None) is not None:
+        if getattr(attention, "q_bias", None) is None:
+            qkv = attention.qkv(normed)
+        else:  # a plain Linear, as packing has checked, without a bias of its own
             bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
-        qkv = nn.functional.linear(normed, attention.qkv.weight, bias)
+            qkv = nn.functional.linear(normed, attention.qkv.weight, bias)
         return qkv.unflatten(-1, (3, attention.num_heads, attention.head_dim))
     parts = (attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed))
     heads = [part.unflatten(-1, (-1, attention.head_dim)) for part in parts]

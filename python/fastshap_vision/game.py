@@ -40,13 +40,17 @@ class Game(Protocol):
     backbone: Any  # the timm model
     grid: tuple[int, int]  # (h, w), players row by row
     players: int  # P = h·w
-    packs: bool  # a coalition costs its tokens only; the game then has a `prefix`, Q
     input_size: tuple[int, int, int]  # (C, H, W)
     view: tuple[int, int]  # (height, width) in pixels, from the top left, that the grid covers; the rest is not seen
     feature_width: int  # L
     intermediate_widths: list[int]  # C of each earlier stage whose features follow the last ones'; empty for none
     patches_vote: bool  # v(S) is a sum of votes and v(∅) = 0
     is_exact_conversion: bool  # the logits are the timm model's
+
+    @property
+    def packs(self) -> bool:
+        """Whether a coalition costs its tokens only; the game then has a `prefix`, Q."""
+        ...
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -61,16 +65,3 @@ class Game(Protocol):
     def explanation_block(self) -> nn.Module:
         """A new block of the model's own kind, on features (B, P, L)."""
         ...
-
-
-def linear_classifier(backbone: Any) -> tuple[Tensor, Tensor | None]:
-    """(W, b) of a timm model's linear classifier; a distilled model's two are averaged, as in its forward pass."""
-    found = backbone.get_classifier() if hasattr(backbone, "get_classifier") else None
-    parts = found if isinstance(found, tuple) else (found,)
-    if not all(isinstance(part, nn.Linear) for part in parts):
-        kinds = ", ".join(type(part).__name__ for part in parts)
-        raise UnsupportedModelError(f"{type(backbone).__name__} has no linear classifier (it has {kinds}). {SUPPORTED}")
-    if len(parts) == 1:
-        return parts[0].weight, parts[0].bias
-    first, second = parts
-    return (first.weight + second.weight) / 2, (first.bias + second.bias) / 2

@@ -15,10 +15,11 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastshap_kernels import pack_tokens, unpack_bits
+from fastshap_kernels import unpack_bits
 
-from .game import JointPass
-from .token_dropping import Layout, TokenDropping, check_supported
+from .game import JointPass, UnsupportedModelError
+from .probe import evaluation_mode, is_close, perturbed, probe_images
+from .token_dropping import TokenDropping, additive_mask, check_supported
 
 
 class MaskedAttention(TokenDropping):
@@ -27,30 +28,55 @@ class MaskedAttention(TokenDropping):
     v(S) and v(∅) are defined as by `TokenDropping`.
     """
 
-    packs = False
-
     def __init__(self, backbone: VisionTransformer | Eva, votes: bool) -> None:
         check_supported(backbone, _blocks_without_mask(backbone))
         super().__init__(backbone, votes)
         self.pools_prefix = isinstance(backbone, Eva)
 
+    @property
+    def packs(self) -> bool:
+        return False
+
+    @torch.no_grad()
+    def check_blocks(self) -> None:
+        """Raises an error where blocks pass absent tokens on to present ones past the mask, outside of attention."""
+        backbone = self.backbone
+        tokens, rope = self._embed_with_rope(probe_images(backbone, self.input_size))
+        present = (torch.arange(tokens.shape[1], device=tokens.device) % 2 == 0).expand(2, -1)
+        # The first image's present tokens, and each image's absent ones.
+        tokens = torch.where(present.unsqueeze(2), tokens[:1], tokens)
+        with evaluation_mode(backbone), perturbed(backbone):
+            first, second = self._run_blocks(tokens, rope, additive_mask(present, tokens))
+        if not is_close(first[present[0]], second[present[0]]):
+            raise UnsupportedModelError(
+                f"The blocks of this {type(backbone).__name__} mix tokens outside of their attention, so an absent one "
+                "would still act on others.",
+                "Use removal='pixel'.",
+            )
+
     def values(self, images: Tensor, bits: Tensor, paired: bool = False, rows: int | None = None) -> Tensor:
         """v(S) of every coalition: (B, M, K). `paired` and `rows` change nothing here."""
+        self._without_packing()
         tokens, rope = self._embed_with_rope(images)
-        tokens, mask = self._coalitions(tokens, bits)
-        return self._read_coalitions(self._run_blocks(tokens, rope, mask), bits)
+        present = unpack_bits(bits, self.players).flatten(0, 1)
+        tokens, mask = self._coalitions(tokens, present)
+        tokens = self._run_blocks(tokens, rope, mask)
+        return self._read_coalitions(self.backbone.norm(tokens), present).unflatten(0, bits.shape[:2])
 
     def joint(self, images: Tensor, bits: Tensor, paired: bool = False, rows: int | None = None) -> JointPass:
         """Full images and coalitions in one batch."""
+        self._without_packing()
         tokens, rope = self._embed_with_rope(images)
-        coalitions, mask = self._coalitions(tokens, bits)
-        everybody = mask.new_ones(tokens.shape[0], *mask.shape[1:])
+        present = unpack_bits(bits, self.players).flatten(0, 1)
+        coalitions, mask = self._coalitions(tokens, present)
+        everybody = mask.new_zeros(tokens.shape[0], *mask.shape[1:])
         earlier: list[Tensor] = []
         tokens = self._run_blocks(torch.cat([tokens, coalitions]), rope, torch.cat([everybody, mask]), earlier)
-        of_images, of_coalitions = tokens.split([images.shape[0], coalitions.shape[0]])
+        of_images, of_coalitions = self.backbone.norm(tokens).split([images.shape[0], coalitions.shape[0]])
         earlier = [stage[: images.shape[0], self.prefix :] for stage in earlier]
-        features, logits = self._read_images(self.backbone.norm(of_images), earlier)
-        return JointPass(features, logits, self._read_coalitions(of_coalitions, bits))
+        features, logits = self._read_images(of_images, earlier)
+        values = self._read_coalitions(of_coalitions, present).unflatten(0, bits.shape[:2])
+        return JointPass(features, logits, values)
 
     def null(self) -> Tensor:
         """v(∅): (K,), zeros where patches vote."""
@@ -72,17 +98,21 @@ class MaskedAttention(TokenDropping):
         backbone = self.backbone
         embedded = backbone._pos_embed(backbone.patch_embed(images))
         tokens, rope = embedded if isinstance(backbone, Eva) else (embedded, None)
+        if not isinstance(backbone, Eva):
+            tokens = backbone.patch_drop(tokens)
         return backbone.norm_pre(tokens), rope
 
-    def _coalitions(self, tokens: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (B·M, Q + P, D) of every coalition, 0 where absent, and which keys it sees, (B·M, 1, 1, Q + P)."""
-        present = unpack_bits(bits, self.players).flatten(0, 1)
+    def _coalitions(self, tokens: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B·M, Q + P, D) of every coalition, 0 where absent, and the mask of its keys, (B·M, 1, 1, Q + P).
+
+        `present`, bool (B·M, P), are its players.
+        """
         keys = nn.functional.pad(present, (self.prefix, 0), value=True)
+        coalitions = len(present) // max(1, len(tokens))
         # A weight of 0 does not silence NaN: what is absent is no number of the image's.
-        tokens = torch.where(keys.unsqueeze(2), tokens.repeat_interleave(bits.shape[1], 0), 0.0)
+        tokens = torch.where(keys.unsqueeze(2), tokens.repeat_interleave(coalitions, 0), 0.0)
         # Attention over nothing would be NaN. Where there is no prefix either, nobody reads what comes instead.
-        keys = keys | ~keys.any(1, keepdim=True)
-        return tokens, keys[:, None, None, :]
+        return tokens, additive_mask(keys | ~keys.any(1, keepdim=True), tokens)
 
     def _run_blocks(
         self, tokens: Tensor, rope: Tensor | None, mask: Tensor, earlier: list[Tensor] | None = None
@@ -103,18 +133,24 @@ class MaskedAttention(TokenDropping):
                 earlier.append(tokens)
         return tokens
 
-    def _read_coalitions(self, tokens: Tensor, bits: Tensor) -> Tensor:
-        """The coalitions' tokens before the final norm → (B, M, K), by the same reading as packed tokens."""
-        each = bits.flatten(0, 1).unsqueeze(1)
-        count = each.shape[0]
+    def _read_coalitions(self, tokens: Tensor, present: Tensor) -> Tensor:
+        """The coalitions' tokens behind the final norm, (N, Q + P, D), and their players, (N, P) → (N, K)."""
+        backbone = self.backbone
         if self._reads_prefix_only():
-            packed = tokens[:, : self.prefix].flatten(0, 1)
-            cu_seqlens = torch.arange(count + 1, dtype=torch.int32, device=bits.device) * self.prefix
-        else:
-            # As many rows as could be present: the device need not count them first.
-            packed, cu_seqlens, _ = pack_tokens(tokens, each, self.prefix, rows=count * tokens.shape[1])
-        layout = Layout(lambda x: x.flatten(0, 1), cu_seqlens, tokens.shape[1], 0, count, cu_seqlens)
-        return self._read_values(packed, layout).unflatten(0, bits.shape[:2])
+            return backbone.forward_head(tokens)
+        patches, present_patches = tokens[:, self.prefix :], present.unsqueeze(2)
+        if backbone.global_pool == "map" and not self.patches_vote:
+            if self.pools_prefix:
+                return self._classify(
+                    self._pool_by_attention(tokens, nn.functional.pad(present, (self.prefix, 0), value=True))
+                )
+            return self._classify(self._pool_by_attention(patches, present))
+        if self.patches_vote:
+            patches = backbone.fc_norm(patches)
+        pooled = torch.where(present_patches, patches, 0.0).sum(1) / self.players
+        if self.patches_vote:
+            return self._vote(pooled, present.sum(1, keepdim=True))
+        return self._classify(pooled)
 
 
 def _blocks_without_mask(backbone: Any) -> list[str]:

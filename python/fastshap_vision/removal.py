@@ -8,6 +8,7 @@ from typing import Any
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
+from ._log import say_once
 from .convolutional import PixelRemoval
 from .eva import EvaGame
 from .game import Game, UnsupportedModelError
@@ -20,9 +21,6 @@ from .whole_image import WholeImageCells, WholeImageTokens
 #: average. "feature": what a convolutional network's stem makes of the patch becomes 0, likewise. "image": its pixels
 #: become 0, and the model sees that image as any other.
 REMOVALS = ("drop", "pixel", "feature", "image")
-
-_log = logging.getLogger(__name__)
-_said: set[str] = set()
 
 
 def make_game(backbone: Any, votes: bool, input_size: tuple[int, int, int], removal: str | None) -> tuple[Game, str]:
@@ -45,7 +43,7 @@ def make_game(backbone: Any, votes: bool, input_size: tuple[int, int, int], remo
         return (WholeImageCells if is_map else WholeImageTokens)(backbone, votes, input_size), removal
     if is_map:
         if removal is None:
-            _say_once(f"A {type(backbone).__name__} plays by pixel removal.", logging.INFO)
+            say_once(f"A {type(backbone).__name__} plays by pixel removal.", logging.INFO)
         return PixelRemoval(backbone, votes, input_size, removal or "pixel"), removal or "pixel"
     if removal == "feature":
         raise UnsupportedModelError(
@@ -54,7 +52,7 @@ def make_game(backbone: Any, votes: bool, input_size: tuple[int, int, int], remo
         )
     game = TokenPixelRemoval(backbone, votes, input_size)
     if removal is None:
-        _say_once(
+        say_once(
             f"{reason} It plays by pixel removal instead: another game, and all tokens are computed.", logging.WARNING
         )
     return game, "pixel"
@@ -70,14 +68,9 @@ def _drop_tokens(backbone: Any, votes: bool) -> Game:
         return EvaGame(backbone, votes) if isinstance(backbone, Eva) else VisionTransformerGame(backbone, votes)
     except UnsupportedModelError as error:
         game = MaskedAttention(backbone, votes)
-        _say_once(
+        game.check_blocks()
+        say_once(
             f"{error.reason} It plays by attention masks instead: the same values, but all tokens are computed.",
             logging.WARNING,
         )
         return game
-
-
-def _say_once(message: str, level: int) -> None:
-    if message not in _said:
-        _said.add(message)
-        _log.log(level, message)

@@ -8,19 +8,23 @@ in its own way is a handful of methods, overridden in `vision_transformer.py` an
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from timm.layers import LayerNorm, LayerNormFp32, PatchEmbed
+from timm.layers import AttentionPoolLatent, LayerNorm, LayerNormFp32, PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastshap_kernels import layer_norm_segment_sum, pack_tokens, packed_attention, segment_sum
 
+from ._log import say_once
 from .cpu_linear import cpu_linears
-from .game import JointPass, UnsupportedModelError, linear_classifier
+from .game import JointPass, UnsupportedModelError
+from .hooks import check_backbone, has_hooks, is_plain
 from .intermediates import forward_features
+from .probe import perturbed
+from .votes import linear_classifier, mean_patch, vote
 
 POOLS = ("token", "avg", "map")
 
@@ -37,6 +41,20 @@ class Layout(NamedTuple):
     coalition_cu_seqlens: Tensor  # of the coalitions and the padding, counted from the first coalition's first row
 
 
+class MaskedTwin(Protocol):
+    """The same game by attention masks."""
+
+    intermediate_widths: list[int]
+
+    def check_blocks(self) -> None: ...
+
+    def values(self, images: Tensor, bits: Tensor) -> Tensor: ...
+
+    def joint(self, images: Tensor, bits: Tensor) -> JointPass: ...
+
+    def null(self) -> Tensor: ...
+
+
 class TokenDropping:
     """The game of a timm transformer: v(S) is its output on the tokens in S and the prefix.
 
@@ -46,12 +64,15 @@ class TokenDropping:
 
     `backbone` is a pre-norm transformer with timm's names: patch_embed, blocks, norm, global_pool, fc_norm, head.
     Its gradient checkpointing (`set_grad_checkpointing`) holds for the packed pass too.
+
+    Packing knows timm's own blocks. Where they get hooks, adapters or other parts, at whatever time, the passes go
+    through `masked`, the same game by attention masks, which calls the blocks as timm does.
     """
 
-    packs = True
-
-    def __init__(self, backbone: Any, votes: bool) -> None:
+    def __init__(self, backbone: Any, votes: bool, masked: MaskedTwin | None = None) -> None:
         self.backbone = backbone
+        self.masked = masked
+        self._known_problems: list[str] = []
         self.prefix: int = backbone.num_prefix_tokens
         self.grid: tuple[int, int] = tuple(backbone.patch_embed.grid_size)
         self.players = self.grid[0] * self.grid[1]
@@ -69,6 +90,10 @@ class TokenDropping:
         self.pools_prefix = False
 
     # -- what a family does in its own way ---------------------------------------------------------------
+
+    def _packing_problems(self) -> list[str]:
+        """What keeps the packed pass from the blocks as they are now."""
+        raise NotImplementedError
 
     def _embed(self, images: Tensor) -> tuple[Tensor, list[Tensor] | None]:
         """Tokens before the first block, (B, Q + P, D), and each block's rotary positions, (Q + P, X), if any.
@@ -96,10 +121,44 @@ class TokenDropping:
         ratio = (last.mlp.fc2.in_features + 0.5) / self.feature_width
         return Block(self.feature_width, last.attn.num_heads, mlp_ratio=ratio, qkv_bias=True)
 
+    # -- whether to pack ---------------------------------------------------------------------------------
+
+    @property
+    def packs(self) -> bool:
+        """Whether the blocks are, now, what the packed pass knows; the log says so once where they no longer are."""
+        return self._can_pack()
+
+    @torch.compiler.assume_constant_result  # what is compiled keeps the modules that it was compiled with
+    def _can_pack(self) -> bool:
+        problems = self._packing_problems()
+        if self.masked is not None and problems and problems != self._known_problems:
+            self.masked.check_blocks()
+            self._known_problems = problems
+            say_once(
+                f"This {type(self.backbone).__name__} has {'; '.join(problems)}. Its coalitions run by attention masks "
+                "instead: the same values, but all tokens are computed."
+            )
+        return not problems
+
+    def _without_packing(self) -> MaskedTwin | None:
+        """The game that evaluates in this one's place, if it can't pack. Checks the model, as all passes do."""
+        check_backbone(self.backbone)
+        problems = pooling_problems(self.backbone)
+        if problems:
+            raise UnsupportedModelError(
+                f"This {type(self.backbone).__name__} has {'; '.join(problems)}, which dropping tokens does not know.",
+                "Convert it with removal='pixel'.",
+            )
+        if self.packs or self.masked is None:
+            return None
+        self.masked.intermediate_widths = self.intermediate_widths
+        return self.masked
+
     # -- one image ---------------------------------------------------------------------------------------
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The full image, through timm's own forward pass: features (B, P, L + ΣC), logits (B, K)."""
+        check_backbone(self.backbone)
         return self._read_images(*forward_features(self, images, len(images)))
 
     # -- coalitions --------------------------------------------------------------------------------------
@@ -110,6 +169,9 @@ class TokenDropping:
         `paired` promises complements, so that the packed batch has as many rows in every step. Without it, `rows`
         pads the batch to a number that the caller knows to be enough: Σ|S| + B·M·Q at least.
         """
+        masked = self._without_packing()
+        if masked is not None:
+            return masked.values(images, bits)
         tokens, rotary = self._embed(images)
         layout, packed = self._pack(tokens, bits, paired, rows)
         packed = self._encode(tokens, packed, rotary, layout)
@@ -121,6 +183,9 @@ class TokenDropping:
         Where v(∅) takes a pass through the blocks, it is one more sequence: by itself it would read all weights for a
         few rows.
         """
+        masked = self._without_packing()
+        if masked is not None:
+            return masked.joint(images, bits)
         tokens, rotary = self._embed(images)
         layout, packed = self._pack(tokens, bits, paired, rows)
         nobody = self.prefix if self._reads_prefix_only() and len(images) else 0
@@ -143,6 +208,9 @@ class TokenDropping:
             return self._classify(weight.new_zeros(1, self.feature_width))[0]
         if self.backbone.global_pool == "map" and not (self.pools_prefix and self.prefix):
             return self._classify(_attend_nothing(self.backbone.attn_pool))[0]
+        masked = self._without_packing()
+        if masked is not None:
+            return masked.null()
         # No patch is present, so any image gives the prefix alone.
         tokens, rotary = self._embed(weight.new_zeros(1, *self.input_size))
         tokens = tokens[:, : self.prefix]
@@ -251,7 +319,7 @@ class TokenDropping:
         `earlier` are the patches' features, (B, P, C) each, behind the blocks before.
         """
         features = self.backbone.fc_norm(tokens[:, self.prefix :])
-        logits = self.backbone.forward_head(tokens) if self.is_exact_conversion else self._vote(features.mean(1))
+        logits = self.backbone.forward_head(tokens) if self.is_exact_conversion else self._vote(mean_patch(features))
         return torch.cat([features, *earlier], -1) if earlier else features, logits
 
     def _read_values(self, rows: Tensor, layout: Layout) -> Tensor:
@@ -265,26 +333,28 @@ class TokenDropping:
         sums = _normed_sums(rows, norms, layout.coalition_cu_seqlens, self.prefix)
         pooled = sums[: layout.coalitions] / self.players
         if self.patches_vote:
-            share = (self._lengths(layout) - self.prefix).to(pooled.dtype) / self.players
-            return self._vote(pooled, share.unsqueeze(1))
+            return self._vote(pooled, (self._lengths(layout) - self.prefix).unsqueeze(1))
         return self._classify(pooled)
 
     def _read_by_attention(self, rows: Tensor, layout: Layout) -> Tensor:
-        """Attention pooling over each coalition's patches, padded to P (to Q + P where it reads the prefix)."""
+        """Attention pooling over each coalition's rows, normed, padded to P (to Q + P where it reads the prefix)."""
         skipped = 0 if self.pools_prefix else self.prefix
         slots = torch.arange(self.prefix + self.players - skipped, device=rows.device)
         present = slots < (self._lengths(layout) - skipped).unsqueeze(1)
         if not rows.shape[0]:
             rows = rows.new_zeros(1, rows.shape[1])
-        # A slot past a coalition's end reads the next one's rows, which the mask hides.
         starts = layout.coalition_cu_seqlens[: layout.coalitions, None]
         index = (starts + skipped + slots).clamp_max(rows.shape[0] - 1)
+        # A slot past a coalition's end has read the next one's rows, NaN maybe, which a mask would not silence.
+        return self._classify(self._pool_by_attention(torch.where(present.unsqueeze(2), rows[index], 0.0), present))
+
+    def _pool_by_attention(self, tokens: Tensor, present: Tensor) -> Tensor:
+        """Attention pooling (N, L) over the tokens (N, S, D) that are present, bool (N, S)."""
         # An empty coalition would attend to nothing, which is NaN: it gets keys and is replaced below.
         is_empty = ~present.any(1, keepdim=True)
-        mask = (present | is_empty)[:, None, None, :]
-        pooled = self.backbone.attn_pool(rows[index], attn_mask=mask)
+        pooled = self.backbone.attn_pool(tokens, attn_mask=additive_mask(present | is_empty, tokens))
         nothing = _attend_nothing(self.backbone.attn_pool).to(pooled.dtype)
-        return self._classify(torch.where(is_empty, nothing, pooled))
+        return torch.where(is_empty, nothing, pooled)
 
     def _lengths(self, layout: Layout) -> Tensor:
         return layout.coalition_cu_seqlens[: layout.coalitions + 1].diff()
@@ -293,10 +363,16 @@ class TokenDropping:
         backbone = self.backbone
         return backbone.head(backbone.head_drop(backbone.fc_norm(pooled)))
 
-    def _vote(self, pooled: Tensor, share: Tensor | float = 1.0) -> Tensor:
-        weight, bias = self.vote_weight()
-        logits = self.backbone.head_drop(pooled) @ weight.T
-        return logits if bias is None else logits + share * bias
+    def _vote(self, pooled: Tensor, sizes: Tensor | None = None) -> Tensor:
+        return vote(self.backbone, self.backbone.head_drop(pooled), sizes, self.players)
+
+
+def additive_mask(present: Tensor, like: Tensor) -> Tensor:
+    """Which keys are seen, bool (N, S), as what is added to scores: (N, 1, 1, S) in the dtype of `like`.
+
+    timm's attention pooling adds its mask where attention is not fused, and True would be a 1.
+    """
+    return torch.zeros_like(present, dtype=like.dtype).masked_fill_(~present, float("-inf"))[:, None, None, :]
 
 
 def norm_queries_and_keys(attention: Any, qkv: Tensor) -> Tensor:
@@ -322,6 +398,7 @@ def check_supported(backbone: Any, block_problems: list[str]) -> None:
         problems.append("dynamic_img_pad=True (the last patches would be partly padding)")
     if isinstance(backbone.patch_drop, nn.Module) and not isinstance(backbone.patch_drop, nn.Identity):
         problems.append("patch_drop_rate > 0 (training drops patches by coalition)")
+    problems += pooling_problems(backbone)
     if backbone.num_classes < 1:
         problems.append("num_classes=0 (a classifier is needed to explain)")
     if problems:
@@ -329,22 +406,21 @@ def check_supported(backbone: Any, block_problems: list[str]) -> None:
             f"This {type(backbone).__name__} can't play by token dropping: it has {'; '.join(problems)}.",
             "Create it without these options, or choose another model.",
         )
+    with torch.no_grad(), perturbed(backbone):
+        linear_classifier(backbone)  # an error if there is none
 
 
-def packing_problems(backbone: Any, block_type: Any, attention_types: tuple[Any, ...]) -> list[str]:
-    """What the packed pass can't do of these blocks; dense attention with a mask can."""
-    blocks: list[Any] = list(backbone.blocks)
-    kinds = {type(block).__name__ for block in blocks if type(block) is not block_type}
-    attentions = [block.attn for block in blocks if type(block) is block_type]
-    others = {type(attention).__name__ for attention in attentions if type(attention) not in attention_types}
-    if kinds:
-        return [f"blocks of type {', '.join(sorted(kinds))} (supported: {block_type.__name__})"]
-    if others:
-        supported = " or ".join(kind.__name__ for kind in attention_types)
-        return [f"attention of type {', '.join(sorted(others))} (supported: {supported})"]
-    if any(attention.attn_drop.p > 0 for attention in attentions):
-        return ["attn_drop_rate > 0 (packed attention has no dropout)"]
-    return []
+def pooling_problems(backbone: Any) -> list[str]:
+    """What stands around the blocks and neither packing nor masks would call as timm's own forward pass does."""
+    problems = []
+    if has_hooks(backbone.blocks):
+        problems.append("hooks on `blocks` as a whole, which run one by one")
+    if not is_plain(backbone.head_drop, nn.Dropout, nn.Identity):
+        problems.append(f"a {type(backbone.head_drop).__name__} with hooks or of another kind as its `head_drop`")
+    pool = getattr(backbone, "attn_pool", None)
+    if pool is not None and not is_plain(pool, AttentionPoolLatent):
+        problems.append(f"attention pooling by a {type(pool).__name__} that is not just timm's AttentionPoolLatent")
+    return problems
 
 
 def _with_full_images(layout: Layout, rows: Tensor, tokens: Tensor, nobody: int) -> tuple[Layout, Tensor]:
@@ -386,10 +462,10 @@ def _drop_path(drop_path: nn.Module, rows: Tensor, owner: Tensor | None, sequenc
 
 def _normed_sums(rows: Tensor, norms: list[nn.Module], cu_seqlens: Tensor, prefix: int) -> Tensor:
     """Sums of each sequence's rows behind its prefix, after the norms, (S, D): one pass where it is one LayerNorm."""
-    *first, last = [norm for norm in norms if not isinstance(norm, nn.Identity)] or [nn.Identity()]
+    *first, last = [norm for norm in norms if not is_plain(norm, nn.Identity)] or [nn.Identity()]
     for norm in first:
         rows = norm(rows)
-    if isinstance(last, nn.LayerNorm) and type(last) in (nn.LayerNorm, LayerNorm, LayerNormFp32):
+    if isinstance(last, nn.LayerNorm) and is_plain(last, nn.LayerNorm, LayerNorm, LayerNormFp32):
         return layer_norm_segment_sum(rows, cu_seqlens, last.weight, last.bias, prefix, eps=last.eps)
     return segment_sum(last(rows), cu_seqlens, prefix)
 

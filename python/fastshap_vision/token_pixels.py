@@ -14,11 +14,13 @@ from timm.layers import PatchDropout, PatchDropoutWithIndices
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from fastshap_kernels import coalition_sum, mask_patches
+from fastshap_kernels import coalition_sum, mask_patches, unpack_bits
 
-from .game import SUPPORTED, JointPass, UnsupportedModelError, linear_classifier
+from .game import SUPPORTED, JointPass, UnsupportedModelError
+from .hooks import check_backbone
 from .intermediates import forward_features
-from .stem import evaluation_mode, probe_images
+from .probe import evaluation_mode, is_close, perturbed, probe_images
+from .votes import check_votes, linear_classifier, mean_patch, vote
 
 
 class TokenPixelRemoval:
@@ -52,7 +54,8 @@ class TokenPixelRemoval:
                 "patch of pixels of its own. Choose an image size that is a multiple of the patch size."
             )
         self._is_map = output.ndim == 4
-        self._averages, is_linear = self._probe_head(output)
+        self._averages, is_classified, is_average = self._probe_head(output)
+        check_votes(self.backbone, votes, is_classified)
         self.feature_width = self._features(output).shape[2]
         self.intermediate_widths: list[int] = []
         if self.vote_weight()[0].shape[1] != self.feature_width:
@@ -60,21 +63,24 @@ class TokenPixelRemoval:
                 f"The classifier of {type(backbone).__name__} reads {self.vote_weight()[0].shape[1]} features, but its "
                 f"tokens have {self.feature_width}. {SUPPORTED}"
             )
-        averages_linearly = self._averages and is_linear
+        averages_linearly = self._averages and is_classified and is_average
         self.patches_vote = votes or averages_linearly
         self.is_exact_conversion = averages_linearly or not votes
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The full image, through timm's own forward pass: features (B, P, L + ΣC), logits (B, K)."""
+        check_backbone(self.backbone)
         return self._read_images(*forward_features(self, images, len(images)))
 
     def values(self, images: Tensor, bits: Tensor, paired: bool = False, rows: int | None = None) -> Tensor:
         """v(S) of every coalition: (B, M, K). `paired` and `rows` change nothing here."""
+        check_backbone(self.backbone)
         masked = mask_patches(images, bits, self.grid)
         return self._read_values(self.backbone.forward_features(masked), bits)
 
     def joint(self, images: Tensor, bits: Tensor, paired: bool = False, rows: int | None = None) -> JointPass:
         """Full images and coalitions in one batch."""
+        check_backbone(self.backbone)
         masked = mask_patches(images, bits, self.grid)
         output, earlier = forward_features(self, torch.cat([images, masked]), len(images))
         of_images, of_coalitions = output.split([images.shape[0], masked.shape[0]])
@@ -114,14 +120,17 @@ class TokenPixelRemoval:
         cells = self._cells(output)
         if not self._averages:
             return cells
-        return self.backbone.forward_head(self._one_cell(cells.flatten(0, 1)), pre_logits=True).view(
-            *cells.shape[:2], -1
-        )
+        read = self.backbone.forward_head(self._one_cell(cells.flatten(0, 1)), pre_logits=True)
+        return read.unflatten(0, cells.shape[:2])
 
     def _read_images(self, output: Tensor, earlier: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Features (B, P, L + ΣC) and logits (B, K) of the full images; `earlier` (B, P, C) each."""
         features = self._features(output)
-        logits = self.backbone.forward_head(output) if self.is_exact_conversion else self._vote(features.mean(1))
+        logits = (
+            self.backbone.forward_head(output)
+            if self.is_exact_conversion
+            else vote(self.backbone, mean_patch(features))
+        )
         return torch.cat([features, *earlier], -1) if earlier else features, logits
 
     def _read_values(self, output: Tensor, bits: Tensor) -> Tensor:
@@ -129,8 +138,8 @@ class TokenPixelRemoval:
         each = bits.flatten(0, 1).unsqueeze(1)
         if self.patches_vote:
             features = self._features(output)
-            share = coalition_sum(features.new_ones(*features.shape[:2], 1), each)[:, 0] / self.players
-            values = self._vote(coalition_sum(features, each)[:, 0] / self.players, share)
+            pooled = coalition_sum(features, each)[:, 0] / self.players
+            values = vote(self.backbone, pooled, unpack_bits(each, self.players).sum(2), self.players)
         elif self._averages:
             pooled = coalition_sum(self._cells(output), each)[:, 0] / self.players
             values = self.backbone.forward_head(self._one_cell(pooled))
@@ -138,22 +147,21 @@ class TokenPixelRemoval:
             values = self.backbone.forward_head(output)
         return values.unflatten(0, bits.shape[:2])
 
-    def _vote(self, pooled: Tensor, share: Tensor | float = 1.0) -> Tensor:
-        weight, bias = self.vote_weight()
-        logits = pooled @ weight.T
-        return logits if bias is None else logits + share * bias
-
     @torch.no_grad()
-    def _probe_head(self, output: Tensor) -> tuple[bool, bool]:
-        """Whether the head averages the cells, and whether nothing but a linear classifier follows."""
-        with evaluation_mode(self.backbone):
+    def _probe_head(self, output: Tensor) -> tuple[bool, bool, bool]:
+        """Whether the head averages the cells, whether a linear classifier is all that then follows the pre-logits,
+        and whether these are the average itself."""
+        backbone = self.backbone
+        with evaluation_mode(backbone), perturbed(backbone):
+            linear_classifier(backbone)  # an error if there is none
             average = self._cells(output).mean(1)
-            expected = self.backbone.forward_head(output, pre_logits=True)
+            logits, expected = backbone.forward_head(output), backbone.forward_head(output, pre_logits=True)
+            is_classified = expected.ndim == 2 and is_close(vote(backbone, expected), logits)
             try:
-                found = self.backbone.forward_head(self._one_cell(average), pre_logits=True)
+                found = backbone.forward_head(self._one_cell(average), pre_logits=True)
             except (RuntimeError, AssertionError):
-                return False, False  # the head wants all the cells
-        return _is_close(found, expected), _is_close(found, average)
+                return False, is_classified, False  # the head wants all the cells
+        return is_close(found, expected), is_classified, is_close(found, average)
 
 
 def empty_image_value(backbone: Any, input_size: tuple[int, int, int]) -> Tensor:
@@ -209,7 +217,3 @@ def _grid(players: int, input_size: tuple[int, int, int]) -> tuple[int, int] | N
     if rows < 1 or players % rows or rows * width != players // rows * height:
         return None
     return rows, players // rows
-
-
-def _is_close(found: Tensor, expected: Tensor) -> bool:
-    return found.shape == expected.shape and bool((found - expected).abs().max() <= 1e-3 * expected.abs().max())

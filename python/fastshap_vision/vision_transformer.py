@@ -6,7 +6,9 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
-from .token_dropping import TokenDropping, check_supported, norm_queries_and_keys, packing_problems
+from .masked_attention import MaskedAttention
+from .packing import packing_problems
+from .token_dropping import TokenDropping, check_supported, norm_queries_and_keys
 
 
 class VisionTransformerGame(TokenDropping):
@@ -14,11 +16,14 @@ class VisionTransformerGame(TokenDropping):
 
     def __init__(self, backbone: VisionTransformer, votes: bool) -> None:
         check_supported(backbone, packing_problems(backbone, Block, (Attention,)))
-        super().__init__(backbone, votes)
+        super().__init__(backbone, votes, MaskedAttention(backbone, votes))
+
+    def _packing_problems(self) -> list[str]:
+        return packing_problems(self.backbone, Block, (Attention,))
 
     def _embed(self, images: Tensor) -> tuple[Tensor, None]:
         backbone = self.backbone
-        return backbone.norm_pre(backbone._pos_embed(backbone.patch_embed(images))), None
+        return backbone.norm_pre(backbone.patch_drop(backbone._pos_embed(backbone.patch_embed(images)))), None
 
     def _queries_keys_values(self, block: Block, normed: Tensor, rotary: Tensor | None) -> Tensor:
         attention = block.attn

@@ -9,7 +9,7 @@ from vision_transformers import create, images
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
-from fastshap_vision import coalition_stream
+from fastshap_vision import _log, coalition_stream
 from fastshap_vision.coalition_stream import Limits, LiveBytes
 
 KINDS = ("class token", "average pooling", "SigLIP", "resnet18")
@@ -239,7 +239,7 @@ def test_progress_bar(capsys, monkeypatch):
 def test_what_is_said_is_said_once(caplog):
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            coalition_stream._say_once("a message of this test")
+            _log.say_once("a message of this test")
     assert [record.message for record in caplog.records] == ["a message of this test"]
 
 

@@ -13,7 +13,7 @@ from vision_transformers import images
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
-from fastshap_vision import removal
+from fastshap_vision import _log
 from fastshap_vision.masked_attention import MaskedAttention
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -63,7 +63,7 @@ def coalitions(number=4):
 @pytest.mark.parametrize("kind", MASKED)
 @torch.no_grad()
 def test_values_are_those_of_masked_keys(kind, caplog, monkeypatch):
-    monkeypatch.setattr(removal, "_said", set())
+    monkeypatch.setattr(_log, "_said", set())
     backbone, x, bits = create(kind), images(), coalitions()
     with caplog.at_level(logging.INFO, "fastshap_vision"):
         model = fv.convert(backbone).eval()

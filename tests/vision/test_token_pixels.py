@@ -9,7 +9,7 @@ from vision_transformers import images
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
-from fastshap_vision import removal
+from fastshap_vision import _log
 from fastshap_vision.token_pixels import TokenPixelRemoval
 
 VIT = {"img_size": 32, "patch_size": 8, "num_heads": 2, "depth": 2, "embed_dim": 32}
@@ -57,7 +57,7 @@ def cells(output):
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_every_family_plays_the_defined_game(name, caplog, monkeypatch):
-    monkeypatch.setattr(removal, "_said", set())
+    monkeypatch.setattr(_log, "_said", set())
     _, size, players, reads = FAMILIES[name]
     backbone, x = create(name), images(size=size)
     with caplog.at_level(logging.INFO, "fastshap_vision"):

@@ -8,6 +8,7 @@ from vision_transformers import SMALL, VISION_TRANSFORMERS, VOTING, create, imag
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
+from fastshap_vision import packing
 
 PLAYERS = 16
 
@@ -57,10 +58,11 @@ class FixedDropPath(torch.nn.Module):
 
 @pytest.mark.parametrize("head", ["shares", "votes"])
 @pytest.mark.parametrize("kind", VISION_TRANSFORMERS)
-def test_gradients_equal_those_of_dense_masking(kind, head):
+def test_gradients_equal_those_of_dense_masking(kind, head, monkeypatch):
     """Every parameter's, with stochastic depth, to 1e-4 of the gradient's norm."""
     vit, x, bits = create(kind), images(), coalitions()
     game = fv.convert(vit, head=head).train().game
+    monkeypatch.setattr(packing, "TOKEN_BY_TOKEN", packing.TOKEN_BY_TOKEN | {FixedDropPath})
     for seed, block in enumerate(vit.blocks):
         block.drop_path1, block.drop_path2 = FixedDropPath(2 * seed), FixedDropPath(2 * seed + 1)
 
@@ -69,6 +71,7 @@ def test_gradients_equal_those_of_dense_masking(kind, head):
         values.sin().sum().backward()
         return {name: p.grad.clone() for name, p in vit.named_parameters() if p.grad is not None}
 
+    assert game.packs
     values, dense = game.values(x, bits, paired=True), dense_values(vit, x, bits, head == "votes")
     assert (values - dense).abs().max() <= 1e-5
     packed, expected = gradients(values), gradients(dense)
