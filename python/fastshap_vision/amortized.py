@@ -21,7 +21,15 @@ from fastshap_kernels._checks import fail
 
 from ._checks import check_choice
 from .classifier import SelfExplainingClassifier, convert
-from .coalition_objective import SIZES, CoalitionObjective, Draw, ObjectiveTerms, evaluate_draw, variance_of
+from .coalition_objective import (
+    SIZES,
+    CoalitionObjective,
+    Draw,
+    ObjectiveTerms,
+    evaluate_draw,
+    explained_share,
+    variance_of,
+)
 from .explanation import Explanation, LogProbabilityExplanation, ProbabilityExplanation
 from .link import LINKS, at_least_float32, log_distribution
 from .stem import evaluation_mode
@@ -261,7 +269,7 @@ class AmortizedObjective(CoalitionObjective):
             grand, null = link(model.surrogate(images)), model.null_value()
         features, _ = model.network.game.features_and_logits(images)
         loss = model.network.regression_loss(features, grand, bits, values, null)
-        return ObjectiveTerms(loss, regression=loss.detach(), r2=1 - loss.detach() / variance_of(values))
+        return ObjectiveTerms(loss, regression=loss.detach(), r2=explained_share(loss.detach(), values))
 
 
 def _network(surrogate: SelfExplainingClassifier, backbone: nn.Module | str) -> SelfExplainingClassifier:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastshap_kernels._checks import check_count, check_number, fail
+
 from ._checks import check_choice
 from .classifier import SelfExplainingClassifier
 from .coalition_objective import (
-    SIZES,
     CoalitionObjective,
     Draw,
     ObjectiveTerms,
     evaluate_draw,
     even_split_error,
+    explained_share,
+    in_unit,
     variance_of,
 )
 from .cpu_attention import cpu_attention
@@ -73,7 +77,8 @@ class ShapleyObjective(CoalitionObjective):
         masked_task_weight: μ. With 0 there is no task on masked images, and no gradient flows back through v(S): it is
             evaluated as the trained model will be, and a step is cheaper.
         error: unit of R: "uniform", what the even split (f − v(∅))/P leaves; "variance", the variance of v(S) over
-            the batch; "raw", none. The divisor is detached.
+            the batch; "raw", none. The divisor is detached. Where it is no more than the values' rounding, as in a
+            game that is constant, there is none either.
         target: "detached", v(S) is a fixed target of R; "live", R's gradient also moves v(S).
         paired: coalitions come as complements, which lowers the variance and keeps shapes static.
         sizes: "shapley" for the Shapley kernel, or "uniform".
@@ -117,18 +122,17 @@ class ShapleyObjective(CoalitionObjective):
         check_choice("error", error, ERRORS)
         check_choice("target", target, TARGETS)
         check_choice("target_precision", target_precision, PRECISIONS)
-        check_choice("sizes", sizes, SIZES)
         super().__init__(coalitions, paired=paired, sizes=sizes, seed=seed)
-        if regression_weight < 0 or masked_task_weight < 0:
-            raise ValueError(
-                "Arguments `regression_weight` and `masked_task_weight` must not be negative, but they are "
-                f"{regression_weight} and {masked_task_weight}."
+        regression_weight = check_number("ShapleyObjective", "regression_weight", regression_weight, 0)
+        masked_task_weight = check_number("ShapleyObjective", "masked_task_weight", masked_task_weight, 0)
+        if top_classes is not None:
+            top_classes = check_count(
+                "ShapleyObjective", "top_classes", top_classes, 1, 2**31 - 1, "Pass None for all classes."
             )
-        if top_classes is not None and top_classes < 1:
-            raise ValueError(f"Argument `top_classes` must be at least 1, or None for all, but it is {top_classes}.")
         for name, ramp in (("regression_ramp", regression_ramp), ("masked_task_ramp", masked_task_ramp)):
-            if len(ramp) != 2 or not 0.0 <= ramp[0] <= ramp[1] <= 1.0:
-                raise ValueError(f"Argument `{name}` must be (start, end), 0 ≤ start ≤ end ≤ 1, but it is {ramp}.")
+            ends = ramp if isinstance(ramp, (tuple, list)) and len(ramp) == 2 else (None, None)
+            if not all(isinstance(end, numbers.Real) for end in ends) or not 0.0 <= ends[0] <= ends[1] <= 1.0:
+                fail("ShapleyObjective", name, "(start, end), 0 ≤ start ≤ end ≤ 1", ramp)
         self.regression_weight = regression_weight
         self.masked_task_weight = masked_task_weight
         self.regression_ramp = regression_ramp
@@ -163,13 +167,15 @@ class ShapleyObjective(CoalitionObjective):
         Source: Alkhatib et al., Prediction via Shapley Value Regression (ViaSHAP), ICML 2025.
         """
 
+        alpha = check_number("ShapleyObjective.viashap", "alpha", alpha, 0)
+
         def task(logits: Tensor, labels: Tensor) -> Tensor:
             wanted = nn.functional.one_hot(labels, logits.shape[1]).to(logits.dtype)
             return alpha * nn.functional.mse_loss(logits, wanted)
 
         objective = cls(
             coalitions,
-            regression_weight=beta,
+            regression_weight=check_number("ShapleyObjective.viashap", "beta", beta, 0),
             masked_task_weight=0.0,
             error="raw",
             target="live",
@@ -234,9 +240,16 @@ class ShapleyObjective(CoalitionObjective):
         if self.top_classes is not None:
             classes = logits.detach().topk(min(self.top_classes, logits.shape[1]), 1).indices
         residual = model.regression_loss(features, logits, bits, target_values, null, classes)
-        uniform, variance = self._scales(values.detach(), logits.detach(), null.detach(), bits, model.players, classes)
-        units: dict[str, Tensor | float] = {"uniform": uniform, "variance": variance, "raw": 1.0}
-        regression = residual / units[self.error]
+        regressed = values.detach()
+        if classes is not None:
+            regressed = regressed.gather(2, classes.unsqueeze(1).expand(-1, values.shape[1], -1))
+        variance = variance_of(regressed)
+        regression = residual
+        if self.error == "variance":
+            regression = in_unit(residual, variance, regressed)
+        elif self.error == "uniform":
+            even = self._even_split_error(regressed, logits.detach(), null.detach(), bits, model.players, classes)
+            regression = in_unit(residual, even, regressed)
         task = self.task_loss(logits, labels)
         loss = task + regression_weight * regression
         masked_task = None
@@ -244,7 +257,7 @@ class ShapleyObjective(CoalitionObjective):
             masked_task = self.task_loss(values.flatten(0, 1), labels.repeat_interleave(self.coalitions, 0))
             loss = loss + masked_task_weight * masked_task
             masked_task = masked_task.detach()
-        r2 = 1 - residual.detach() / variance
+        r2 = explained_share(residual.detach(), regressed)
         return ObjectiveTerms(loss, task.detach(), regression.detach(), masked_task, r2, variance.sqrt())
 
     def compile(self, **options: Any) -> None:
@@ -280,14 +293,10 @@ class ShapleyObjective(CoalitionObjective):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.target == "live"):
             return model.null_value()
 
-    def _scales(
+    def _even_split_error(
         self, values: Tensor, logits: Tensor, null: Tensor, bits: Tensor, players: int, classes: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """What the even split leaves, and the variance of v(S) over batch and coalitions (mean over classes).
-
-        Of `classes`, int64 (B, k), where only some of each image's count.
-        """
+    ) -> Tensor:
+        """What the even split leaves of the values, (B, M, k), which are of `classes`, int64 (B, k), or of all."""
         if classes is not None:
-            values = values.gather(2, classes.unsqueeze(1).expand(-1, values.shape[1], -1))
             logits, null = logits.gather(1, classes), null[classes].unsqueeze(1)
-        return even_split_error(values, logits, null, bits, players), variance_of(values)
+        return even_split_error(values, logits, null, bits, players)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import logging
 import math
-import numbers
 import os
 import random
 import time
@@ -31,7 +30,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 from tqdm import tqdm
 
-from fastshap_kernels._checks import check_count, describe, fail
+from fastshap_kernels._checks import check_count, check_number, describe, fail
 
 from ._checks import check_choice
 from .checkpoint import Checkpoints
@@ -632,21 +631,15 @@ def _check_kinds(model: object, objective: object, output: object) -> None:
 def _checked_settings(given: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run as plain numbers and words; numpy's become Python's."""
     settings = dict(given)
-    low_high = {"epochs": (1, _MOST), "batch_size": (1, _MOST), "workers": (0, _MOST), "seed": (0, 2**32 - 1)}
-    for name, (low, high) in low_high.items():
-        value = settings[name]
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= int(value) <= high:
-            fail("fit", name, f"a whole number from {low} to {high}", value)
-        settings[name] = int(value)
+    bounds = {"epochs": (1, _MOST), "batch_size": (1, _MOST), "workers": (0, _MOST), "seed": (0, 2**32 - 1)}
+    for name, (low, high) in bounds.items():
+        settings[name] = check_count("fit", name, settings[name], low, high)
     for name in ("lr", "weight_decay", "warmup_epochs", "clip_grad"):
-        value = settings[name]
-        if value is None and name == "clip_grad":
+        if settings[name] is None and name == "clip_grad":
             continue
-        positive = name in ("lr", "clip_grad")
-        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-        if not is_number or not (value > 0 if positive else value >= 0):
-            fail("fit", name, f"a finite number {'above 0' if positive else 'from 0'}", value)
-        settings[name] = float(value) if not isinstance(value, numbers.Integral) else int(value)
+        settings[name] = check_number("fit", name, settings[name], 0)
+        if settings[name] == 0 and name in ("lr", "clip_grad"):
+            fail("fit", name, "above 0", settings[name])
     for name in ("opt", "sched", "mixed_precision"):
         if not isinstance(settings[name], str):
             fail("fit", name, "a name", settings[name])

@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -201,6 +202,52 @@ def test_perfect_explanations_leave_no_regression():
     assert terms.r2 >= 1 - 1e-9
 
 
+def constant_game(kind):
+    """A game whose values are equal: all 0; all the classifier's bias; or equal up to rounding, as the class token
+    sees no patch."""
+    model, x = model_and_images()
+    if kind == "unseen patches":
+        for block in model.backbone.blocks:
+            torch.nn.init.zeros_(block.attn.proj.weight)
+    else:
+        torch.nn.init.zeros_(model.backbone.head.weight)
+        torch.nn.init.constant_(model.backbone.head.bias, 0.0 if kind == "zero" else 3.0)
+    return model, x
+
+
+@pytest.mark.parametrize("error", ["uniform", "variance"])
+@pytest.mark.parametrize("kind", ["zero", "bias", "unseen patches"])
+def test_a_constant_game_leaves_nothing_to_explain(kind, error):
+    """R is what the shares miss, in logits²; steps of SGD shrink it; r2, a share of nothing, is no number."""
+    model, x = constant_game(kind)
+    shares = [*model.explainer.parameters(), model.shares.weight]
+    losses = []
+    for _ in range(10):
+        objective = fv.ShapleyObjective(4, error=error, regression_ramp=(0, 0), task_loss=lambda f, y: f.sum() * 0)
+        terms = objective(model, x, LABELS)  # the same coalitions in each step
+        assert terms.r2.isnan()
+        losses.append(float(terms.regression))
+        model.zero_grad()
+        terms.loss.backward()
+        with torch.no_grad():
+            for weight in shares:
+                weight -= 0.01 * weight.grad
+    assert 0 < losses[-1] < losses[0] < 100
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-15])
+def test_a_game_of_any_size_is_explained_in_its_own_unit(scale):
+    """Only what is no more than rounding beside the values themselves counts as constant."""
+    model, x = model_and_images()
+    options = {"regression_ramp": (0, 0), "seed": 1}
+    expected = fv.ShapleyObjective(4, **options)(model, x, LABELS)
+    for weight in (*model.backbone.head.parameters(), model.shares.weight):
+        weight.data *= scale
+    found = fv.ShapleyObjective(4, **options)(model, x, LABELS)
+    torch.testing.assert_close(found.regression, expected.regression, rtol=1e-3, atol=0)
+    torch.testing.assert_close(found.r2, expected.r2, rtol=1e-3, atol=1e-3)
+
+
 def test_no_values_per_patch_and_class_exist_in_training():
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -223,7 +270,22 @@ def test_no_values_per_patch_and_class_exist_in_training():
     ("options", "message"),
     [
         ({"coalitions": 0}, "`coalitions`"),
+        ({"coalitions": 2.5}, "`coalitions` must be a whole number"),
+        ({"coalitions": True}, "`coalitions` must be a whole number"),
         ({"regression_weight": -1.0}, "`regression_weight`"),
+        ({"regression_weight": float("nan")}, "`regression_weight` must be a finite number ≥ 0, but it is nan"),
+        ({"regression_weight": float("inf")}, "`regression_weight` must be a finite number ≥ 0"),
+        ({"regression_weight": "a"}, "`regression_weight` must be a finite number"),
+        ({"masked_task_weight": float("nan")}, "`masked_task_weight` must be a finite number"),
+        ({"masked_task_weight": -1.0}, "`masked_task_weight`"),
+        ({"paired": 1}, "`paired` must be True or False"),
+        ({"seed": -1}, "`seed` must be a whole number from 0"),
+        ({"seed": 2**64}, "`seed` must be a whole number from 0"),
+        ({"seed": 0.5}, "`seed` must be a whole number"),
+        ({"top_classes": 2.5}, "`top_classes` must be a whole number.*None for all"),
+        ({"regression_ramp": 0.5}, "`regression_ramp` must be \\(start, end\\)"),
+        ({"regression_ramp": ("a", "b")}, "`regression_ramp`"),
+        ({"regression_ramp": (0.0, float("nan"))}, "`regression_ramp`"),
         ({"error": "relative"}, "`error` must be one of 'uniform', 'variance', 'raw'"),
         ({"target": "dead"}, "`target`"),
         ({"sizes": "binomial"}, "`sizes`"),
@@ -235,3 +297,18 @@ def test_no_values_per_patch_and_class_exist_in_training():
 def test_bad_input_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         fv.ShapleyObjective(**options)
+
+
+@pytest.mark.parametrize("name", ["alpha", "beta"])
+@pytest.mark.parametrize("value", [float("nan"), -1.0, "a", None])
+def test_bad_weights_of_viashap_are_named(name, value):
+    with pytest.raises(ValueError, match=f"viashap: argument `{name}` must be a finite number ≥ 0"):
+        fv.ShapleyObjective.viashap(**{name: value})
+
+
+def test_numbers_may_be_numpys():
+    """And are kept as Python's: a run's settings name them."""
+    objective = fv.ShapleyObjective(np.int64(4), np.float32(0.5), seed=np.int32(3))
+    assert (objective.coalitions, objective.regression_weight, objective.seed) == (4, 0.5, 3)
+    kinds = {name: type(objective.settings[name]) for name in ("coalitions", "regression_weight", "seed")}
+    assert kinds == {"coalitions": int, "regression_weight": float, "seed": int}

@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
-from torch.utils.data import Subset, TensorDataset
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils.data import ChainDataset, DataLoader, Subset, TensorDataset
 from vision_transformers import create, images
 
 import fastshap_kernels as fk
@@ -51,10 +53,123 @@ def test_a_record_is_saved_and_loaded(tmp_path):
         fv.PlayedGames.load(tmp_path / "games.safetensors", Subset(data, range(3)))
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda bits, values: values[40:].mul_(-5),
+        lambda bits, values: bits[40:].bitwise_xor_(0x5555),
+        lambda bits, values: values[63, 3, 6].add_(1e-6),
+    ],
+)
+def test_games_that_were_damaged_are_refused(tmp_path, damage):
+    """Past the images that are played again too."""
+    data, generator = dataset("class token", 64), torch.Generator().manual_seed(0)
+    games = fv.PlayedGames(data, fk.sample_coalitions(64, 4, 16, seed=0), torch.randn(64, 4, 7, generator=generator))
+    games.save(tmp_path / "games")
+    with safe_open(tmp_path / "games", framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(tmp_path / "games")
+    damage(tensors["bits"], tensors["values"])
+    save_file(tensors, tmp_path / "games", metadata)
+    with pytest.raises(ValueError, match=r"games' is damaged, or holds no games: it is not what was.*fv\.play"):
+        fv.PlayedGames.load(tmp_path / "games", data)
+
+
+def test_games_are_of_their_images(tmp_path):
+    """Of those images in that order, though another library may decode them a little differently."""
+    data = dataset("class token")
+    fv.play(converted("class token"), data, 2).save(tmp_path / "games")
+    order = [*range(8), 9, 8]
+    for other in (Subset(data, order), TensorDataset(data.tensors[0] + 0.1, data.tensors[1])):
+        with pytest.raises(ValueError, match=r"`data` must hold the images .*in their order"):
+            fv.PlayedGames.load(tmp_path / "games", other)
+    slightly = TensorDataset(data.tensors[0] * 1.001, data.tensors[1])
+    assert len(fv.PlayedGames.load(tmp_path / "games", slightly)) == 10
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04.", b"{}", b"\xff" * 100, "other"])
+def test_files_that_hold_no_games_are_named(tmp_path, content):
+    path = tmp_path / "games"
+    if content == "other":
+        save_file({"weight": torch.zeros(2)}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"games' is damaged, or holds no games.*fv\.play\(model, data\) again"):
+        fv.PlayedGames.load(path, dataset("class token"))
+    with pytest.raises(FileNotFoundError, match=r"no file .*nowhere.*fv\.play"):
+        fv.PlayedGames.load(tmp_path / "nowhere", dataset("class token"))
+
+
+def test_games_are_written_whole_or_not_at_all(tmp_path):
+    games = fv.play(converted("class token"), dataset("class token"), 2)
+    with pytest.raises(OSError, match=r"`path`, .*nowhere.*can't be written"):
+        games.save(tmp_path / "nowhere" / "games")
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    with pytest.raises(OSError, match="can't be written"):
+        games.save(tmp_path / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize(
+    ("bits", "values", "words"),
+    [
+        (None, torch.zeros(10, 2, 7), "`bits` must be int32"),
+        (torch.zeros(10, 2, 1), torch.zeros(10, 2, 7), r"`bits` must be int32 .*float32 \(10, 2, 1\)"),
+        (torch.zeros(10, 2, dtype=torch.int32), torch.zeros(10, 2, 7), "`bits` must be int32"),
+        (torch.zeros(10, 2, 1, dtype=torch.int32), torch.zeros(10, 2), "`values` must be floating-point"),
+        (torch.zeros(10, 2, 1, dtype=torch.int32), torch.zeros(10, 2, 7).long(), "`values` must be floating-point"),
+        (torch.zeros(10, 2, 1, dtype=torch.int32), torch.full((10, 2, 7), torch.inf), "`values` must be finite"),
+        (torch.zeros(10, 3, 1, dtype=torch.int32), torch.zeros(10, 2, 7), "`values` must be"),
+    ],
+)
+def test_what_are_no_games_is_named(bits, values, words):
+    with pytest.raises((ValueError, TypeError), match=f"PlayedGames: argument {words}"):
+        fv.PlayedGames(dataset("class token"), bits, values)
+
+
 def test_labels_have_no_part_in_a_game():
     model, data = converted("class token"), dataset("class token", 3)
     unlabelled = [(image, None) for image, _ in data]
-    assert torch.equal(fv.play(model, unlabelled, 4).values, fv.play(model, data, 4).values)
+    games = fv.play(model, unlabelled, 4)
+    assert torch.equal(games.values, fv.play(model, data, 4).values)
+    options = {"objective": fv.ExplainerObjective(), "epochs": 1, "batch_size": 3, "progress": False}
+    assert fv.fit(model, games, **options).history
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_of_other_precision_play_too(dtype):
+    model, data = converted("class token"), dataset("class token", 3)
+    expected = fv.play(model, data, 4)
+    games = fv.play(model.to(dtype), data, 4)
+    assert games.values.dtype == torch.float32
+    assert (games.values - expected.values).norm() <= (0.2 if dtype == torch.bfloat16 else 1e-5) * games.values.norm()
+    games.check(model)
+
+
+def test_playing_draws_nothing_from_the_processs_generator():
+    model, data = converted("class token"), dataset("class token", 3)
+    torch.manual_seed(4)
+    expected = torch.rand(3)
+    torch.manual_seed(4)
+    fv.play(model, data, 4)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("precision", ["same", "auto"])
+def test_a_constant_game_leaves_nothing_to_explain(precision):
+    """Its values vary by rounding only: no step grows, the shares shrink, and there is no r2."""
+    backbone = create("class token")
+    for block in backbone.blocks:  # the class token sees no patch
+        torch.nn.init.zeros_(block.attn.proj.weight)
+    model, data = fv.convert(backbone, img_size=32), dataset("class token", 10)
+    torch.nn.init.normal_(model.shares.weight, std=0.1)
+    games = fv.play(model, data, 8, precision=precision)
+    options = {"epochs": 6, "batch_size": 5, "opt": "sgd", "lr": 0.1, "sched": "none", "weight_decay": 0}
+    history = fv.fit(model, games, games, objective=fv.ExplainerObjective(), **options).history
+    regression = [row["regression"] for row in history]
+    assert regression == sorted(regression, reverse=True)
+    assert regression[0] < 10
+    assert all(row["r2"] is row["eval_r2"] is None for row in history)
 
 
 def test_classes_are_those_of_the_data():
@@ -186,6 +301,9 @@ def test_data_that_changes_is_refused():
         ({"coalitions": 3}, "coalitions.*even"),
         ({"coalitions": 0}, "coalitions"),
         ({"batch_size": 0}, "batch_size"),
+        ({"workers": -1}, "`workers` must be a whole number from 0"),
+        ({"seed": -1}, "`seed` must be a whole number from 0"),
+        ({"seed": 2**64}, "`seed` must be a whole number from 0"),
         ({"precision": "half"}, "precision"),
     ],
 )
@@ -203,6 +321,10 @@ def test_bad_arguments_of_play(options, words):
         ([("a picture", 0)], "float tensor"),
         ([(images(batch=1, size=16)[0], 0)], r"float tensor \(3, 32, 32\), but it is float32 \(3, 16, 16\)"),
         ([(images(batch=1, size=32)[0].byte(), 0)], "uint8"),
+        ([(images(batch=1, size=32)[0].long(), 0)], "int64"),
+        (DataLoader(dataset("class token")), r"a dataset of \(image, label\).*DataLoader.*loader\.dataset"),
+        (ChainDataset([]), "a dataset with a length"),
+        (3, "a dataset with a length"),
         ([(images(batch=1, size=32)[0] * torch.nan, 0)], "finite.*NaN"),
     ],
 )
