@@ -57,8 +57,7 @@ MODELS: dict[str, dict[str, Any]] = {
         },
     },
 }
-#: Of classifier and explanation together, the same for plain models; the explainer of a trained model has the recipe
-#: of `fv.recipe`.
+#: The recipe, the same for plain and self-explaining models.
 TRAINING = {"epochs": 100, "batch_size": 64, "lr": 2e-3, "weight_decay": 0.05, "warmup_epochs": 5, "clip_grad": 1.0}
 OBJECTIVE = {"coalitions": 4, "regression_ramp": (0.0, 0.5), "masked_task_weight": 1.0}
 #: λ. The votes are the logits, so that their regression moves the game itself: the CNN's collapsed with 1 and with 3.

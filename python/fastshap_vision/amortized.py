@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timm.models import get_model_input_config
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -292,6 +293,8 @@ def _network(surrogate: SelfExplainingClassifier, backbone: nn.Module | str) -> 
                 "AmortizedExplainer: argument `explainer_backbone` must have weights of its own, but it shares some "
                 "with the surrogate, which is frozen. Pass a copy: copy.deepcopy(backbone)."
             )
+        if get_model_input_config(backbone)["fixed_input_size"]:
+            options["img_size"] = None  # its own, which is compared below
         network = convert(backbone, **options)
     for what, got, expected in (
         ("images (C, H, W)", network.game.input_size, surrogate.game.input_size),

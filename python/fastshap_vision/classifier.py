@@ -2,33 +2,63 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
+import logging
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastshap_kernels import coalition_sum, linear_shapley_loss
-from fastshap_kernels._checks import check_bits
+from fastshap_kernels._checks import check_bits, check_dense
 
-from ._checks import check_choice
+from ._checks import check_choice, check_classes
 from .coalition_stream import stream
 from .cpu_attention import cpu_attention
 from .cpu_linear import cpu_linears
+from .data import Preprocessing
 from .explanation import Explanation
 from .game import JointPass, UnsupportedModelError
+from .image_input import as_batch
 from .intermediates import MergedFeatures, probe_widths
+from .model_arguments import (
+    check_choices,
+    check_name,
+    checked_gradient,
+    checked_model_kwargs,
+    checked_size,
+    create_backbone,
+    describe_model,
+    input_size_of,
+    other_size,
+    preprocessing_of,
+    settings_of,
+    timm_arguments,
+)
+from .model_file import (
+    CONFIG,
+    WEIGHTS,
+    Header,
+    Probe,
+    check_description,
+    check_probe,
+    check_size,
+    find_file,
+    read_config,
+    read_header,
+    read_weights,
+    write_weights,
+)
 from .precision import lowered
-from .removal import REMOVALS, make_game
-from .stem import evaluation_mode
+from .removal import make_game
+from .stem import evaluation_mode, probe_images
 
-HEADS = ("shares", "votes")
-BASES = ("even", "votes")
-HEAD_DEPTHS = (0, 1, 2)
+_HALF_OR_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
+
+_log = logging.getLogger(__name__)
 
 
 class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
@@ -62,15 +92,24 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
             Default "drop" where the model can, else "pixel"; the log says so once where that is slower.
         pretrained: load timm's weights (needs the network or timm's cache).
         model_kwargs: further JSON-able arguments of `timm.create_model`.
+        preprocessing: how `explain` makes pictures to inputs, a `Preprocessing` or its dict; default timm's mean, std
+            and crop for this model.
         backbone: a timm model to convert instead of creating one; see `convert`.
 
     Attributes:
         grid, players: (h, w) and P = h·w; players count row by row.
         removal: the removal in force, chosen where none was asked for.
+        preprocessing: what `explain` does with pictures; saved with the model. None for models of images that are
+            neither greyscale nor RGB.
         is_exact_conversion: whether the logits are the timm model's; with "shares" they are bit-identical.
+
+    The head has the dtype and device of the backbone. Shapley values are float32 at least, also where the model
+    computes in half precision or under autocast: rounded to it, their sum would miss the logits.
 
     Raises:
         UnsupportedModelError: for a family that can't play; the message names what is supported.
+        ValueError: for arguments out of range, an image size that the backbone can't take, or `model_kwargs` that JSON
+            can't hold.
 
     Source: Fan, Yang, Ma, AAAI 2026, arXiv 2512.14354 (the votes head); the shares head is this package's.
     """
@@ -89,30 +128,21 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
         removal: str | None = None,
         pretrained: bool = False,
         model_kwargs: dict[str, Any] | None = None,
+        preprocessing: dict[str, Any] | Preprocessing | None = None,
         backbone: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        check_choice("head", head, HEADS)
-        if base is not None:
-            check_choice("base", base, BASES)
-        check_choice("head_depth", head_depth, HEAD_DEPTHS)
-        if removal is not None:
-            check_choice("removal", removal, REMOVALS)
-        if backbone_gradient is None:
-            backbone_gradient = 0.0 if head == "shares" else 1.0
-        if not 0.0 <= backbone_gradient <= 1.0:
-            raise ValueError(f"Argument `backbone_gradient` must be in [0, 1], but it is {backbone_gradient!r}.")
-        # What is saved beside the weights; they replace timm's own, which need not be fetched again.
-        self._hub_mixin_config: dict[str, Any] = {**(self._hub_mixin_config or {}), "pretrained": False}
-        arguments = dict(model_kwargs or {})
+        check_name(model_name, num_classes)
+        check_choices(head, base, head_depth, intermediates, removal)
+        backbone_gradient = checked_gradient(backbone_gradient, head)
+        size, arguments = checked_size(img_size), checked_model_kwargs(model_kwargs)
         if backbone is None:
-            backbone = _create_backbone(model_name, pretrained, arguments | {"num_classes": num_classes}, img_size)
+            backbone = create_backbone(model_name, num_classes, size, arguments, pretrained)
         self.backbone = backbone
         self.head, self.backbone_gradient = head, backbone_gradient
-        size = _input_size(backbone, arguments.get("in_chans", 3), img_size)
-        self.game, self.removal = make_game(backbone, head == "votes", size, removal)
-        # A checkpoint plays the game that its weights were trained in, whatever is chosen elsewhere.
-        self._hub_mixin_config["removal"] = self.removal
+        self.game, self.removal = make_game(backbone, head == "votes", input_size_of(backbone, size), removal)
+        if size is not None and self.game.input_size[1:] != size:
+            raise other_size(backbone, self.game.input_size[1:], size)
         if base == "votes" and not self.game.patches_vote:
             raise ValueError(
                 "Argument `base` can be 'votes' where the model averages its patches before a linear classifier; this "
@@ -121,21 +151,36 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
         self.base = base or ("votes" if self.game.patches_vote else "even")
         self.num_classes: int = self.game.vote_weight()[0].shape[0]
         if head == "shares":
-            if intermediates and self.removal == "feature":
-                raise ValueError(
-                    "Argument `intermediates` can't be True with removal='feature', which runs the network in parts. "
-                    "Use removal='pixel'."
-                )
-            if intermediates:
-                self.game.intermediate_widths = probe_widths(self.game)
-            merged = [MergedFeatures(self.game.feature_width, self.game.intermediate_widths)] if intermediates else []
-            blocks = [self.game.explanation_block() for _ in range(head_depth)]
-            self.explainer = nn.Sequential(*merged, *blocks)
-            self.shares = nn.Linear(self.game.feature_width, self.num_classes, bias=False)
-            nn.init.zeros_(self.shares.weight)  # δ = 0: training starts from the base
-            device = next(backbone.parameters()).device
-            self.explainer.to(device)
-            self.shares.to(device)
+            self._add_shares(head_depth, intermediates)
+        self._converted = settings_of(backbone)
+        self._says_untrained = True
+        # What is saved beside the weights; they replace timm's own, which need not be fetched again. A checkpoint's
+        # game is the one that its weights were trained in, whatever is chosen elsewhere.
+        self._hub_mixin_config: dict[str, Any] = {
+            **(self._hub_mixin_config or {}),
+            "num_classes": self.num_classes,
+            "img_size": None if size is None else list(size),
+            "removal": self.removal,
+            "pretrained": False,
+            "model_kwargs": arguments,
+        }
+        self.preprocessing = preprocessing_of(backbone, self.game.input_size, preprocessing)
+
+    def _add_shares(self, head_depth: int, intermediates: bool) -> None:
+        """The layers that explain, in the dtype and on the device of the backbone."""
+        if intermediates and self.removal == "feature":
+            raise ValueError(
+                "Argument `intermediates` can't be True with removal='feature', which runs the network in parts. "
+                "Use removal='pixel'."
+            )
+        if intermediates:
+            self.game.intermediate_widths = probe_widths(self.game)
+        merged = [MergedFeatures(self.game.feature_width, self.game.intermediate_widths)] if intermediates else []
+        blocks = [self.game.explanation_block() for _ in range(head_depth)]
+        like = next(self.backbone.parameters())
+        self.explainer = nn.Sequential(*merged, *blocks).to(like)
+        self.shares = nn.Linear(self.game.feature_width, self.num_classes, bias=False).to(like)
+        nn.init.zeros_(self.shares.weight)  # δ = 0: training starts from the base
 
     @property
     def config(self) -> dict[str, Any]:
@@ -154,17 +199,135 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
     def is_exact_conversion(self) -> bool:
         return self.game.is_exact_conversion
 
-    @classmethod
-    def _from_pretrained(cls, *, model_id: str, **kwargs: Any) -> SelfExplainingClassifier:
-        # The mixin announces local loading on standard output, and by default ignores missing weights.
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                return super()._from_pretrained(model_id=model_id, **(kwargs | {"strict": True}))
-        except (SafetensorError, FileNotFoundError, RuntimeError) as error:
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        return self._preprocessing
+
+    @preprocessing.setter
+    def preprocessing(self, value: Preprocessing | None) -> None:
+        if value is not None and value.input_size != self.game.input_size:
             raise ValueError(
-                f"The checkpoint {model_id!r} can't be read: {error}. It must be a folder written by save_pretrained "
-                "(config.json, model.safetensors), or a model on the Hub."
+                f"Argument `preprocessing` must have the model's input_size {self.game.input_size}, but it has "
+                f"{value.input_size}. Change its input_size, or create the model for that size."
+            )
+        self._preprocessing = value
+        self._hub_mixin_config["preprocessing"] = None if value is None else value.as_dict()
+
+    @property
+    def is_untrained(self) -> bool:
+        """Whether the shares are still the zeros that they start from, so that no explanation was learnt.
+
+        Of a votes head it can't be known: its weights are the classifier's.
+        """
+        return self.head == "shares" and not self.shares.weight.is_meta and not bool(self.shares.weight.any())
+
+    # -- saving and loading ------------------------------------------------------------------------------
+
+    def check_saveable(self) -> None:
+        """Whether a saved model could be loaded again; saving makes sure of it, training may before it starts.
+
+        Raises:
+            ValueError: where the backbone is not what its arguments describe, such as one with replaced layers.
+        """
+        self._check_backbone()
+        name, size, kwargs = (self._hub_mixin_config[key] for key in ("model_name", "img_size", "model_kwargs"))
+        arguments = timm_arguments(name, self.num_classes, size, kwargs)
+        check_description(self.backbone, name, arguments, probe_images(self.backbone, self.game.input_size))
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Writes config.json and model.safetensors, which `from_pretrained` reads; options are the Hub's.
+
+        The answers of the model to two fixed images are kept with the weights, and compared on loading.
+
+        Raises:
+            ValueError: where the backbone is not what its arguments describe; nothing is written then.
+        """
+        self.check_saveable()
+        return super().save_pretrained(save_directory, **options)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        write_weights(self, save_directory, self._probe())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        map_location: str | torch.device = "cpu",
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **arguments: Any,
+    ) -> SelfExplainingClassifier:
+        """Loads what `save_pretrained` wrote, from a folder or the Hub, in evaluation mode.
+
+        It has the dtype that it was saved in. No pickle is ever read, and no backbone larger than the file is built.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or the name of a model on the Hub.
+            map_location: the device of the model.
+            revision, cache_dir, force_download, local_files_only, token: as in `huggingface_hub.hf_hub_download`.
+            arguments: of `SelfExplainingClassifier`, in place of those that were saved.
+
+        Raises:
+            ValueError: for what can't be found or read, or is another model than the one that was saved.
+        """
+        name = str(pretrained_model_name_or_path)
+        known = cls._hub_mixin_init_parameters
+        for argument in arguments:
+            if argument not in known:
+                raise TypeError(f"from_pretrained: there is no argument `{argument}`. Pass one of {', '.join(known)}.")
+        hub: dict[str, Any] = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+            "token": token,
+        }
+        try:
+            config = read_config(find_file(name, CONFIG, hub))
+            path = find_file(name, WEIGHTS, hub)
+            header = read_header(path)
+            model = cls._build({key: config[key] for key in config if key in known} | arguments, header)
+            read_weights(model, path, header, map_location)
+            if header.probe is not None:
+                check_probe(model._probe(), header.probe, next(model.parameters()).dtype)
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"The checkpoint {name!r} can't be read: {str(error).rstrip('.')}. It must be a folder written by "
+                f"save_pretrained ({CONFIG}, {WEIGHTS}), or the name of a model on the Hub."
             ) from error
+        return model.eval()
+
+    @classmethod
+    def _build(cls, arguments: dict[str, Any], header: Header) -> SelfExplainingClassifier:
+        """The model of a configuration that comes from elsewhere: its types and size are checked first."""
+        try:
+            name, classes = arguments["model_name"], arguments.get("num_classes", 1000)
+            size, kwargs = checked_size(arguments.get("img_size")), checked_model_kwargs(arguments.get("model_kwargs"))
+            for key in ("backbone", "pretrained"):
+                if arguments.get(key):
+                    raise ValueError(f"`{key}` must be null or false, but it is {arguments[key]!r}")
+            check_name(name, classes)
+            check_size(name, timm_arguments(name, classes, size, kwargs), header)
+            return cls(**arguments)
+        except KeyError:
+            raise ValueError(f"{CONFIG} has no `model_name`") from None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{CONFIG} describes no model of these weights: {error}") from error
+
+    @torch.no_grad()
+    def _probe(self) -> Probe:
+        """What the model answers to two fixed images, whatever autocast is on."""
+        images = probe_images(self.backbone, self.game.input_size)
+        with evaluation_mode(self), torch.autocast(images.device.type, enabled=False):
+            features, logits = self.game.features_and_logits(images)
+            values = self._phi(features, logits, self.null_value())
+        return Probe(features.mean(1), logits, values[..., 0])
+
+    # -- the model ---------------------------------------------------------------------------------------
 
     def no_weight_decay(self) -> set[str]:
         """The backbone's parameters that timm's optimisers don't decay."""
@@ -178,6 +341,7 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K) of images (B, C, H, W)."""
+        self._check_backbone()
         if self.is_exact_conversion:
             return self.backbone(images)
         return self.game.features_and_logits(images)[1]
@@ -189,50 +353,86 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
 
     def _explained(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Shapley values (B, P, K), logits (B, K) and v(∅) (K,)."""
-        features, logits = self.game.features_and_logits(images)
         null = self.null_value()
+        if not len(images):  # which not every model takes
+            values = null.new_zeros(0, self.players, self.num_classes, dtype=_at_least_float32(null))
+            return values, null.new_zeros(0, self.num_classes), null
+        features, logits = self.game.features_and_logits(images)
+        self._check_classes(logits)
         return self._phi(features, logits, null), logits, null
 
     def _phi(self, features: Tensor, logits: Tensor, null: Tensor) -> Tensor:
+        """Shapley values (B, P, K), float32 at least: what is learnt, and an equal part of what that leaves."""
+        dtype = _at_least_float32(logits)
         if self.head == "votes":
-            weight, bias = self.game.vote_weight()
-            return nn.functional.linear(features, weight, bias) / self.players
-        with cpu_linears(features):
-            delta = self.shares(self.explainer(features))
-        delta = delta - delta.mean(1, keepdim=True)
-        if self.base == "votes":
-            return delta + nn.functional.linear(self._last(features), *self.game.vote_weight()) / self.players
-        return delta + ((logits - null) / self.players).unsqueeze(1)
+            found = self._votes(features).to(dtype)
+        else:
+            with cpu_linears(features):
+                found = self.shares(self.explainer(features)).to(dtype)
+            if self.base == "votes":
+                found = found + self._votes(self._last(features)).to(dtype)
+        missing = logits.to(dtype) - null.to(dtype) - found.sum(1)
+        return found + (missing / self.players).unsqueeze(1)
+
+    def _votes(self, features: Tensor) -> Tensor:
+        """(W e_p + b)/P of features (B, P, L): (B, P, K)."""
+        return nn.functional.linear(features, *self.game.vote_weight()) / self.players
+
+    def preprocess(self, images: Any) -> Tensor:
+        """The input (B, C, H, W) that `explain` makes of images of any kind: for calls, plots and metrics.
+
+        Args:
+            images: as in `explain`.
+
+        Raises:
+            TypeError, ValueError: as `explain` does.
+        """
+        like = next(self.parameters())
+        batch = as_batch(images, self.game.input_size, self.preprocessing, like)
+        self._check_images(batch)
+        return batch
 
     @torch.no_grad()
-    def explain(self, images: Tensor, target: int | Tensor | str | None = None) -> Explanation:
+    def explain(self, images: Any, target: int | Sequence[int] | Tensor | str | None = None) -> Explanation:
         """Explains images in one forward pass, in evaluation mode.
 
         Where v(∅) is not 0 by construction, as it is where patches vote, it takes a pass of one empty image more; of
         its class and register tokens alone where absent tokens are dropped.
 
         Args:
-            images: (B, C, H, W), normalised as in training, finite.
-            target: the class to explain: None for the predicted one, an int, an int64 tensor (B,), or "all".
+            images: (B, C, H, W) or one image (C, H, W), normalised as in training, finite: a tensor or an array; or
+                pictures, which are resized, cropped and normalised as `preprocessing` says: a PIL image, or uint8
+                pixels (channels first in a tensor, last in an array); or a list of single images of these kinds.
+            target: the class to explain: None for the predicted one, a class, (B,) classes, or "all".
 
         Returns:
-            Explanation with values (B, P), or (B, P, K) for "all", in units of the logits.
+            Explanation with values (B, P), or (B, P, K) for "all", in units of the logits. Values are float32 at least;
+            `logits` and `null` are as the model computes them, and the values sum to their difference.
 
         Raises:
+            TypeError: for images of another type.
             ValueError: for images of the wrong shape or with NaN or infinite pixels, or a target out of range.
 
         Deterministic: yes.
         """
-        self._check_images(images)
+        images = self.preprocess(images)
         if not torch.isfinite(images).all():
             raise ValueError("Argument `images` must be finite, but it holds NaN or infinite pixels. Clean the input.")
         with evaluation_mode(self):
             phi, logits, null = self._explained(images)
         chosen = self._target(target, logits)
-        if chosen is None:
-            return Explanation(values=phi, logits=logits, target=None, grid=self.grid, null=null)
-        values = phi.gather(2, chosen[:, None, None].expand(-1, self.players, 1))[..., 0]
-        return Explanation(values=values, logits=logits, target=chosen, grid=self.grid, null=null)
+        if chosen is not None:
+            phi = phi.gather(2, chosen[:, None, None].expand(-1, self.players, 1))[..., 0]
+        untrained = self.is_untrained
+        if untrained and self._says_untrained:
+            self._says_untrained = False
+            _log.warning(
+                "This model was never trained to explain: its Shapley values are %s. Train it with fit first.",
+                "an even split of the logits" if self.base == "even" else "the votes of the patches",
+            )
+        height, width = self.game.input_size[1:]
+        seen = (self.game.view[0] / height, self.game.view[1] / width)
+        return Explanation(phi, logits, chosen, self.grid, null, seen=seen, untrained=untrained)
 
     def coalition_values(
         self,
@@ -336,13 +536,34 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
         """Of the features (B, P, L + ΣC) the encoder's last ones, (B, P, L)."""
         return features[..., : self.game.feature_width]
 
+    def _check_backbone(self) -> None:
+        """The game was made for the backbone as it was converted."""
+        if torch.compiler.is_compiling():
+            return
+        now = settings_of(self.backbone)
+        if now != self._converted:
+            key = next(key for key in now if now[key] != self._converted[key])
+            raise self._was_reset(f"{key} was {self._converted[key]!r} and is {now[key]!r}")
+
+    def _check_classes(self, logits: Tensor) -> None:
+        if logits.shape[-1] != self.num_classes:
+            raise self._was_reset(f"it had {self.num_classes} classes and has {logits.shape[-1]}")
+
+    def _was_reset(self, what: str) -> ValueError:
+        return ValueError(
+            f"The backbone was changed after its conversion: {what}. Change it first and then convert it: "
+            "fastshap_vision.convert(model.backbone)."
+        )
+
     def _check_images(self, images: Tensor) -> None:
+        self._check_backbone()
         expected = self.game.input_size
-        if not isinstance(images, Tensor) or images.ndim != 4 or tuple(images.shape[1:]) != expected:
-            got = f"{tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        form = f"(B, {', '.join(map(str, expected))})"
+        check_dense("SelfExplainingClassifier", "images", images, f"a tensor {form}", "Pass model.preprocess(images).")
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
             raise ValueError(
-                f"Argument `images` must be a tensor (B, {', '.join(map(str, expected))}), but it is {got}. Resize the "
-                "images, or create the model with another img_size or in_chans."
+                f"Argument `images` must be a tensor {form}, but it is {tuple(images.shape)}. Resize the images, or "
+                "create the model with another img_size or in_chans."
             )
         weight = next(self.parameters())
         if images.device != weight.device and weight.device.type != "meta":  # where accelerate keeps it elsewhere
@@ -350,27 +571,26 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
                 f"Argument `images` must be on the model's device, {weight.device}, but it is on {images.device}. Pass "
                 f"images.to({str(weight.device)!r})."
             )
-        if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
+        if not images.is_floating_point():
+            raise ValueError(
+                f"Argument `images` must be normalised {weight.dtype}, but it is {images.dtype}. Pass uint8 pixels to "
+                "model.preprocess(images), which normalises them."
+            )
+        is_cast = torch.is_autocast_enabled(images.device.type) and images.dtype in _HALF_OR_SINGLE
+        if images.dtype != weight.dtype and not is_cast:
             raise ValueError(
                 f"Argument `images` must be {weight.dtype} like the model's weights, but it is {images.dtype}. Pass "
-                f"images.to({weight.dtype}), or use torch.autocast."
+                f"images.to({weight.dtype})."
             )
 
-    def _target(self, target: int | Tensor | str | None, logits: Tensor) -> Tensor | None:
+    def _target(self, target: int | Sequence[int] | Tensor | str | None, logits: Tensor) -> Tensor | None:
         batch, classes = logits.shape
         if target is None:
             return logits.argmax(1)
         if isinstance(target, str):
             check_choice("target", target, ("all",))
             return None
-        chosen = torch.as_tensor(target, device=logits.device)
-        is_index = not chosen.is_floating_point() and chosen.dtype != torch.bool
-        if not is_index or chosen.shape not in ((), (batch,)) or (chosen < 0).any() or (chosen >= classes).any():
-            raise ValueError(
-                f"Argument `target` must be None, 'all', an int or an int tensor ({batch},) in [0, {classes}), "
-                f"but it is {target!r}."
-            )
-        return chosen.long().expand(batch)
+        return check_classes("explain", "target", target, batch, classes, "None, 'all', ").to(logits.device)
 
 
 def _loss_of_classes(
@@ -412,17 +632,22 @@ def convert(
     intermediates: bool = False,
     backbone_gradient: float | None = None,
     removal: str | None = None,
+    preprocessing: dict[str, Any] | Preprocessing | None = None,
 ) -> SelfExplainingClassifier:
     """Makes a timm model, trained or not, self-explaining. The model itself becomes the backbone: no copy is made.
 
     With head="shares" (the default) its logits stay bit-identical.
 
     Args:
-        model: made by `timm.create_model`.
-        img_size, head, base, head_depth, intermediates, backbone_gradient, removal: as in `SelfExplainingClassifier`.
+        model: made by `timm.create_model`, from arguments that JSON can hold.
+        img_size: image size in pixels, one number or (H, W), of a model that takes any; default timm's. Others have
+            the size that they were created for.
+        head, base, head_depth, intermediates, backbone_gradient, removal, preprocessing: as in
+            `SelfExplainingClassifier`.
 
     Raises:
         UnsupportedModelError: for a model that timm did not make, or a family that can't play.
+        ValueError: for an image size that the model can't take, or a model made from arguments that can't be saved.
     """
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     if not name:
@@ -430,13 +655,11 @@ def convert(
             f"Argument `model` must be made by timm.create_model, but it is a {type(model).__name__} without timm's "
             "configuration."
         )
-    arguments = {key: value for key, value in getattr(model, "_model_args", {}).items() if value is not None}
-    # ViTs carry their image size; a convolutional network takes any.
-    size = img_size if img_size is not None else arguments.pop("img_size", None)
+    arguments = describe_model(model)
     return SelfExplainingClassifier(
         name,
-        arguments.pop("num_classes", getattr(model, "num_classes", 1000)),
-        img_size=size,
+        arguments.pop("num_classes", 1000),
+        img_size=img_size,
         head=head,
         base=base,
         head_depth=head_depth,
@@ -444,29 +667,10 @@ def convert(
         backbone_gradient=backbone_gradient,
         removal=removal,
         model_kwargs=arguments,
+        preprocessing=preprocessing,
         backbone=model,
     )
 
 
-def _create_backbone(
-    name: str, pretrained: bool, arguments: dict[str, Any], img_size: int | tuple[int, int] | None
-) -> nn.Module:
-    if not timm.is_model(name):
-        close = timm.list_models(f"*{name.split('_')[0]}*")[:5]
-        raise ValueError(
-            f"Argument `model_name` must be a timm model, but it is {name!r}. "
-            f"{'Close: ' + ', '.join(close) if close else 'See timm.list_models()'}."
-        )
-    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    if img_size is not None and config is not None and config.fixed_input_size:
-        arguments["img_size"] = img_size
-    return timm.create_model(name, pretrained=pretrained, **arguments)
-
-
-def _input_size(backbone: Any, channels: int, img_size: int | tuple[int, int] | None) -> tuple[int, int, int]:
-    """(C, H, W): as asked for, else as the model was built, else as timm's configuration says."""
-    size = img_size or getattr(getattr(backbone, "patch_embed", None), "img_size", None)
-    if size is None:
-        size = tuple(backbone.pretrained_cfg["input_size"][1:])
-    height, width = (size, size) if isinstance(size, int) else size
-    return channels, height, width
+def _at_least_float32(like: Tensor) -> torch.dtype:
+    return torch.promote_types(like.dtype, torch.float32)

@@ -42,13 +42,22 @@ def decode(source: str | Path | IO[bytes], mode: str) -> Image.Image:
     try:
         with Image.open(source) as image:
             image.load()
-            return _without_transparency(_eight_bits(_upright(image), image.format)).convert(mode)
+            return as_viewed(image, mode)
     except (FileNotFoundError, MemoryError):
         raise
     except UnidentifiedImageError as error:
         raise ValueError("Pillow knows no such format") from error
     except Exception as error:  # Pillow's decoders raise errors of any kind on damaged files
         raise ValueError(f"{error}" or type(error).__name__) from error
+
+
+def as_viewed(image: Image.Image, mode: str) -> Image.Image:
+    """An open image as `decode` reads it.
+
+    Raises:
+        ValueError: for pixels of an unknown range.
+    """
+    return _without_transparency(_eight_bits(_upright(image), image.format)).convert(mode)
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastshap_kernels._checks import fail
+from fastshap_kernels._checks import describe, fail
 
+from ._checks import check_classes
 from .link import LINKS
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FORMAT = "fastshap_vision.Explanation/1"
+_LISTED = 16  # targets that a line has room for
 
 
 @dataclass(eq=False, repr=False)
@@ -38,6 +41,9 @@ class Explanation:
         target (int64): (B,) the class that `values` explain, or None when they explain all K.
         grid: (h, w) patches per column and per row, P = h·w, row by row.
         null (floating point): (K,) the logits with no patch present.
+        seen: the share of an image's height and of its width, from the top left, that the grid covers, in (0, 1]; the
+            model sees nothing of the rest.
+        untrained: whether the model had never been trained to explain.
 
     Raises:
         ValueError: when the shapes do not fit each other.
@@ -48,6 +54,8 @@ class Explanation:
     target: Tensor | None
     grid: tuple[int, int]
     null: Tensor
+    seen: tuple[float, float] = (1.0, 1.0)
+    untrained: bool = False
 
     unit: ClassVar[str] = "logits"
 
@@ -64,22 +72,32 @@ class Explanation:
             fail("Explanation", "target", f"int64 ({batch},)", self.target)
         if self.null.shape != (classes,):
             fail("Explanation", "null", f"({classes},)", self.null)
+        if len(self.seen) != 2 or not all(0 < share <= 1 for share in self.seen):
+            fail("Explanation", "seen", "two shares in (0, 1]", self.seen)
 
     def __len__(self) -> int:
         return self.logits.shape[0]
 
-    def __getitem__(self, index: int | slice | Tensor) -> Explanation:
+    def __getitem__(self, index: Any) -> Explanation:
         """The explanation of some of the images, a batch of one for a whole number."""
-        if isinstance(index, int):
+        if isinstance(index, bool | float | str | None):
+            expected = "a whole number, a slice, or whole numbers or booleans for images"
+            raise TypeError(f"Explanation: an index must be {expected}, but it is {describe(index)}.")
+        if isinstance(index, Integral) or (isinstance(index, Tensor) and index.ndim == 0):
+            index = int(index)
             if not -len(self) <= index < len(self):
                 raise IndexError(f"Explanation: index {index} is out of range for {len(self)} images")
             index = slice(index % len(self), index % len(self) + 1)
         target = None if self.target is None else self.target[index]
-        return type(self)(self.values[index], self.logits[index], target, self.grid, self.null)
+        return replace(self, values=self.values[index], logits=self.logits[index], target=target)
 
     def __repr__(self) -> str:
         target = "all" if self.target is None else self.target.tolist()
-        return f"Explanation({len(self)} images, grid={self.grid}, {self.logits.shape[1]} classes, target={target})"
+        if len(self) > _LISTED and self.target is not None:
+            target = f"{len(self)} classes"
+        marked = ", of an untrained explainer" if self.untrained else ""
+        kind, classes = type(self).__name__, self.logits.shape[1]
+        return f"{kind}({len(self)} images, grid={self.grid}, {classes} classes, target={target}{marked})"
 
     @property
     def probabilities(self) -> Tensor:
@@ -106,15 +124,10 @@ class Explanation:
         batch, classes = self.logits.shape
         if target is None:
             return self.predicted if self.target is None else self.target
-        wanted = torch.as_tensor(target, device=self.logits.device)
-        if wanted.is_floating_point() or wanted.dtype == torch.bool or wanted.shape not in ((), (batch,)):
-            fail("Explanation", "target", f"a class or ({batch},) whole numbers", target)
-        wanted = wanted.long().expand(batch)
-        if ((wanted < 0) | (wanted >= classes)).any():
-            fail("Explanation", "target", f"in 0 … {classes - 1}", target)
+        wanted = check_classes("Explanation", "target", target, batch, classes).to(self.logits.device)
         if self.target is not None and not torch.equal(wanted, self.target.to(wanted.device)):
             remedy = 'Explain every class with model.explain(images, target="all").'
-            fail("Explanation", "target", f"the class explained, {self.target.tolist()}", target, remedy)
+            fail("Explanation", "target", "the one that was explained", target, remedy)
         return wanted
 
     def values_for(self, target: int | Tensor | None = None) -> Tensor:
@@ -137,7 +150,8 @@ class Explanation:
         its pixels instead, so that its sum is kept.
 
         Args:
-            size: (H, W) of the result, one number for a square; None for the grid itself.
+            size: (H, W) of the result, one number for a square, for the whole image: 0 where the grid does not reach;
+                None for the grid itself.
             target: a class, or (B,) classes; None for the target explained, or the predicted class where all are.
             mode: "nearest" gives each pixel its patch's value, "bilinear" blends between the centres of patches.
 
@@ -154,10 +168,17 @@ class Explanation:
         maps = self.values_for(target).unflatten(1, self.grid)
         if size is None:
             return maps
-        shape = (size, size) if isinstance(size, int) else tuple(size)
-        if len(shape) != 2 or not all(isinstance(side, int) and side > 0 for side in shape):
+        shape: tuple[Any, ...] = (size, size) if isinstance(size, Integral) else tuple(size)  # type: ignore[arg-type]
+        if len(shape) != 2 or not all(isinstance(side, Integral) and int(side) > 0 for side in shape):
             fail("Explanation.heatmap", "size", "a positive whole number, (H, W) or None", size)
-        return functional.interpolate(maps.unsqueeze(1), size=shape, mode=mode).squeeze(1)
+        height, width = self.seen_pixels(shape)
+        seen = functional.interpolate(maps.unsqueeze(1), size=(height, width), mode=mode).squeeze(1)
+        return functional.pad(seen, (0, shape[1] - width, 0, shape[0] - height))
+
+    def seen_pixels(self, size: Sequence[int]) -> tuple[int, int]:
+        """(height, width) of the part of an image of size (H, W), from the top left, that the grid covers."""
+        height, width = (max(1, round(share * side)) for share, side in zip(self.seen, size, strict=True))
+        return height, width
 
     def efficiency_gap(self) -> float:
         """The largest |Σ_p values + null − logit| over images and classes explained, relative.
@@ -196,7 +217,13 @@ class Explanation:
         if self.target is not None:
             tensors["target"] = self.target
         tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-        metadata = {"format": _FORMAT, "grid": f"{self.grid[0]}x{self.grid[1]}", "unit": self.unit}
+        metadata = {
+            "format": _FORMAT,
+            "grid": f"{self.grid[0]}x{self.grid[1]}",
+            "unit": self.unit,
+            "seen": f"{self.seen[0]!r} {self.seen[1]!r}",
+            "untrained": str(self.untrained),
+        }
         _write_whole(Path(path), safetensors.torch.save(tensors, metadata))
 
     @classmethod
@@ -221,8 +248,16 @@ class Explanation:
                 raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
             rows, columns = metadata["grid"].split("x")
             grid = (int(rows), int(columns))
-            kind = _BY_UNIT[metadata.get("unit", cls.unit)]
-            return kind(tensors["values"], tensors["logits"], tensors.get("target"), grid, tensors["null"])
+            height, width = metadata.get("seen", "1.0 1.0").split()
+            return _BY_UNIT[metadata.get("unit", cls.unit)](
+                tensors["values"],
+                tensors["logits"],
+                tensors.get("target"),
+                grid,
+                tensors["null"],
+                seen=(float(height), float(width)),
+                untrained=metadata.get("untrained") == "True",
+            )
         except (safetensors.SafetensorError, ValueError, KeyError, OSError) as error:
             raise ValueError(
                 f"Explanation.load: argument `path` must name a file written by Explanation.save, "

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fastshap_kernels._checks import fail
 
@@ -32,36 +33,43 @@ class Attribution:
 
     def attribute(
         self,
-        inputs: Tensor,
-        baselines: None = None,
+        inputs: Any,
+        baselines: tuple[None] | None = None,
         target: int | Sequence[int] | Tensor | None = None,
-    ) -> Tensor:
+    ) -> Any:
         """Attributes the logit of one class per image to its pixels.
 
         The Shapley value of a patch is spread evenly over its pixels and channels,
         out[b, c, y, x] = φ_b,p / (C · H/h · W/w), so that summed over the pixels and channels of patch p it is φ_b,p
-        again, and summed over the image it is the logit minus its value with no patch present.
+        again, and summed over the image it is the logit minus its value with no patch present. Pixels that the model
+        does not see, right of and below the last whole patches, get 0.
 
         Args:
-            inputs (floating point): (B, C, H, W) images, H and W multiples of the model's grid (h, w).
+            inputs (floating point): (B, C, H, W) images; or a tuple of one such tensor, as captum passes it.
             baselines: None. What stands in for an absent patch was settled when the model was trained.
             target: a class, or B classes; None for each image's predicted class.
 
         Returns:
-            (B, C, H, W), without gradient.
+            (B, C, H, W), float32 at least, without gradient; a tuple of it where `inputs` is one.
 
         Raises:
             ValueError: for baselines, or for images that the grid does not divide.
 
         Deterministic: as the model is.
         """
+        if isinstance(inputs, tuple | list):
+            if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+                fail("Attribution.attribute", "inputs", "a tensor (B, C, H, W), or a tuple of one", type(inputs))
+            baselines = baselines[0] if isinstance(baselines, tuple) and len(baselines) == 1 else baselines
+            return (self.attribute(inputs[0], baselines, target),)
+        if not isinstance(inputs, Tensor):
+            fail("Attribution.attribute", "inputs", "a tensor (B, C, H, W), or a tuple of one", type(inputs))
         if baselines is not None:
             remedy = "Choose what absence means when the model is made and trained (its removal and baseline)."
-            fail("Attribution.attribute", "baselines", "None", baselines, remedy)
-        if target is not None and not isinstance(target, int | Tensor):
-            target = torch.tensor(target, device=inputs.device)
+            got = baselines if isinstance(baselines, Tensor | int | float) else type(baselines)
+            fail("Attribution.attribute", "baselines", "None", got, remedy)
         explanation = self.model.explain(inputs, target)
-        return _spread(explanation.values_for().detach(), inputs, explanation.grid)
+        return _spread(explanation.values_for().detach(), inputs, explanation)
 
 
 def as_shap(explanation: Explanation, images: Tensor | None = None, classes: Sequence[str] | None = None) -> Any:
@@ -74,7 +82,7 @@ def as_shap(explanation: Explanation, images: Tensor | None = None, classes: Seq
 
     Args:
         explanation: of one target per image, or of every class.
-        images: (B, C, H, W) the images explained, H and W multiples of the grid.
+        images: (B, C, H, W) the images explained; pixels that the model did not see get 0.
         classes: K names; only used where every class is explained.
 
     Returns:
@@ -104,22 +112,27 @@ def as_shap(explanation: Explanation, images: Tensor | None = None, classes: Seq
         return shap.Explanation(values.double().numpy(), feature_names=names, **content)
     pictures = images.detach().cpu()
     if every:
-        layers = [_spread(values[:, :, k], pictures, explanation.grid) for k in range(values.shape[2])]
+        layers = [_spread(values[:, :, k], pictures, explanation) for k in range(values.shape[2])]
         pixels = torch.stack(layers, -1).permute(0, 2, 3, 1, 4)
     else:
-        pixels = _spread(values, pictures, explanation.grid).permute(0, 2, 3, 1)
+        pixels = _spread(values, pictures, explanation).permute(0, 2, 3, 1)
     return shap.Explanation(pixels.double().numpy(), data=pictures.permute(0, 2, 3, 1).double().numpy(), **content)
 
 
-def _spread(values: Tensor, images: Tensor, grid: tuple[int, int]) -> Tensor:
+def _spread(values: Tensor, images: Tensor, explanation: Explanation) -> Tensor:
     """(B, P) values over the pixels and channels of (B, C, H, W) images, keeping the sum of every patch."""
     if images.ndim != 4 or images.shape[0] != values.shape[0]:
         fail("Explanation", "images", f"({values.shape[0]}, C, H, W)", images)
-    channels, height, width = images.shape[1:]
+    channels, *size = images.shape[1:]
+    grid, (height, width) = explanation.grid, explanation.seen_pixels(size)
     if height % grid[0] or width % grid[1]:
         remedy = "Resize the images to the size that was explained."
         fail("Explanation", "images", f"of a size that the grid {grid} divides", images, remedy)
     patch = (height // grid[0], width // grid[1])
-    maps = (values / (channels * patch[0] * patch[1])).unflatten(1, grid)
+    # In half precision a value over so many pixels would vanish.
+    maps = (values.to(torch.promote_types(values.dtype, torch.float32)) / (channels * patch[0] * patch[1])).unflatten(
+        1, grid
+    )
     pixels = maps.repeat_interleave(patch[0], 1).repeat_interleave(patch[1], 2)
+    pixels = functional.pad(pixels, (0, size[1] - width, 0, size[0] - height))
     return pixels.unsqueeze(1).repeat(1, channels, 1, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -63,7 +64,7 @@ def plot_explanation(
         _, ax = pyplot.subplots(figsize=(4.2, 3.6), dpi=150, layout="constrained")
     picture = None if images is None else _displayable(images[index])
     heat = one.heatmap(target=chosen)[0]
-    drawn = _draw_heatmap(ax, heat, picture, _limit(heat) if limit is None else limit)
+    drawn = _draw_heatmap(ax, _over(one, chosen, picture), picture, _limit(heat) if limit is None else limit)
     ax.set_title(_class_title(one, chosen, classes), fontsize=10)
     figure: Any = ax.get_figure()
     bar = figure.colorbar(drawn, ax=ax, fraction=0.046, pad=0.03)
@@ -109,7 +110,7 @@ def explanation_page(
     size = (5 * _PAGE_CELL + 1.0, rows * (_PAGE_CELL + 0.24) + 0.25)
     figure, axes = pyplot.subplots(rows, 5, figsize=size, dpi=150, layout="constrained", squeeze=False)
     figure.get_layout_engine().set(h_pad=0.06)
-    truth = Explanation(exact.to(explanations.values), explanations.logits, None, explanations.grid, explanations.null)
+    truth = replace(explanations, values=exact.to(explanations.values))
     for b in range(rows):
         _draw_row(figure, axes[b], _displayable(images[b]), explanations[b], truth[b], classes)
     headings = ("image", *(f"{of}: {whose}" for of in ("predicted", "runner-up") for whose in ("ours", reference)))
@@ -129,8 +130,8 @@ def _draw_row(
     _draw_picture(axes[0], picture)
     for place, (k, (heat, reference)) in enumerate(zip(best, maps, strict=True)):
         left, right = axes[1 + 2 * place], axes[2 + 2 * place]
-        drawn = _draw_heatmap(left, heat, picture, limit)
-        _draw_heatmap(right, reference, picture, limit)
+        drawn = _draw_heatmap(left, _over(ours, k, picture), picture, limit)
+        _draw_heatmap(right, _over(exact, k, picture), picture, limit)
         left.set_title(_class_title(ours, k, classes), fontsize=8)
         right.set_title(f"r = {_correlation(heat, reference):.2f}", fontsize=8)
     _label_bar(figure.colorbar(drawn, ax=list(axes), fraction=0.03, pad=0.015, shrink=0.88, aspect=14), ours.unit)
@@ -141,8 +142,13 @@ def _draw_picture(ax: Axes, picture: Any) -> None:
     _frame(ax)
 
 
+def _over(one: Explanation, target: int, picture: Any) -> Tensor:
+    """The heat map of one image at the size of its picture, or on the grid where there is none."""
+    return one.heatmap(None if picture is None else picture.shape[:2], target)[0]
+
+
 def _draw_heatmap(ax: Axes, heat: Tensor, picture: Any, limit: float) -> Any:
-    """The heat map with the image showing through, where there is one; returns what a colour bar needs.
+    """The heat map, of the image's size, with the image showing through, if any; returns what a colour bar needs.
 
     A photograph darkens the colours where it is dark. Of a small drawing (a digit) only the outline is drawn: its few
     large pixels would break the patches up, and its background would hide the colours.
@@ -153,9 +159,8 @@ def _draw_heatmap(ax: Axes, heat: Tensor, picture: Any, limit: float) -> Any:
     # An odd number of steps gives 0 a step of its own.
     steps = LinearSegmentedColormap.from_list("shapley", _COLOURS, N=257)
     colours = ScalarMappable(Normalize(-limit, limit), steps)
-    size = heat.shape if picture is None else picture.shape[:2]
-    painted = colours.to_rgba(_resize(heat.detach().float().cpu(), size, "nearest").numpy())[..., :3]
-    is_drawing = picture is not None and picture.ndim == 2 and max(size) <= _DRAWING
+    painted = colours.to_rgba(heat.detach().float().cpu().numpy())[..., :3]
+    is_drawing = picture is not None and picture.ndim == 2 and max(heat.shape) <= _DRAWING
     if picture is not None and not is_drawing:
         grey = picture if picture.ndim == 2 else picture @ (0.299, 0.587, 0.114)
         painted *= (_DARKEST + (1 - _DARKEST) * grey)[..., None]
@@ -212,7 +217,8 @@ def _limit(heat: Tensor) -> float:
 def _class_title(one: Explanation, target: int, classes: Sequence[str] | None) -> str:
     name = str(target) if classes is None else str(classes[target])
     probability = float(one.probabilities[0, target])
-    return f"{name} · {'<1%' if probability < 0.01 else f'{probability:.0%}'}"
+    title = f"{name} · {'<1%' if probability < 0.01 else f'{probability:.0%}'}"
+    return f"{title}\n(untrained explainer)" if one.untrained else title
 
 
 def _correlation(first: Tensor, second: Tensor) -> float:

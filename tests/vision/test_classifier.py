@@ -1,9 +1,17 @@
 import copy
 import json
+import pickle
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import EntryNotFoundError
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
 from vision_transformers import CONVOLUTIONAL, SMALL, VISION_TRANSFORMERS, VOTING, create, images
 
 import fastshap_kernels as fk
@@ -37,6 +45,53 @@ def test_efficiency(kind, head):
     assert (model.coalition_values(x, everybody)[:, 0] - logits).abs().max() <= 1e-5 * logits.abs().max()
     if head == "votes":
         assert torch.equal(model.null_value(), torch.zeros(7))
+
+
+@pytest.mark.parametrize("dtype", ["autocast", torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("class token", {}),
+        ("class token", {"head": "votes"}),
+        ("average pooling", {"base": "votes"}),
+        ("convnext_atto", {}),
+    ],
+)
+@torch.no_grad()
+def test_efficiency_in_every_precision(kind, options, dtype):
+    """Values are float32 at least, and so near the logits and null that come with them."""
+    model, x = trained(kind, **options), images(size=size(kind))
+    if dtype != "autocast":
+        model, x = model.to(dtype), x.to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
+        explanation = model.explain(x, "all")
+    values, grand, null = explanation.values, explanation.logits.double(), explanation.null.double()
+    assert values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    gap = (values.double().sum(1) + null - grand).abs()
+    scale = values.double().abs().sum(1) + grand.abs() + null.abs()
+    assert (gap <= 8 * torch.finfo(values.dtype).eps * scale).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", ["class token", "convolutional", "rotary"])
+@torch.no_grad()
+def test_the_head_takes_the_dtype_of_the_backbone_and_a_file_keeps_it(kind, dtype, tmp_path):
+    if kind == "rotary":
+        options = {"img_size": 28, "embed_dim": 48, "depth": 1, "num_heads": 3}
+        backbone = timm.create_model("eva02_tiny_patch14_224", num_classes=7, **options)
+    else:
+        backbone = create(kind) if kind == "class token" else narrow_resnet(num_classes=7)
+    model = fv.convert(backbone.to(dtype), img_size=64 if kind == "convolutional" else None).eval()
+    torch.nn.init.normal_(model.shares.weight, std=0.1)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    x = images(size=model.game.input_size[1]).to(dtype)
+    explanation = model.explain(x, "all")
+    model.save_pretrained(tmp_path)
+    again = fv.SelfExplainingClassifier.from_pretrained(tmp_path)
+    assert {name: tensor.dtype for name, tensor in again.state_dict().items()} == {
+        name: tensor.dtype for name, tensor in model.state_dict().items()
+    }
+    assert torch.equal(again.explain(x, "all").values, explanation.values)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -241,7 +296,7 @@ def test_deep_copies_are_independent():
         ),
         (lambda: fv.convert(timm.create_model("pit_ti_224", num_classes=7)), r"1 token\(s\).*no grid.*Supported: timm"),
         (lambda: fv.convert(timm.create_model("crossvit_9_240", num_classes=7)), "neither in a.*Supported: timm"),
-        (lambda: fv.convert(timm.create_model("resnet18", in_chans=4), img_size=(64, 0)), "computes no features"),
+        (lambda: fv.convert(timm.create_model("resnet18", in_chans=4), img_size=(64, 0)), r"`img_size`.*\(64, 0\)"),
         (lambda: trained("class token", head="vote"), "`head` must be one of 'shares', 'votes'"),
         (lambda: trained("class token", base="votes"), "`base` can be 'votes'"),
         (lambda: trained("class token", removal="blur"), "`removal` must be one of 'drop', 'pixel', 'feature'"),
@@ -262,3 +317,394 @@ def test_deep_copies_are_independent():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# -- images of every kind ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def explains():
+    return trained("class token")
+
+
+def test_pictures_are_prepared_as_the_model_says(explains, picture):
+    """By its mean, standard deviation and crop; PIL images, arrays and tensors of pixels alike."""
+    wanted = explains.preprocessing.transform()(picture)[None]
+    expected = explains.explain(wanted, "all")
+    pixels = np.array(picture)
+    first = torch.from_numpy(pixels).permute(2, 0, 1)
+    for one in (picture, pixels, first, [picture], [pixels], wanted[0], wanted.numpy(), wanted[0].numpy().astype("f8")):
+        assert torch.equal(explains.explain(one, "all").values, expected.values)
+    many = explains.explain([picture, pixels, first, wanted[0]])
+    assert torch.equal(many.logits, expected.logits.expand(4, -1)) or torch.allclose(many.logits, expected.logits)
+    assert torch.equal(explains.preprocess(np.stack([pixels, pixels])), wanted.expand(2, -1, -1, -1))
+    assert torch.equal(explains.preprocess(torch.stack([first, first])), wanted.expand(2, -1, -1, -1))
+
+
+def test_preprocessing_is_timms_unless_told_and_is_saved(tmp_path, picture):
+    backbone = create("class token")
+    config = timm.data.resolve_model_data_config(backbone)
+    model = fv.convert(backbone)
+    assert model.preprocessing.input_size == (3, 32, 32)
+    assert (model.preprocessing.mean, model.preprocessing.std) == (config["mean"], config["std"])
+    model.preprocessing = fv.Preprocessing((3, 32, 32), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    model.save_pretrained(tmp_path)
+    again = fv.SelfExplainingClassifier.from_pretrained(tmp_path)
+    assert again.preprocessing == model.preprocessing
+    assert torch.equal(again.preprocess(picture), model.preprocess(picture))
+    with pytest.raises(ValueError, match=r"`preprocessing` must have the model's input_size \(3, 32, 32\)"):
+        model.preprocessing = fv.Preprocessing((3, 64, 64), (0.1,) * 3, (0.4,) * 3)
+    grey = fv.convert(timm.create_model("vit_tiny_patch16_224", num_classes=7, in_chans=1, **SMALL))
+    assert grey.preprocess(picture).shape == (1, 1, 32, 32)
+    four = fv.convert(timm.create_model("vit_tiny_patch16_224", num_classes=7, in_chans=4, **SMALL))
+    with pytest.raises(ValueError, match="greyscale or RGB"):
+        four.explain(picture)
+
+
+@pytest.mark.parametrize("kind", ["class token", "resnet18", "mobilenetv3_small_050"])
+def test_no_images_are_explained_too(kind):
+    model = trained(kind)
+    for none in (torch.zeros(0, *model.game.input_size), []):
+        everything = model.explain(none, "all")
+        assert everything.values.shape == (0, model.players, 7)
+        assert everything.logits.shape == (0, 7)
+        assert len(model.explain(none)) == 0
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("a.png", r"normalised floats \(B, C, H, W\).*'a.png'"),
+        (None, "NoneType"),
+        (np.zeros((2, 3, 32, 32), int), "array of int64"),
+        (np.zeros((3, 32, 32), np.uint8), r"uint8 pixels \(H, W, C\).*\(3, 32, 32\)"),
+        (torch.zeros(2, 3, 32, 32, dtype=torch.int64), "normalised torch.float32.*int64.*preprocess"),
+        (torch.zeros(2, 3, 32, 32, dtype=torch.bfloat16), r"torch.float32.*bfloat16.*images.to"),
+        (torch.zeros(2, 3, 32, 32).to_sparse(), "not sparse_coo.*to_dense"),
+        (torch.nested.nested_tensor([torch.zeros(3, 32, 32)], layout=torch.jagged), "not nested.*torch.stack"),
+        (torch.zeros(3, 32, 32, dtype=torch.uint8, device="meta"), "device, cpu"),
+        (torch.zeros(32, 32), r"\(B, 3, 32, 32\), but it is \(32, 32\)"),
+        ([torch.zeros(3, 32, 32), torch.zeros(3, 16, 16)], "images of one size"),
+        ([torch.zeros(2, 3, 32, 32)], "torch.cat"),
+        ([[]], "list of single images"),
+        (Image.new("I", (9, 9)), "no known range"),
+    ],
+)
+def test_other_images_are_named(explains, bad, message):
+    with pytest.raises((ValueError, TypeError), match=f"`images`.*{message}") as error:
+        explains.explain(bad)
+    assert len(str(error.value)) < 500
+
+
+def test_autocast_takes_no_float64(explains):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"`images`.*float64.*images.to"):
+        explains.explain(images().double())
+
+
+def test_targets_of_every_kind(explains):
+    everything = explains.explain(images(), "all").values
+    for target in ([4, 0, 2], (4, 0, 2), np.array([4, 0, 2]), torch.tensor([4, 0, 2], dtype=torch.int16)):
+        assert torch.equal(explains.explain(images(), target).values[0], everything[0, :, 4])
+    assert torch.equal(explains.explain(images(), np.int64(3)).values, everything[..., 3])
+
+
+@pytest.mark.parametrize("target", [2**63, -1, 1.5, True, [1, 2], list(range(9999)), torch.zeros(9999), {}])
+def test_other_targets_are_named(explains, target):
+    with pytest.raises(ValueError, match=r"`target` must be None, 'all', a class from 0 to 6, or 3 of them") as error:
+        explains.explain(images(), target)
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("change", ["reset_classifier(3)", "reset_classifier(7, 'avg')", "head", "set_input_size"])
+def test_a_backbone_that_changed_is_named(change):
+    model = trained("class token")
+    if change == "head":
+        model.backbone.head = nn.Linear(48, 3)
+    elif change == "set_input_size":
+        model.backbone.set_input_size((64, 64))
+    elif change == "reset_classifier(3)":
+        model.backbone.reset_classifier(3)
+    else:
+        model.backbone.reset_classifier(7, "avg")
+    with pytest.raises(ValueError, match=r"changed after its conversion.*convert\(model.backbone\)"):
+        model.explain(images())
+    converted = fv.convert(model.backbone)
+    converted.explain(images(size=converted.game.input_size[1]))
+
+
+def test_what_was_never_trained_says_so(caplog, tmp_path):
+    model = fv.convert(create("class token")).eval()
+    for _ in range(2):
+        assert "untrained explainer" in repr(model.explain(images()))
+    assert caplog.text.count("never trained to explain") == 1
+    model.save_pretrained(tmp_path)
+    assert fv.SelfExplainingClassifier.from_pretrained(tmp_path).is_untrained
+    torch.nn.init.normal_(model.shares.weight)
+    assert not model.is_untrained
+    assert "untrained" not in repr(model.explain(images()))
+
+
+# -- checkpoints of models that are not what they seem -----------------------------------------------------
+
+
+def reset_to_average():
+    backbone = create("class token")
+    backbone.reset_classifier(10, "avg")
+    return backbone
+
+
+def narrow_resnet(**options):
+    """A ResNet-18 that is made and saved in no time."""
+    torch.manual_seed(1)
+    backbone = timm.create_model("resnet18", channels=(8, 8, 16, 16), **options)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return backbone.eval()
+
+
+def with_another_head():
+    backbone = narrow_resnet()
+    backbone.fc = nn.Linear(16, 7)
+    return backbone
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        reset_to_average,
+        with_another_head,
+        lambda: narrow_resnet(num_classes=7, act_layer=nn.SiLU),
+        lambda: narrow_resnet(num_classes=7, act_layer="silu", drop_rate=0.1),
+        lambda: narrow_resnet(num_classes=7, norm_layer=nn.BatchNorm2d),
+    ],
+)
+@torch.no_grad()
+def test_what_timm_records_is_what_is_loaded(make, tmp_path):
+    backbone = make()
+    side = 32 if hasattr(backbone, "patch_embed") else 64
+    model, x = fv.convert(backbone, img_size=side).eval(), images(size=side)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(fv.SelfExplainingClassifier.from_pretrained(tmp_path)(x), model(x))
+
+
+@pytest.mark.parametrize("layer", [partial(nn.BatchNorm2d, eps=0.1), nn.SyncBatchNorm])
+def test_what_json_can_not_hold_is_refused_on_conversion(layer):
+    with pytest.raises(ValueError, match=r"JSON.*norm_layer=.*timm's name"):
+        fv.convert(timm.create_model("resnet18", norm_layer=layer))
+    with pytest.raises(ValueError, match=r"JSON.*norm_layer=.*timm's name"):
+        fv.SelfExplainingClassifier("resnet18", model_kwargs={"norm_layer": layer})
+
+
+def replace_activation(backbone):
+    backbone.act1 = nn.SiLU()
+
+
+def remove_a_block(backbone):
+    backbone.layer4 = backbone.layer4[:1]
+
+
+def double_the_logits(backbone):
+    backbone.fc.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+@pytest.mark.parametrize(
+    ("operate", "reason"),
+    [
+        (replace_activation, r"'act1' is SiLU\(\), and would be loaded as ReLU"),
+        (remove_a_block, "'layer4' is Sequential|'layer4.1' is absent"),
+        (double_the_logits, "logits are others"),
+    ],
+)
+@pytest.mark.parametrize("moment", ["before conversion", "after"])
+def test_a_model_that_its_arguments_do_not_describe_is_not_saved(operate, reason, moment, tmp_path):
+    fv.convert(narrow_resnet(), img_size=64).save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    backbone = narrow_resnet()
+    if moment == "before conversion":
+        operate(backbone)
+    model = fv.convert(backbone, img_size=64)
+    if moment == "after":
+        operate(model.backbone)
+    with pytest.raises(ValueError, match=rf"can't be saved.*({reason})"):
+        model.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@torch.no_grad()
+def test_saving_copies_no_weight_and_draws_no_number():
+    model = trained("class token")
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    model.check_saveable()
+    assert torch.equal(torch.rand(3), expected)
+
+
+def changed(folder, **change):
+    """A checkpoint with other entries in its configuration."""
+    config = json.loads((folder / "config.json").read_text())
+    kwargs = change.pop("kwargs", None)
+    config |= change
+    if kwargs is not None:
+        config["model_kwargs"] |= kwargs
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    trained("class token").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_another_model_with_weights_of_the_same_shapes_is_refused(folder):
+    """Which no shape tells: the model with another activation."""
+    changed(folder, kwargs={"act_layer": "relu"})
+    with pytest.raises(ValueError, match="answers other features"):
+        fv.SelfExplainingClassifier.from_pretrained(folder)
+
+
+def test_other_weights_than_were_saved_are_refused(folder):
+    weights = load_file(folder / "model.safetensors")
+    with_probe = (folder / "model.safetensors").read_bytes()
+    length = int.from_bytes(with_probe[:8], "little")
+    metadata = json.loads(with_probe[8 : 8 + length])["__metadata__"]
+    weights["shares.weight"] *= 2
+    save_file(weights, folder / "model.safetensors", metadata)
+    with pytest.raises(ValueError, match="answers other values"):
+        fv.SelfExplainingClassifier.from_pretrained(folder)
+    save_file(weights, folder / "model.safetensors")  # as other programs write them, and older versions did
+    fv.SelfExplainingClassifier.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kwargs": {"embed_dim": 10**9}}, "embed_dim=1000000000"),
+        ({"kwargs": {"embed_dim": 3 * 2**14}}, "more weights than the file holds"),
+        ({"kwargs": {"depth": 2**14}}, "more weights than the file holds"),
+        ({"kwargs": {"depth": "a"}}, "timm can't make"),
+        ({"kwargs": {"nonsense": 1}}, "timm can't make.*nonsense"),
+        ({"kwargs": {"checkpoint_path": "x.pth"}}, "`model_kwargs`.*checkpoint_path"),
+        ({"kwargs": {"pretrained_cfg": {"file": "x.pth"}}}, "`model_kwargs`.*pretrained_cfg"),
+        ({"img_size": 64}, r"pos_embed` is \(1, 17, 48\) in the file"),
+        ({"model_kwargs": 5}, "`model_kwargs` must be a dict"),
+        ({"model_name": None}, "`model_name` must be a timm model"),
+        ({"model_name": "hf-hub:someone/resnet18"}, "`model_name` must be a timm model"),
+        ({"num_classes": "7"}, "`num_classes` must be a whole number"),
+        ({"num_classes": 10**9}, "`num_classes` must be a whole number"),
+        ({"num_classes": 8}, r"backbone.head.weight` is \(7, 48\) in the file, but \(8, 48\)"),
+        ({"img_size": [1, 2, 3]}, "`img_size`"),
+        ({"img_size": 10**6}, "`img_size`"),
+        ({"head": ["shares"]}, "`head` must be one of"),
+        ({"head_depth": 2}, "Missing key"),
+        ({"intermediates": "yes"}, "`intermediates` must be one of"),
+        ({"backbone_gradient": "a"}, "`backbone_gradient`"),
+        ({"removal": 3}, "`removal`"),
+        ({"pretrained": True}, "`pretrained`"),
+        ({"backbone": "x"}, "`backbone`"),
+        ({"preprocessing": {"mean": 3}}, "Preprocessing"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_named(folder, change, message, monkeypatch):
+    """And nothing is built for those that want too much."""
+    if "weights" in message or "file" in message or "0000" in message:
+        monkeypatch.setattr("fastshap_vision.classifier.create_backbone", None)
+    with pytest.raises(ValueError, match=rf"(?s)model' can't be read.*{message}"):
+        fv.SelfExplainingClassifier.from_pretrained(changed(folder, **change))
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe", b"", b"[" * 10**5])
+def test_a_configuration_that_is_no_json_object_is_named(folder, content):
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model' can't be read: config\.json"):
+        fv.SelfExplainingClassifier.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["/nowhere/at all", "a/b/c"])
+def test_a_folder_that_is_not_there_is_named(name):
+    with pytest.raises(ValueError, match=rf"The checkpoint '{name}' can't be read: there is no such folder"):
+        fv.SelfExplainingClassifier.from_pretrained(name)
+
+
+class Mark:
+    """Leaves a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("place", ["folder", "Hub"])
+def test_no_pickle_is_loaded(folder, tmp_path, place, monkeypatch):
+    mark = tmp_path / "mark"
+    for name in ("pytorch_model.bin", "model.safetensors", "model.pkl"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).write_bytes(pickle.dumps(Mark(mark)))
+    monkeypatch.setattr("fastshap_vision.model_file.hf_hub_download", hub(folder))
+    with pytest.raises(ValueError, match="can't be read"):
+        fv.SelfExplainingClassifier.from_pretrained(folder if place == "folder" else "someone/model")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no model\.safetensors \(pickles.*never loaded\)"):
+        fv.SelfExplainingClassifier.from_pretrained(folder if place == "folder" else "someone/model")
+    assert not mark.exists()
+
+
+def hub(folder):
+    """The Hub, which has one model."""
+
+    def download(repo_id, filename, **options):
+        assert repo_id == "someone/model"
+        if not (folder / filename).is_file():
+            raise EntryNotFoundError(filename)
+        return str(folder / filename)
+
+    return download
+
+
+def test_the_hub_gives_what_was_pushed(folder, monkeypatch):
+    monkeypatch.setattr("fastshap_vision.model_file.hf_hub_download", hub(folder))
+    found = fv.SelfExplainingClassifier.from_pretrained("someone/model", revision="main", token=False)
+    assert torch.equal(found.explain(images()).values, trained_like(folder).explain(images()).values)
+    with pytest.raises(TypeError, match="no argument `colour`"):
+        fv.SelfExplainingClassifier.from_pretrained("someone/model", colour="red")
+
+
+def trained_like(folder):
+    return fv.SelfExplainingClassifier.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("img_size", [16, -1, 0, "", True, (32,), (32, 16), 10**9, 2.5])
+@pytest.mark.parametrize("options", [{}, {"dynamic_img_size": True}])
+def test_an_image_size_that_the_model_has_not_is_refused(img_size, options):
+    backbone = timm.create_model("vit_tiny_patch16_224", num_classes=7, **SMALL, **options)
+    with pytest.raises(ValueError, match="Argument `img_size` must be"):
+        fv.convert(backbone, img_size=img_size)
+
+
+def test_the_remedy_for_another_image_size_works(tmp_path):
+    backbone = create("class token")
+    with pytest.raises(ValueError, match=r"set_input_size\(img_size=\(64, 64\)\)"):
+        fv.convert(backbone, img_size=64)
+    backbone.set_input_size(img_size=(64, 64))
+    for size_given in (None, 64, np.int64(64), (64, 64)):
+        assert fv.convert(backbone, img_size=size_given).game.input_size == (3, 64, 64)
+    fv.convert(backbone).save_pretrained(tmp_path)
+    assert fv.SelfExplainingClassifier.from_pretrained(tmp_path).game.input_size == (3, 64, 64)
+
+
+def test_a_frozen_backbone_is_explained():
+    model = fv.convert(create("class token").requires_grad_(False))
+    before = copy.deepcopy(model.backbone.state_dict())
+    objective = fv.ShapleyObjective(coalitions=4)
+    objective(model, images(), torch.tensor([0, 1, 2])).loss.backward()
+    assert model.shares.weight.grad.abs().sum() > 0
+    assert all(torch.equal(value, before[key]) for key, value in model.backbone.state_dict().items())

@@ -1,0 +1,193 @@
+"""The arguments that describe a self-explaining model: checked, and as JSON has them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import timm
+from timm.data import resolve_model_data_config
+from timm.layers import get_act_layer, get_norm_layer
+from timm.models import get_model_args, get_model_input_config
+from torch import nn
+
+from fastshap_kernels._checks import check_count
+
+from ._checks import check_choice
+from .data import Preprocessing
+from .removal import REMOVALS
+
+HEADS = ("shares", "votes")
+BASES = ("even", "votes")
+HEAD_DEPTHS = (0, 1, 2)
+LARGEST_IMAGE = 4096  # pixels a side: larger ones have more patches than can be explained
+#: Largest whole number among a model's arguments: what is more is a mistake, or an attack on the memory.
+LARGEST = 2**16
+LARGEST_CLASSES = 2**20
+#: Arguments of `timm.create_model` that are no part of a model's description. Some load files, pickles among them.
+FOREIGN = ("checkpoint_path", "num_classes", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """The arguments that `timm.create_model` makes a model from, as timm records them, JSON-able.
+
+    Activations and norms that are given as classes are written by timm's names for them.
+
+    Raises:
+        ValueError: for an argument that can't be written.
+    """
+    recorded = getattr(model, "_model_args", {})
+    arguments = {key: value for key, value in (recorded | get_model_args(model)).items() if value is not None}
+    return {key: _written(key, value) for key, value in arguments.items()}
+
+
+def _written(key: str, value: Any) -> Any:
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError):
+        name = _layer_name(value)
+    if name is None:
+        raise ValueError(
+            f"A model must be made from arguments that JSON can hold, to be saved and loaded, but timm.create_model is "
+            f"given {key}={value!r}. Pass timm's name of a layer, such as act_layer='silu' or "
+            "norm_layer='layernorm2d', or make a model whose architecture has it."
+        )
+    return name
+
+
+def _layer_name(layer: Any) -> str | None:
+    """timm's name of an activation or norm class, if it has one."""
+    name = getattr(layer, "__name__", "").lower()
+    for lookup in (get_act_layer, get_norm_layer):
+        try:
+            found = lookup(name) if name else None
+        except KeyError:
+            continue
+        if found is layer:
+            return name
+    return None
+
+
+def checked_model_kwargs(arguments: Any) -> dict[str, Any]:
+    """`model_kwargs` as JSON has them; what can't be written or does not describe a model is refused."""
+    if arguments is None:
+        return {}
+    if not isinstance(arguments, Mapping) or not all(isinstance(key, str) for key in arguments):
+        raise TypeError(f"Argument `model_kwargs` must be a dict with names, but it is {arguments!r}.")
+    for key in FOREIGN:
+        if key in arguments:
+            raise ValueError(
+                f"Argument `model_kwargs` must describe a model, but it holds {key!r}. Make that model with "
+                "timm.create_model and pass it to fastshap_vision.convert."
+            )
+    return {key: _written(key, value) for key, value in arguments.items() if value is not None}
+
+
+def check_choices(head: object, base: object, head_depth: object, intermediates: object, removal: object) -> None:
+    check_choice("head", head, HEADS)
+    if base is not None:
+        check_choice("base", base, BASES)
+    check_choice("head_depth", head_depth, HEAD_DEPTHS)
+    check_choice("intermediates", intermediates, (False, True))
+    if removal is not None:
+        check_choice("removal", removal, REMOVALS)
+
+
+def checked_gradient(value: object, head: str) -> float:
+    if value is None:
+        return 0.0 if head == "shares" else 1.0
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= float(value) <= 1.0:
+        raise ValueError(f"Argument `backbone_gradient` must be a number in [0, 1], but it is {value!r}.")
+    return float(value)
+
+
+def check_name(name: object, num_classes: object) -> None:
+    check_count("SelfExplainingClassifier", "num_classes", num_classes, 1, LARGEST_CLASSES)
+    if isinstance(name, str) and timm.is_model(name):
+        return
+    close = timm.list_models(f"*{name.split('_')[0]}*")[:5] if isinstance(name, str) and name else []
+    raise ValueError(
+        f"Argument `model_name` must be a timm model, but it is {name!r}. "
+        f"{'Close: ' + ', '.join(close) if close else 'See timm.list_models()'}."
+    )
+
+
+def checked_size(img_size: Any) -> tuple[int, int] | None:
+    """(H, W), or None."""
+    if img_size is None:
+        return None
+    sides = img_size if isinstance(img_size, list | tuple) else (img_size, img_size)
+    for side in sides:
+        if isinstance(side, bool) or not isinstance(side, Integral) or not 0 < int(side) <= LARGEST_IMAGE:
+            sides = ()
+    if len(sides) != 2:
+        raise ValueError(
+            f"Argument `img_size` must be a whole number of pixels from 1 to {LARGEST_IMAGE}, or (H, W), but it is "
+            f"{img_size!r}."
+        )
+    return int(sides[0]), int(sides[1])
+
+
+def timm_arguments(
+    name: str, num_classes: int, size: Sequence[int] | None, arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All arguments of `timm.create_model`: models of one size are told which."""
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    own: dict[str, Any] = {"num_classes": num_classes}
+    if size is not None and config is not None and config.fixed_input_size:
+        own["img_size"] = tuple(size)
+    return {**arguments, **own}
+
+
+def create_backbone(
+    name: str, num_classes: int, size: tuple[int, int] | None, arguments: Mapping[str, Any], pretrained: bool
+) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained=pretrained, **timm_arguments(name, num_classes, size, arguments))
+    except (TypeError, KeyError, AttributeError, AssertionError) as error:
+        raise TypeError(
+            f"Argument `model_kwargs` must hold arguments of timm's {name!r}, but with {dict(arguments)} timm fails: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def input_size_of(backbone: Any, size: tuple[int, int] | None) -> tuple[int, int, int]:
+    """(C, H, W): as asked for, else as the model was built, else as timm's configuration says."""
+    built = get_model_input_config(backbone)
+    channels, height, width = built["input_size"]
+    if size is not None and size != (height, width) and built["fixed_input_size"]:
+        raise other_size(backbone, (height, width), size)
+    return (channels, height, width) if size is None else (channels, *size)
+
+
+def other_size(backbone: Any, built: tuple[int, int], size: tuple[int, int]) -> ValueError:
+    resize = f", or call set_input_size(img_size={size}) on it first" if hasattr(backbone, "set_input_size") else ""
+    return ValueError(
+        f"Argument `img_size` must be {built}, the size that this {type(backbone).__name__} was created for, but it is "
+        f"{size}. Create it with timm.create_model(…, img_size={size}){resize}."
+    )
+
+
+def settings_of(backbone: Any) -> dict[str, Any]:
+    """What changes the game of a timm model, and can be changed by the model's own methods."""
+    recorded = get_model_args(backbone)
+    return {key: recorded.get(key) for key in ("num_classes", "global_pool", "img_size", "in_chans")}
+
+
+def preprocessing_of(
+    backbone: Any, input_size: tuple[int, int, int], asked: dict[str, Any] | Preprocessing | None
+) -> Preprocessing | None:
+    """As asked for, else with timm's statistics; None for images that are neither greyscale nor RGB."""
+    if asked is not None:
+        return asked if isinstance(asked, Preprocessing) else Preprocessing.from_dict(asked)
+    channels = input_size[0]
+    if channels not in (1, 3):
+        return None
+    config = resolve_model_data_config(backbone)
+    mean, std = (
+        tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
+        for values in (config["mean"], config["std"])
+    )
+    return Preprocessing(input_size, mean, std, config["crop_pct"])
