@@ -8,16 +8,15 @@ from typing import Any
 import torch
 
 import fastshap_vision as fv
+from fastshap_vision import recipe
 
-#: Of `fv.play`: its default.
-RECIPE: dict[str, Any] = {"coalitions": 64}
+#: Of `fv.play`.
+RECIPE: dict[str, Any] = {"coalitions": recipe.COALITIONS}
 #: Of `fv.SelfExplainingClassifier`.
-RECIPE_MODEL: dict[str, Any] = {"head": "shares", "head_depth": 2, "intermediates": True, "backbone_gradient": 0.0}
+RECIPE_MODEL: dict[str, Any] = {"head": "shares", **recipe.MODEL, "backbone_gradient": 0.0}
+_OPTIMIZER = {name: recipe.TRAINING[name] for name in ("opt", "lr")}
 #: Of `fv.fit`, by network: for the explainer, where it is not as the classifier's.
-RECIPE_TRAINING: dict[str, dict[str, Any]] = {
-    "vit": {"opt": "muon", "lr": 5e-3},
-    "cnn": {"opt": "muon", "lr": 1e-2, "weight_decay": 0.3},
-}
+RECIPE_TRAINING: dict[str, dict[str, Any]] = {"vit": _OPTIMIZER, "cnn": _OPTIMIZER | recipe.CONVOLUTIONAL}
 #: Of `fv.ShapleyObjective`, for training the classifier and its explanation together: its defaults.
 TOGETHER: dict[str, Any] = {
     "coalitions": 8,
@@ -31,12 +30,13 @@ EXPLAINER_COALITIONS = 2
 _EXPLAINER_EVALUATIONS = 2 + 2 + EXPLAINER_COALITIONS
 #: A ramp that is none.
 FULL = (0.0, 0.0)
+#: Of `fv.fit`, for the classifier; its epochs are the budget's.
 TRAINING: dict[str, Any] = {
-    "batch_size": 64,
+    "batch_size": recipe.TRAINING["batch_size"],
     "lr": 2e-3,
-    "weight_decay": 0.05,
-    "warmup_epochs": 1,
-    "clip_grad": 1.0,
+    "weight_decay": recipe.TRAINING["weight_decay"],
+    "warmup_epochs": recipe.TRAINING["warmup_epochs"],
+    "clip_grad": recipe.TRAINING["clip_grad"],
     "mixed_precision": "bf16",
 }
 

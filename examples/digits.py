@@ -57,7 +57,8 @@ MODELS: dict[str, dict[str, Any]] = {
         },
     },
 }
-#: The recipe, the same for plain and self-explaining models.
+#: Of classifier and explanation together, the same for plain models; the explainer of a trained model has the recipe
+#: of `fv.recipe`.
 TRAINING = {"epochs": 100, "batch_size": 64, "lr": 2e-3, "weight_decay": 0.05, "warmup_epochs": 5, "clip_grad": 1.0}
 OBJECTIVE = {"coalitions": 4, "regression_ramp": (0.0, 0.5), "masked_task_weight": 1.0}
 #: λ. The votes are the logits, so that their regression moves the game itself: the CNN's collapsed with 1 and with 3.

@@ -1,7 +1,6 @@
 """bench/fidelity.py: the whole experiment on a few images, and what its report makes of results."""
 
 import argparse
-import inspect
 import io
 import json
 import sys
@@ -21,8 +20,6 @@ import fidelity_runs  # noqa: E402
 import tables  # noqa: E402
 from fidelity_compare import Remembered  # noqa: E402
 from fidelity_methods import METHODS  # noqa: E402
-
-from fastshap_vision import cli  # noqa: E402
 
 
 def archive(path, count):
@@ -168,22 +165,6 @@ def test_together_is_the_default_of_the_objective():
     assert "regression_ramp" in compared
     for name in compared:
         assert found[name] == default[name], name
-
-
-def test_the_recipe_is_the_default_of_play():
-    default = inspect.signature(fidelity_runs.fv.play).parameters["coalitions"].default
-    assert fidelity_runs.objective_of(fidelity_runs.Run("vit", "recipe", 0)) == {"coalitions": default}
-
-
-def test_the_recipe_is_what_the_command_line_does():
-    options = cli._parser().parse_args(["train-explainer", "--checkpoint", "a", "--output", "b"])
-    training = fidelity_runs.training_of(fidelity_runs.Run("vit", "recipe", 0), fidelity_runs.BUDGETS["small"])
-    assert training["opt"] == "muon"
-    for name in set(training) - {"mixed_precision"}:
-        assert getattr(options, name) == training[name], name
-    for name in ("head_depth", "intermediates"):
-        assert getattr(options, name) == fidelity_runs.RECIPE_MODEL[name], name
-    assert options.coalitions == fidelity_runs.RECIPE["coalitions"]
 
 
 def test_a_setting_changes_what_it_names_and_nothing_else():

@@ -1,6 +1,6 @@
 """The thin training API: timm models that explain themselves with Shapley values."""
 
-from . import metrics
+from . import metrics, recipe
 from .amortized import AmortizedExplainer, AmortizedObjective, SurrogateObjective
 from .checkpoint import CheckpointError
 from .classifier import SelfExplainingClassifier, convert
@@ -49,4 +49,5 @@ __all__ = [
     "load_dataset",
     "metrics",
     "play",
+    "recipe",
 ]

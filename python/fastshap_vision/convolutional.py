@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastshap_kernels import coalition_sum, mask_patches, unpack_bits
 
 from ._checks import check_choice
-from .game import SUPPORTED, JointPass, UnsupportedModelError
+from .game import SUPPORTED, JointPass, UnsupportedModelError, pass_of_nothing
 from .hooks import check_backbone
 from .intermediates import forward_features
 from .probe import evaluation_mode, is_close, perturbed, probe_images
@@ -85,6 +85,8 @@ class PixelRemoval:
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The full image, through timm's own forward pass: features (B, P, L + ΣC), logits (B, K)."""
         check_backbone(self.backbone)
+        if not len(images):
+            return pass_of_nothing(self)[:2]
         return self._read_images(*forward_features(self, images, len(images)))
 
     def values(self, images: Tensor, bits: Tensor, paired: bool = False, rows: int | None = None) -> Tensor:
@@ -98,6 +100,8 @@ class PixelRemoval:
     def joint(self, images: Tensor, bits: Tensor, paired: bool = False, rows: int | None = None) -> JointPass:
         """Full images and coalitions in one batch, so that batch norm sees both."""
         check_backbone(self.backbone)
+        if not len(images):
+            return pass_of_nothing(self, bits.shape[1])
         inputs, dtype = self._inputs(images)
         masked = mask_patches(inputs, bits, self.grid, dtype=dtype)
         both = torch.cat([inputs.to(dtype), masked])
@@ -208,10 +212,22 @@ def _probe_head(backbone: Any, features: Tensor) -> tuple[bool, bool]:
         average = features.mean((2, 3), keepdim=True)
         logits = backbone.forward_head(features)
         if not is_close(backbone.forward_head(average), logits):
-            raise UnsupportedModelError(
-                f"{type(backbone).__name__} does not pool by global averaging: create it with global_pool='avg'. "
-                + SUPPORTED
-            )
+            name, pool = type(backbone).__name__, _pool_type(backbone)
+            if pool not in (None, "avg"):
+                raise UnsupportedModelError(
+                    f"This {name} pools by {pool!r}, not by global averaging.", "Create it with global_pool='avg'."
+                )
+            raise UnsupportedModelError(f"The head of {name} does not just average the feature map. {SUPPORTED}")
         before_linear = backbone.forward_head(average, pre_logits=True)
         is_classified = is_close(vote(backbone, before_linear), logits)
         return is_classified, bool(torch.equal(before_linear, average[:, :, 0, 0]))
+
+
+def _pool_type(backbone: Any) -> str | None:
+    """timm's name of the pooling behind the feature map, where the model tells."""
+    for holder in (backbone, getattr(backbone, "head", None)):
+        pool = getattr(holder, "global_pool", None)
+        name = pool if isinstance(pool, str) else getattr(pool, "pool_type", None)
+        if isinstance(name, str):
+            return name
+    return None

@@ -65,3 +65,15 @@ class Game(Protocol):
     def explanation_block(self) -> nn.Module:
         """A new block of the model's own kind, on features (B, P, L)."""
         ...
+
+
+def pass_of_nothing(game: Game, coalitions: int = 0) -> JointPass:
+    """What a game makes of no images, which timm's own layers may not take."""
+    weight = game.vote_weight()[0]
+    width = game.feature_width + sum(game.intermediate_widths)
+    classes = weight.shape[0]
+    return JointPass(
+        features=weight.new_zeros(0, game.players, width),
+        logits=weight.new_zeros(0, classes),
+        values=weight.new_zeros(0, coalitions, classes),
+    )

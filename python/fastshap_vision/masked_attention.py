@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastshap_kernels import unpack_bits
 
-from .game import JointPass, UnsupportedModelError
+from .game import JointPass, UnsupportedModelError, pass_of_nothing
 from .probe import evaluation_mode, is_close, perturbed, probe_images
 from .token_dropping import TokenDropping, additive_mask, check_supported
 
@@ -66,6 +66,8 @@ class MaskedAttention(TokenDropping):
     def joint(self, images: Tensor, bits: Tensor, paired: bool = False, rows: int | None = None) -> JointPass:
         """Full images and coalitions in one batch."""
         self._without_packing()
+        if not len(images):
+            return pass_of_nothing(self, bits.shape[1])
         tokens, rope = self._embed_with_rope(images)
         present = unpack_bits(bits, self.players).flatten(0, 1)
         coalitions, mask = self._coalitions(tokens, present)

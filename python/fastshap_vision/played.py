@@ -1,7 +1,7 @@
 """Explaining a model that is trained already: its games are played once, and its explainer learns from the record.
 
     games = fv.play(model, data)
-    fv.fit(model, games, objective=fv.ExplainerObjective(), epochs=24, opt="muon", lr=5e-3)
+    fv.fit(model, games, objective=fv.ExplainerObjective(), **fv.recipe.training(model, mirrored=False))
 
 The encoder and the classifier stay as they are, to the bit.
 """

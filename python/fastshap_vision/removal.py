@@ -27,7 +27,21 @@ def make_game(backbone: Any, votes: bool, input_size: tuple[int, int, int], remo
     """The game of a timm model, and its removal, chosen where it is None: "drop" if the model can, else "pixel".
 
     Within "drop", packed tokens come before attention masks. A choice slower than packed tokens is logged once.
+
+    Raises:
+        UnsupportedModelError: for a model that has no such game, or whose images are one patch.
     """
+    game, chosen = _choose_game(backbone, votes, input_size, removal)
+    if game.players < 2:
+        raise UnsupportedModelError(
+            f"This {type(backbone).__name__} sees an image of {input_size[1:]} pixels as one patch, and two are needed "
+            "for shares.",
+            f"Use larger images: pass img_size={2 * max(input_size[1:])}, or create the model for them.",
+        )
+    return game, chosen
+
+
+def _choose_game(backbone: Any, votes: bool, input_size: tuple[int, int, int], removal: str | None) -> tuple[Game, str]:
     if removal in (None, "drop"):
         try:
             return _drop_tokens(backbone, votes), "drop"

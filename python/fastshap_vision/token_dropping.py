@@ -20,7 +20,7 @@ from fastshap_kernels import layer_norm_segment_sum, pack_tokens, packed_attenti
 
 from ._log import say_once
 from .cpu_linear import cpu_linears
-from .game import JointPass, UnsupportedModelError
+from .game import JointPass, UnsupportedModelError, pass_of_nothing
 from .hooks import check_backbone, has_hooks, is_plain
 from .intermediates import forward_features
 from .probe import perturbed
@@ -159,6 +159,8 @@ class TokenDropping:
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The full image, through timm's own forward pass: features (B, P, L + ΣC), logits (B, K)."""
         check_backbone(self.backbone)
+        if not len(images):
+            return pass_of_nothing(self)[:2]
         return self._read_images(*forward_features(self, images, len(images)))
 
     # -- coalitions --------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastshap_kernels import coalition_sum, mask_patches, unpack_bits
 
-from .game import SUPPORTED, JointPass, UnsupportedModelError
+from .game import SUPPORTED, JointPass, UnsupportedModelError, pass_of_nothing
 from .hooks import check_backbone
 from .intermediates import forward_features
 from .probe import evaluation_mode, is_close, perturbed, probe_images
@@ -70,6 +70,8 @@ class TokenPixelRemoval:
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The full image, through timm's own forward pass: features (B, P, L + ΣC), logits (B, K)."""
         check_backbone(self.backbone)
+        if not len(images):
+            return pass_of_nothing(self)[:2]
         return self._read_images(*forward_features(self, images, len(images)))
 
     def values(self, images: Tensor, bits: Tensor, paired: bool = False, rows: int | None = None) -> Tensor:
@@ -81,6 +83,8 @@ class TokenPixelRemoval:
     def joint(self, images: Tensor, bits: Tensor, paired: bool = False, rows: int | None = None) -> JointPass:
         """Full images and coalitions in one batch."""
         check_backbone(self.backbone)
+        if not len(images):
+            return pass_of_nothing(self, bits.shape[1])
         masked = mask_patches(images, bits, self.grid)
         output, earlier = forward_features(self, torch.cat([images, masked]), len(images))
         of_images, of_coalitions = output.split([images.shape[0], masked.shape[0]])

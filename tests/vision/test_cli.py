@@ -1,4 +1,6 @@
 import json
+import re
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,8 +11,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fastshap_vision import Explanation, SelfExplainingClassifier
-from fastshap_vision.cli import main
+from fastshap_vision import Explanation, SelfExplainingClassifier, recipe
+from fastshap_vision.cli import _parser, main
+from fastshap_vision.flags import in_flags
 
 # Four players, so that every coalition can be tried in no time.
 TRAIN = [
@@ -62,7 +65,7 @@ def test_the_shares_read_every_stage_when_asked_to(pictures, tmp_path):
 
 
 def fails(capsys, arguments, code=2):
-    """The one line that a command leaves on stderr when it fails."""
+    """The one line that a command leaves on stderr when it fails; it speaks of no Python."""
     try:
         found = main([str(argument) for argument in arguments])
     except SystemExit as stop:
@@ -71,6 +74,9 @@ def fails(capsys, arguments, code=2):
     assert found == code, captured
     assert captured.err.startswith("fastshap")
     assert captured.err.count("\n") == 1
+    words = re.sub(r"(?<!\w)'[^']*'|--model-kwargs [\w=]+|expected key=value", "", captured.err)  # names, paths
+    of_python = re.search(r"\bfv\.|\bNone\b|Traceback|`|[a-z]=['\w]", words)
+    assert of_python is None or "no record of" in words, words  # whose fields have Python's names
     return captured.err
 
 
@@ -230,41 +236,208 @@ def test_module_is_a_command():
     assert done.stdout == ""
 
 
+OUTPUT = ("train", "--output", "x")
+EXPLAINER = ("train-explainer", "--checkpoint", "x", "--output", "y")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required"),
-        (["paint"], "invalid choice: 'paint'"),
-        (["train"], "required: --output"),
-        (["train", "--output", "x", "--lr", "fast"], "--lr: invalid float value: 'fast'"),
-        (["train", "--output", "x", "--dataset", "mnist"], "--dataset: invalid choice: 'mnist'"),
-        (["train", "--output", "x", "--model-kwargs", "depth"], "--model-kwargs: expected key=value, but got 'depth'"),
-        (["train", "--output", "x", "--dataset", "cifar10"], "Pass data_dir"),
-        (["train", "--output", "x", "--model", "nonsense"], "timm has no model 'nonsense'"),
-        (["train", "--output", "x", "--model", "mixer_s32_224", "--img-size", "32"], "Supported: timm"),
-        (["train", "--output", "x", "--model-kwargs", "wings=2"], "timm cannot build"),
-        (["train", "--output", "x", "--img-size", "9"], "makes 0 x 0 patches"),
-        (["train", "--output", "x", "--head", "nose"], "--head: invalid choice"),
-        (["train", "--output", "x", "--removal", "blur"], "--removal: invalid choice"),
-        (["train", "--output", "x", "--model", "resnet18", "--removal", "drop"], "can't play by token dropping"),
-        (["explain", "--checkpoint", "absent", "--output", "x"], "no run in 'absent'"),
-        (["evaluate", "--checkpoint", "absent", "--num-images", "0"], "--num-images: expected a whole number from 1"),
+        ((), "the following arguments are required"),
+        (("paint",), "invalid choice: 'paint'"),
+        (("train",), "required: --output"),
+        ((*OUTPUT, "--lr", "fast"), "--lr: expected a number above 0, but got 'fast'"),
+        ((*OUTPUT, "--lr", "nan"), "--lr: expected a number above 0"),
+        ((*OUTPUT, "--lr", "0"), "--lr: expected a number above 0"),
+        ((*OUTPUT, "--weight-decay", "-1"), "--weight-decay: expected a number from 0"),
+        ((*OUTPUT, "--warmup-epochs", "inf"), "--warmup-epochs: expected a number from 0"),
+        ((*OUTPUT, "--clip-grad", "0"), "--clip-grad: expected a number above 0"),
+        ((*OUTPUT, "--regression-weight", "-1"), "--regression-weight: expected a number from 0"),
+        ((*OUTPUT, "--masked-task-weight", "nan"), "--masked-task-weight: expected a number from 0"),
+        ((*OUTPUT, "--backbone-gradient", "2"), "--backbone-gradient: expected a number from 0 to 1, but got '2'"),
+        ((*OUTPUT, "--regression-ramp", "0", "7"), "--regression-ramp: expected a number from 0 to 1"),
+        ((*OUTPUT, "--regression-ramp", "0.5", "0.2"), "Argument --regression-ramp must be (start, end)"),
+        ((*OUTPUT, "--epochs", "0"), "--epochs: expected a whole number from 1"),
+        ((*OUTPUT, "--batch-size", "1.5"), "--batch-size: expected a whole number from 1"),
+        ((*OUTPUT, "--batch-size", "2000"), "(--batch-size 2000, 1 process). Lower --batch-size to at most 1437"),
+        ((*OUTPUT, "--coalitions", "0"), "--coalitions: expected a whole number from 1"),
+        ((*OUTPUT, "--seed", "-1"), "--seed: expected a whole number from 0 to 4294967295"),
+        ((*OUTPUT, "--seed", "4294967296"), "--seed: expected a whole number from 0 to 4294967295"),
+        ((*OUTPUT, "--workers", "-1"), "--workers: expected a whole number from 0"),
+        ((*OUTPUT, "--img-size", "-3"), "--img-size: expected a whole number from 1 to 16384, but got '-3'"),
+        ((*OUTPUT, "--img-size", "1000000"), "--img-size: expected a whole number from 1 to 16384"),
+        ((*OUTPUT, "--num-classes", "0"), "--num-classes: expected a whole number from 1"),
+        ((*OUTPUT, "--num-classes", "4"), "the test data has 10 classes, but the model has 4 outputs"),
+        ((*OUTPUT, "--num-classes", "4"), "Build the model with --num-classes 10"),
+        ((*OUTPUT, "--in-chans", "2"), "--in-chans: invalid choice"),
+        ((*OUTPUT, "--opt", "adamww"), "--opt = 'adamww'"),
+        ((*OUTPUT, "--dataset", "mnist"), "--dataset: invalid choice: 'mnist'"),
+        ((*OUTPUT, "--dataset", "cifar10"), "Pass --data-dir"),
+        ((*OUTPUT, "--dataset", "cifar10", "--data-dir", "absent"), "Pass as --data-dir the folder that holds"),
+        ((*OUTPUT, "--dataset", "folder", "--data-dir", "absent"), "there is no folder 'absent'. Check --data-dir"),
+        ((*OUTPUT, "--model-kwargs", "depth"), "--model-kwargs: expected key=value, but got 'depth'"),
+        ((*OUTPUT, "--model-kwargs", "wings=2"), "timm cannot build"),
+        ((*OUTPUT, "--model-kwargs", "num_classes=5"), "argument --model-kwargs: --num-classes has a flag of its own"),
+        ((*OUTPUT, "--model", "nonsense"), "timm has no model 'nonsense'"),
+        ((*OUTPUT, "--model", "vit_smal_patch16_224"), "Did you mean vit_small_patch16_224"),
+        ((*OUTPUT, "--model", "vit_tiny_patch16_224"), "makes 0 x 0 patches"),
+        ((*OUTPUT, "--model", "mixer_s32_224", "--img-size", "32"), "Supported: timm"),
+        ((*OUTPUT, "--model", "resnet18", "--removal", "drop"), "Or pass --removal pixel, or leave --removal out"),
+        ((*OUTPUT, "--removal", "feature"), "Argument --removal can be 'feature' for convolutional networks"),
+        ((*OUTPUT, "--model", "resnet18", "--base", "votes", "--removal", "image"), "Use --base even"),
+        ((*OUTPUT, "--head", "nose"), "--head: invalid choice"),
+        ((*OUTPUT, "--head", "votes", "--removal", "image"), "Use --head shares, or --removal pixel"),
+        ((*OUTPUT, "--removal", "blur"), "--removal: invalid choice"),
+        ((*OUTPUT, "--resume", "absent"), "or leave --resume out to start anew"),
+        (("train", "--output", "/dev/null/run"), "argument --output: '/dev/null' is no folder that can be written to"),
+        ((*EXPLAINER, "--epochs", "none"), "--epochs: expected a whole number from 1"),
+        ((*EXPLAINER, "--coalitions", "1"), "--coalitions: expected a whole number from 2"),
+        (EXPLAINER, "argument --checkpoint: there is no run in 'x'"),
+        (("explain", "--checkpoint", "absent", "--output", "x"), "there is no run in 'absent'"),
+        (("explain", "--checkpoint", "/dev/null", "--output", "x"), "there is no run in '/dev/null'"),
+        (("explain", "--checkpoint", "x", "--output", "/dev/null"), "argument --output: '/dev/null' is no folder"),
+        (("explain", "--checkpoint", "x", "--output", "x", "--device", "meta"), "cannot compute on 'meta'"),
+        (("explain", "--checkpoint", "x", "--output", "x", "--device", "abacus"), "cannot compute on 'abacus'"),
+        (("evaluate", "--checkpoint", "absent", "--num-images", "0"), "--num-images: expected a whole number from 1"),
+        (("evaluate", "--checkpoint", "absent", "--seed", "9" * 99), "--seed: expected a whole number from 0"),
     ],
 )
-def test_mistakes_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+def test_mistakes_are_one_line_in_the_words_of_the_command_line(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     line = fails(capsys, arguments)
     assert message in line
-    assert list(tmp_path.iterdir()) == []
+    assert {path.name for path in tmp_path.rglob("*")} <= {"x", "run.json", "checkpoints", ".lock"}
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("fit: argument `lr` must be above 0.", "argument --lr must be above 0."),
+        ("Preprocessing.from_dict: argument `mean` is wrong.", "argument `mean` is wrong."),
+        ("Lower lr or the objective's regression_weight.", "Lower --lr or the objective's --regression-weight."),
+        ("Pass clip_grad=1.0 or batch_size 4.", "Pass --clip-grad 1.0 or --batch-size 4."),
+        ("in '/data/batch_size/clip_grad=1'", "in '/data/batch_size/clip_grad=1'"),
+        ("Use global_pool='avg', img_size=32.", "Use --model-kwargs global_pool=avg, --img-size 32."),
+        ("Use intermediates=False; compile=True", "Use no --intermediates; --compile"),
+        ("aug=False", "--no-aug"),
+        ("resume='auto' takes the one before", "--resume takes the one before"),
+        ("two\nlines of `sched`", "two lines of --sched"),
+    ],
+)
+def test_messages_in_flags(said, meant):
+    assert in_flags(said, _parser().parse_args([*OUTPUT]).parser) == meant
 
 
 def test_wrong_values_reach_the_user(pictures, run, tmp_path, capsys):
     base = [*TRAIN, "--data-dir", pictures, "--output", tmp_path / "run"]
-    assert "Lower batch_size to at most 12" in fails(capsys, [*base, "--batch-size", "64"])
-    assert "`epochs`" in fails(capsys, [*base, "--epochs", "0"])
-    assert "num_classes=3" in fails(capsys, [*base, "--num-classes", "4"])
+    assert "Lower --batch-size to at most 12" in fails(capsys, [*base, "--batch-size", "64"])
+    assert "--num-classes 3" in fails(capsys, [*base, "--num-classes", "4"])
     assert "Try adamw" in fails(capsys, [*base, "--opt", "adamww"])
     explain = ["explain", "--checkpoint", run, "--output", tmp_path / "out"]
     assert "Try ant, bee, cow" in fails(capsys, [*explain, "--target-class", "dodo"])
     assert "there is no image" in fails(capsys, [*explain, tmp_path / "absent.png"])
-    assert "cannot compute on 'abacus'" in fails(capsys, [*explain, "--device", "abacus"])
+    (tmp_path / "text.png").write_text("no image")
+    assert "text.png' is not an image that can be read" in fails(capsys, [*explain, tmp_path / "text.png"])
+    assert "is not an image" in fails(capsys, [*explain, tmp_path / "text.png", "--data-dir", tmp_path])
+    assert "there is no folder" in fails(capsys, [*explain, "--data-dir", tmp_path / "absent"])
+    few = ["evaluate", "--checkpoint", run, "--reference", "kernel_shap", "--coalitions", "2"]
+    assert "argument --coalitions must be coalitions that determine 4 Shapley values" in fails(capsys, few)
+    explainer = ["train-explainer", "--checkpoint", run, "--output", tmp_path / "explained"]
+    assert "argument --coalitions must be even" in fails(capsys, [*explainer, "--coalitions", "7"])
+    assert not (tmp_path / "explained" / "games.safetensors").exists()
+
+
+def test_an_unreadable_image_stops_a_run_with_workers(pictures, tmp_path, capsys):
+    shutil.copytree(pictures, tmp_path / "pictures")
+    (tmp_path / "pictures" / "train" / "bee" / "2.png").write_bytes(b"no image")
+    arguments = [*TRAIN, "--data-dir", tmp_path / "pictures", "--output", tmp_path / "run", "--workers", "1"]
+    message = fails(capsys, arguments).splitlines()[-1]
+    assert message.startswith(f"fastshap train: error: '{tmp_path}/pictures/train/bee/2.png' is not an image")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("{", "JSONDecodeError"),
+        ("[" * 100_000, "RecursionError"),
+        ("[]", "TypeError"),
+        ({"classes": None}, "its classes are no list of names"),
+        ({"classes": [1, 2, 3]}, "its classes are no list of names"),
+        ({"classes": []}, "its classes are no list of names"),
+        ({"arguments": None}, "TypeError"),
+        ({"arguments": {}}, "KeyError: 'dataset'"),
+        ({"arguments": {"dataset": "mnist", "model": "x", "data_dir": None}}, "its dataset or model is unknown"),
+        ({"arguments": {"dataset": "digits", "model": "x", "data_dir": 3}}, "its data folder is no path"),
+        ({"preprocessing": None}, "argument `record` must be a dict"),
+        ({"preprocessing": {"input_size": 3, "mean": [0], "std": [1], "crop_pct": 1}}, "argument `input_size` must be"),
+    ],
+)
+@pytest.mark.parametrize("command", ["explain", "evaluate", "train-explainer"])
+def test_a_damaged_record_of_a_run_is_refused(run, tmp_path, capsys, command, change, message):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    record = json.loads((run / "run.json").read_text())
+    (folder / "run.json").write_text(change if isinstance(change, str) else json.dumps(record | change))
+    output = () if command == "evaluate" else ("--output", tmp_path / "out")
+    line = fails(capsys, [command, "--checkpoint", folder, *output])
+    assert f"{str(folder / 'run.json')!r} is no record of fastshap train" in line
+    assert message in line
+
+
+def sums(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_explain_never_overwrites_what_it_did_not_write(run, pictures, tmp_path, capsys):
+    one = tmp_path / "one.png"
+    shutil.copy(pictures / "val" / "ant" / "0.png", one)
+    (tmp_path / "link").symlink_to(tmp_path)
+    (tmp_path / "two.safetensors").write_bytes(b"weights of another")
+    shutil.copy(one, tmp_path / "two.png")
+    before = sums(tmp_path)
+    for output in (tmp_path, tmp_path / "link", tmp_path / "new" / ".."):
+        line = fails(capsys, ["explain", one, "--checkpoint", run, "--output", output])
+        assert "one.png' exists, and would be overwritten. Choose another folder" in line
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "one.safetensors").write_bytes(b"weights of another")
+    assert "one.safetensors' exists" in fails(
+        capsys, ["explain", one, "--checkpoint", run, "--output", tmp_path / "out"]
+    )
+    assert before.items() <= sums(tmp_path).items()
+    # Its own explanations it replaces, but for one that is explained now.
+    command = ["explain", str(one), "--checkpoint", str(run), "--output", str(tmp_path / "again")]
+    assert main(command) == main(command) == 0
+    command[1] = tmp_path / "again" / "one.png"
+    assert "one.png' exists" in fails(capsys, command)
+
+
+def test_train_leaves_the_run_json_of_another_program(tmp_path, capsys):
+    (tmp_path / "run.json").write_text('{"name": "another"}')
+    assert "run.json' exists, and fastshap train did not write it" in fails(capsys, ["train", "--output", tmp_path])
+    assert (tmp_path / "run.json").read_text() == '{"name": "another"}'
+
+
+def test_every_image_has_a_picture_of_its_own(run, pictures, tmp_path):
+    names = ("a/x.png", "b/x.png", "c/x_0.png", "d/X.png", "e/x_1_0.png", "f/y.png")
+    for name in names:
+        (tmp_path / name).parent.mkdir()
+        shutil.copy(pictures / "val" / "ant" / "0.png", tmp_path / name)
+    images = [str(tmp_path / name) for name in names]
+    assert main(["explain", *images, "--checkpoint", str(run), "--output", str(tmp_path / "out")]) == 0
+    written = {path.stem.casefold() for path in (tmp_path / "out").glob("*.png")}
+    assert len(written) == len(names)
+    assert {"x_0", "y"} <= written
+
+
+def test_train_works_with_its_own_defaults(tmp_path, capsys):
+    output = tmp_path / "run"
+    assert main(["train", "--output", str(output), "--epochs", "1"]) == 0
+    record = json.loads((output / "run.json").read_text())["arguments"]
+    assert (record["model"], record["model_kwargs"]["patch_size"]) == ("vit_tiny_patch16_224", 2)
+    few = ("--num-images", "1", "--reference", "kernel_shap", "--coalitions", "128")
+    assert main(["evaluate", "--checkpoint", str(output), *few]) == 0
+    explained = ["train-explainer", "--checkpoint", str(output), "--coalitions", "2", "--output", str(output / "a")]
+    assert main([*explained, "--epochs", "1"]) == 0
+    found = json.loads((output / "a" / "run.json").read_text())["arguments"]
+    assert found["mirror"] is False
+    assert {name: found[name] for name in recipe.TRAINING} == recipe.TRAINING | {"epochs": 1}
