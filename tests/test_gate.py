@@ -6,6 +6,7 @@ from pathlib import Path
 import compile_gate
 import cuda_kernels
 import kernel_cases
+import oldest_headers
 import pytest
 import torch
 import triton_kernels
@@ -88,6 +89,46 @@ def test_spills_are_a_problem_whatever_the_budget_says(monkeypatch):
     monkeypatch.setattr(cuda_kernels, "read", lambda only: (found, []))
     _, problems = compile_gate.measure(["cuda"], None)
     assert problems == ["cuda sm_90 a: 16 bytes of spills, 8 of local memory"]
+
+
+def test_each_version_of_a_compiler_has_a_budget_of_its_own(capsys):
+    rows = {"sm_90": {"a": [40, 100]}}
+    budget = {"cuda": {"13.0": rows, "13.1": {"sm_90": {"a": [60, 100]}}}}
+    found = table(a=Resources(60, 100))
+    problem = ["cuda sm_90 a: registers 60, budget 40"]
+    assert compile_gate.hold_to_budget(found, budget, {"cuda": "13.0"}, False) == problem
+    assert compile_gate.hold_to_budget(found, budget, {"cuda": "13.1"}, False) == []
+    assert capsys.readouterr().out == ""
+    assert compile_gate.hold_to_budget(found, budget, {"cuda": "14.0"}, False) == []
+    assert "budgets of 13.0, 13.1: only what is absolute is held" in capsys.readouterr().out
+
+
+def test_recording_replaces_the_figures_of_one_version():
+    budget = {"cuda": {"13.0": {"sm_90": {"a": [40, 100], "b": [8, 0]}}, "12.9": {"sm_90": {"a": [1, 1]}}}}
+    compile_gate.record(table(a=Resources(60, 100)), budget, {"cuda": "13.0"}, True)
+    assert budget["cuda"]["13.0"] == {"sm_90": {"a": [60, 100], "b": [8, 0]}}
+    compile_gate.record(table(a=Resources(60, 100)), budget, {"cuda": "13.0"}, False)
+    assert budget["cuda"] == {"13.0": {"sm_90": {"a": [60, 100]}}, "12.9": {"sm_90": {"a": [1, 1]}}}
+    assert '    "a": [60, 100]' in compile_gate.as_text(budget).splitlines()
+
+
+def test_a_source_that_needs_newer_headers_is_a_problem(tmp_path):
+    headers = tmp_path / "torch" / "headeronly"
+    headers.mkdir(parents=True)
+    (headers / "codes.h").write_text("#pragma once\n#define OLD_CHECK(call) (call)\n")
+    include = "#include <torch/headeronly/codes.h>\n"
+    sources = {"right.cpp": "int f() { return OLD_CHECK(1); }", "wrong.cpp": "int f() { return NEW_CHECK(1); }"}
+    for name, line in sources.items():
+        (tmp_path / name).write_text(include + line)
+    problems = oldest_headers.problems([tmp_path / name for name in sources], tmp_path)
+    assert len(problems) == 1
+    assert re.search(r"headers of torch 2\.\d+\.0: .*wrong.cpp.*NEW_CHECK", problems[0])
+
+
+def test_every_source_is_compiled_against_the_oldest_headers():
+    assert {path.name for path in oldest_headers.sources("segment_sum")} == {"segment_sum.cpp", "segment_sum.cu"}
+    folders = {path.parent.name for path in oldest_headers.sources(None)}
+    assert folders == {path.name for path in (Path(__file__).parents[1] / "csrc").iterdir()} - {"include"}
 
 
 def test_every_file_of_triton_kernels_has_cases():
