@@ -2,6 +2,8 @@
 # make demo   train, explain and check a ViT and a CNN on digits: runs/demo/
 # make test   the tests, Triton's kernels in its interpreter and the CUDA ones on the processor included
 # make test-slow  the slow ones
+# make test-processors  the tests as on other processors: older instruction sets, more threads, unfused attention
+# make test-matrix  tests and gate with the oldest and the newest versions, each in an environment of its own
 # make gate   compile every GPU kernel for every device and hold it to gate/budget.json
 # make lint   ruff, mypy, clang-format
 # make bench  every op beside plain PyTorch, written to bench/results/
@@ -26,7 +28,7 @@ EMULATE := FASTSHAP_BACKEND=cuda FASTSHAP_EMULATE_CUDA=$(EMULATED)
 # Where there is no device, compiling for it is left to `make gate`.
 export FASTSHAP_SKIP_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,1)
 
-.PHONY: env build demo test test-main test-triton test-cuda test-slow gate lint format bench bench-digits bench-step bench-precision bench-fidelity gpu gpu-step clean
+.PHONY: env build demo test test-main test-triton test-cuda test-slow test-processors test-matrix matrix-oldest matrix-newest gate lint format bench bench-digits bench-step bench-precision bench-fidelity gpu gpu-step clean
 
 env: $(INSTALLED)
 
@@ -67,6 +69,35 @@ $(EMULATED): $(INSTALLED) $(NATIVE) tests/emulation/build.py
 test-slow: $(INSTALLED) $(EMULATED)
 	$(BIN)/python -m pytest -m "slow and not gpu"
 	$(EMULATE) $(BIN)/python -m pytest tests/ops/test_large_tensors.py
+
+# Each of these settings in at least one run of all default tests. PyTorch, our kernels and OpenBLAS choose by processor.
+PROCESSOR_baseline := ATEN_CPU_CAPABILITY=default FASTSHAP_CPU_CAPABILITY=default OPENBLAS_CORETYPE=Prescott OMP_NUM_THREADS=1
+PROCESSOR_unfused := TIMM_FUSED_ATTN=0 OMP_NUM_THREADS=1
+PROCESSOR_threads := OMP_NUM_THREADS=2
+PROCESSOR_avx2 := ATEN_CPU_CAPABILITY=avx2 FASTSHAP_CPU_CAPABILITY=avx2 OPENBLAS_CORETYPE=Haswell OMP_NUM_THREADS=1
+PROCESSOR_avx512 := FASTSHAP_CPU_CAPABILITY=avx512 OMP_NUM_THREADS=1
+PROCESSOR_avx512_bf16 := FASTSHAP_CPU_CAPABILITY=avx512_bf16 OMP_NUM_THREADS=1
+CAPABILITIES = $(shell $(BIN)/python -c "from fastshap_kernels import _native; print(*_native.cpu_capabilities()[1:])")
+
+# Those of this processor's instruction sets; two runs at a time.
+test-processors: $(INSTALLED)
+	$(MAKE) --jobs=2 --output-sync --keep-going $(addprefix test-processor-,baseline unfused threads $(CAPABILITIES))
+
+test-processor-%: $(INSTALLED)
+	@echo "== $*: $(PROCESSOR_$*)"
+	env $(PROCESSOR_$*) $(BIN)/python -m pytest -m "not slow and not gpu" -p no:cacheprovider
+
+# Needs both Pythons; a run that was stopped goes on where it was.
+PYTHON_OLDEST ?= python3.10
+PYTHON_NEWEST ?= python3.13
+
+test-matrix: matrix-oldest matrix-newest
+
+matrix-oldest:
+	tests/matrix.sh oldest $(PYTHON_OLDEST) tests/oldest.txt
+
+matrix-newest:
+	tests/matrix.sh newest $(PYTHON_NEWEST)
 
 # Every GPU kernel compiled for every device, with none of them here.
 gate: $(INSTALLED)

@@ -10,8 +10,6 @@ import torch
 
 from fastshap_kernels import _native
 
-pytestmark = pytest.mark.skipif(not _native.cpu_capabilities(), reason="another backend is under test")
-
 OPS = [op for op in op_cases.MAKERS if "cpu" in op_cases.backends(op, "cpu")]
 
 

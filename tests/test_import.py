@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from pathlib import Path
 
 import interpreter
 import pytest
@@ -115,6 +116,17 @@ def test_info_is_aligned_plain_text():
         second = re.match(r"\S+( \S+)*  +", rows[0]).end()
         assert all(row[second - 2 : second] == "  " and row[second] != " " for row in rows)
         assert all(row == row.rstrip() for row in rows)
+
+
+def test_the_oldest_versions_tested_are_the_lower_bounds():
+    root = Path(__file__).parents[1]
+    dependencies = re.search(
+        r"^dependencies = \[(.*?)\]", (root / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE
+    )
+    bounds = dict(re.findall(r'"(\w+)>=([\d.]+)', dependencies[1]))
+    assert len(bounds) == dependencies[1].count('",')
+    pinned = dict(re.findall(r"^(\w+)==([\d.]+)$", (root / "tests" / "oldest.txt").read_text(), re.MULTILINE))
+    assert {name: version[: len(bounds[name])] for name, version in pinned.items()} == bounds
 
 
 @pytest.mark.parametrize("name", fk.__all__)
