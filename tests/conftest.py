@@ -1,5 +1,8 @@
+import os
+
 import pytest
 import torch
+from hypothesis import settings
 
 from fastshap_kernels import _backend
 
@@ -7,6 +10,11 @@ if _backend.INTERPRETED:
     import triton_interpreter
 
     triton_interpreter.install()
+
+# By default the same few examples everywhere; HYPOTHESIS_PROFILE=long draws new ones, and many.
+settings.register_profile("default", derandomize=True, max_examples=24, deadline=None, database=None)
+settings.register_profile("long", max_examples=2000, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 @pytest.fixture(autouse=True)
