@@ -92,7 +92,7 @@ def test_the_surrogate_learns_from_the_divergence_to_the_teacher():
     values = game.coalition_values(images(), bits).flatten(0, 1)
     assert torch.allclose(terms.spread, values.var(0, correction=0).mean().sqrt(), rtol=1e-4)
     ours, theirs = (torch.autograd.grad(x, game.backbone.head.weight)[0] for x in (terms.loss, expected))
-    assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6)
+    assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
@@ -252,7 +252,7 @@ def test_networks_of_two_families_play_together_and_the_surrogate_never_moves():
         assert all(name.startswith("network.") for name in moved)
         phi, grand = model.shapley_values(images(size=64))
         assert phi.shape == (3, 4, 7)
-        assert torch.allclose(phi.sum(1), grand - model.null_value(), atol=1e-6)
+        assert (phi.sum(1) - grand + model.null_value()).abs().max() <= 1e-5 * grand.abs().max()
 
 
 def test_weights_are_saved_and_frozen_ones_are_no_part_of_the_training(surrogate, tmp_path):

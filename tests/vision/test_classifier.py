@@ -161,7 +161,7 @@ def test_regression_loss_is_that_of_the_shapley_values(kind, options):
     pooled = model.regression_loss(features, logits, bits, values, null)
     phi = model._phi(features, logits if options["head"] == "votes" else logits.detach(), null)
     explicit = fk.shapley_regression_loss(phi, bits, values, null)
-    assert torch.allclose(pooled, explicit, rtol=1e-5)
+    assert torch.allclose(pooled, explicit, rtol=1e-4)
     parameter = model.shares.weight if options["head"] == "shares" else model.backbone.get_classifier().weight
     ours, theirs = (torch.autograd.grad(loss, parameter, retain_graph=True)[0] for loss in (pooled, explicit))
     assert torch.allclose(ours, theirs, atol=1e-5 * float(theirs.abs().max()))
@@ -341,7 +341,7 @@ def test_pictures_are_prepared_as_the_model_says(explains, picture):
     for one in (picture, pixels, first, [picture], [pixels], wanted[0], wanted.numpy(), wanted[0].numpy().astype("f8")):
         assert torch.equal(explains.explain(one, "all").values, expected.values)
     many = explains.explain([picture, pixels, first, wanted[0]])
-    assert torch.equal(many.logits, expected.logits.expand(4, -1)) or torch.allclose(many.logits, expected.logits)
+    assert torch.allclose(many.logits, expected.logits, rtol=0, atol=1e-5 * float(expected.logits.abs().max()))
     assert torch.equal(explains.preprocess(np.stack([pixels, pixels])), wanted.expand(2, -1, -1, -1))
     assert torch.equal(explains.preprocess(torch.stack([first, first])), wanted.expand(2, -1, -1, -1))
 

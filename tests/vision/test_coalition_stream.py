@@ -183,8 +183,8 @@ def test_computing_a_chunk_twice_counts_once(kind, monkeypatch):
     plain = trained()
     for (name, a), b in zip(ours.state_dict().items(), plain.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
-    for a, b in zip(ours.backbone.parameters(), plain.backbone.parameters(), strict=True):
-        assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+    found, wanted = (torch.cat([p.grad.flatten() for p in model.backbone.parameters()]) for model in (ours, plain))
+    assert (found - wanted).norm() <= 1e-4 * wanted.norm()
     if kind == "batch norm":
         assert ours.backbone.bn1.num_batches_tracked > 0
         assert ours.backbone.bn1.momentum == 0.1

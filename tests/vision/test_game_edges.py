@@ -112,7 +112,7 @@ def test_votes_add_up(is_autocast):
     with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
         everybody = vote(backbone, features.mean(0, keepdim=True))
         each = vote(backbone, features / 9, torch.ones(9, 1, dtype=torch.int64), 9)
-    assert (each.sum(0) - everybody[0]).abs().max() <= 1e-6 * everybody.abs().max()
+    assert (each.sum(0) - everybody[0]).abs().max() <= 1e-5 * everybody.abs().max()
 
 
 @torch.no_grad()

@@ -112,7 +112,7 @@ def test_no_values_are_kept_when_nothing_flows_back():
     gradient = encoder_gradient(model, x, masked_task_weight=0.0)
     tiny = encoder_gradient(model, x, masked_task_weight=1e-30)
     assert gradient.abs().sum() > 0
-    assert torch.allclose(gradient, tiny, atol=1e-6 * float(tiny.abs().max()))
+    assert (gradient - tiny).norm() <= 1e-4 * tiny.norm()
 
 
 def test_masked_images_leave_the_batch_norms_alone_when_nothing_flows_back():
