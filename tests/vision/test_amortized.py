@@ -323,7 +323,7 @@ def test_bad_input_is_named(teacher, surrogate):
     x, labels = photographs(3).tensors
     game = fv.convert(tiny())
     for message, call in (
-        ("`coalitions` must be at least 1", lambda: fv.SurrogateObjective(teacher, 0)),
+        ("`coalitions` must be a whole number from 1", lambda: fv.SurrogateObjective(teacher, 0)),
         ("`sizes` must be one of 'shapley', 'uniform'", lambda: fv.SurrogateObjective(teacher, sizes="all")),
         ("of type SelfExplainingClassifier", lambda: fv.SurrogateObjective(teacher)(tiny(), x, labels)),
         (r"shares weights.*copy\.deepcopy", lambda: fv.SurrogateObjective(game.backbone)(game, x, labels)),
@@ -337,7 +337,7 @@ def test_bad_input_is_named(teacher, surrogate):
             lambda: fv.SurrogateObjective(Twice(teacher))(fv.convert(tiny()), x, labels),
         ),
         ("`explainer_backbone` must be a timm model or the name", lambda: fv.AmortizedExplainer(surrogate, None)),
-        ("`coalitions` must be at least 1", lambda: fv.AmortizedObjective(0)),
+        ("`coalitions` must be a whole number from 1", lambda: fv.AmortizedObjective(0)),
         ("`sizes`", lambda: fv.AmortizedObjective(sizes="binomial")),
         ("of type AmortizedExplainer", lambda: fv.AmortizedObjective()(game, x, labels)),
         ("`link` must be one of 'probability', 'logit'", lambda: fv.AmortizedExplainer(surrogate, tiny(), "odds")),
