@@ -55,6 +55,7 @@ def _fits(
     is_plain = attn_mask is None and dropout_p == 0.0 and not is_causal and not enable_gqa
     return (
         is_plain
+        and type(query) is type(key) is type(value) is Tensor  # subclasses have an attention of their own
         and query.ndim == 4
         and query.shape == key.shape == value.shape
         and query.numel() > 0

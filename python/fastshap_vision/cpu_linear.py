@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -41,7 +41,10 @@ class _CpuLinears(TorchFunctionMode):
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     fits = (
-        {input.dtype, weight.dtype} == {torch.float32}
+        {type(input), type(weight)} <= {Tensor, nn.Parameter}  # subclasses have a linear of their own
+        and weight.ndim == 2
+        and input.shape[-1:] == weight.shape[1:]
+        and {input.dtype, weight.dtype} == {torch.float32}
         and weight.device.type == "cpu"
         and input.numel() >= FEWEST_ROWS * weight.shape[1] > 0
         and weight.shape[0] > 0

@@ -16,9 +16,8 @@ _METHODS = ("forward", "forward_features", "forward_head", "pool", "_pos_embed")
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than its forward."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    of = module.__dict__
+    return bool(of["_forward_hooks"] or of["_forward_pre_hooks"] or of["_backward_hooks"] or of["_backward_pre_hooks"])
 
 
 def has_global_hooks() -> bool:

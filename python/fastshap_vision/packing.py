@@ -50,10 +50,12 @@ def packing_problems(backbone: Any, block_type: type, attention_types: tuple[typ
     if has_global_hooks():
         return ["hooks on every module (packing would miss them)"]
     known = {block_type, *attention_types, *TOKEN_BY_TOKEN}
-    for part in (*blocks, backbone.norm, backbone.fc_norm):
-        for module in part.modules():
-            if type(module) not in known:
-                return [f"a {type(module).__name__} in its blocks or norms (packing does not know what it does)"]
-            if has_hooks(module) or is_overridden(module):
-                return [f"hooks on a {type(module).__name__}, or another forward of it (packing would miss them)"]
+    left: list[Any] = [*blocks, backbone.norm, backbone.fc_norm]
+    while left:  # every pass comes here, and modules() takes longer
+        module = left.pop()
+        if type(module) not in known:
+            return [f"a {type(module).__name__} in its blocks or norms (packing does not know what it does)"]
+        if has_hooks(module) or is_overridden(module):
+            return [f"hooks on a {type(module).__name__}, or another forward of it (packing would miss them)"]
+        left.extend(child for child in module._modules.values() if child is not None)
     return []

@@ -59,6 +59,33 @@ def test_other_layers_stay_as_they_are(served, input, weight):
     assert served == []
 
 
+class Halved(torch.Tensor):
+    """Products with it are half as large, whatever library they run in."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        return 0.5 * out.as_subclass(torch.Tensor) if func is functional.linear else out
+
+
+def test_tensors_of_other_kinds_keep_their_own_products(served):
+    input = torch.ones(200, 8)
+    with cpu_linears(input):
+        assert functional.linear(input, torch.ones(4, 8).as_subclass(Halved)).eq(4.0).all()
+        assert functional.linear(input.as_subclass(Halved), torch.ones(4, 8)).eq(4.0).all()
+    assert served == []
+
+
+def test_other_shapes_stay_as_they_are(served):
+    """A vector as a weight is the plain layer's to take, and a wrong width its to refuse."""
+    input = torch.ones(200, 8)
+    with cpu_linears(input):
+        assert functional.linear(input, torch.ones(8)).shape == (200,)
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            functional.linear(input, torch.ones(4, 7))
+    assert served == []
+
+
 def test_autocast_stays_as_it_is(served):
     with torch.autocast("cpu", torch.bfloat16), cpu_linears(torch.ones(1)):
         assert functional.linear(torch.ones(200, 8), torch.ones(4, 8)).dtype == torch.bfloat16
