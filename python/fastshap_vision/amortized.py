@@ -11,6 +11,7 @@ Sources: Jethani et al., FastSHAP, ICLR 2022; Covert, Kim, Lee, ViT-Shapley, ICL
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -202,12 +203,12 @@ class AmortizedExplainer(nn.Module):
         return delta + (missing / self.players).unsqueeze(1), grand, null
 
     @torch.no_grad()
-    def explain(self, images: Tensor, target: int | Tensor | str | None = None) -> Explanation:
+    def explain(self, images: Any, target: int | Sequence[int] | Tensor | str | None = None) -> Explanation:
         """Explains images in one forward pass of each network, in evaluation mode.
 
         Args:
-            images: (B, C, H, W), normalised as in training, finite.
-            target: the class to explain: None for the predicted one, an int, an int64 tensor (B,), or "all".
+            images: of any kind that `SelfExplainingClassifier.explain` takes.
+            target: the class to explain: None for the predicted one, a class, (B,) classes, or "all".
 
         Returns:
             Explanation with values (B, P), or (B, P, K) for "all". Its `values`, `logits` (which are v(N)) and `null`
@@ -218,15 +219,14 @@ class AmortizedExplainer(nn.Module):
 
         Deterministic: yes.
         """
-        self.network._check_images(images)
-        if not torch.isfinite(images).all():
-            raise ValueError("Argument `images` must be finite, but it holds NaN or infinite pixels. Clean the input.")
+        images = self.surrogate.preprocess(images)
         with evaluation_mode(self):
             phi, grand, null = self._explained(images)
         chosen = self.surrogate._target(target, grand)
         if chosen is not None:
             phi = phi.gather(2, chosen[:, None, None].expand(-1, self.players, 1))[..., 0]
-        return _EXPLANATIONS[self.link](values=phi, logits=grand, target=chosen, grid=self.grid, null=null)
+        seen, untrained = self.surrogate.seen, self.network._warn_if_untrained()
+        return _EXPLANATIONS[self.link](phi, grand, chosen, self.grid, null, seen=seen, untrained=untrained)
 
 
 class AmortizedObjective(CoalitionObjective):

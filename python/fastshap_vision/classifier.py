@@ -24,6 +24,7 @@ from .explanation import Explanation
 from .game import JointPass, UnsupportedModelError
 from .image_input import as_batch
 from .intermediates import MergedFeatures, probe_widths
+from .link import at_least_float32
 from .model_arguments import (
     check_choices,
     check_name,
@@ -98,6 +99,7 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
 
     Attributes:
         grid, players: (h, w) and P = h·w; players count row by row.
+        seen: the share of an image's height and width, from the top left, that the grid covers.
         removal: the removal in force, chosen where none was asked for.
         preprocessing: what `explain` does with pictures; saved with the model. None for models of images that are
             neither greyscale nor RGB.
@@ -194,6 +196,11 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
     @property
     def players(self) -> int:
         return self.game.players
+
+    @property
+    def seen(self) -> tuple[float, float]:
+        _, height, width = self.game.input_size
+        return self.game.view[0] / height, self.game.view[1] / width
 
     @property
     def is_exact_conversion(self) -> bool:
@@ -355,7 +362,7 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
         """Shapley values (B, P, K), logits (B, K) and v(∅) (K,)."""
         null = self.null_value()
         if not len(images):  # which not every model takes
-            values = null.new_zeros(0, self.players, self.num_classes, dtype=_at_least_float32(null))
+            values = at_least_float32(null.new_zeros(0, self.players, self.num_classes))
             return values, null.new_zeros(0, self.num_classes), null
         features, logits = self.game.features_and_logits(images)
         self._check_classes(logits)
@@ -363,15 +370,14 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
 
     def _phi(self, features: Tensor, logits: Tensor, null: Tensor) -> Tensor:
         """Shapley values (B, P, K), float32 at least: what is learnt, and an equal part of what that leaves."""
-        dtype = _at_least_float32(logits)
         if self.head == "votes":
-            found = self._votes(features).to(dtype)
+            found = at_least_float32(self._votes(features))
         else:
             with cpu_linears(features):
-                found = self.shares(self.explainer(features)).to(dtype)
+                found = at_least_float32(self.shares(self.explainer(features)))
             if self.base == "votes":
-                found = found + self._votes(self._last(features)).to(dtype)
-        missing = logits.to(dtype) - null.to(dtype) - found.sum(1)
+                found = found + at_least_float32(self._votes(self._last(features)))
+        missing = at_least_float32(logits) - at_least_float32(null) - found.sum(1)
         return found + (missing / self.players).unsqueeze(1)
 
     def _votes(self, features: Tensor) -> Tensor:
@@ -390,6 +396,8 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
         like = next(self.parameters())
         batch = as_batch(images, self.game.input_size, self.preprocessing, like)
         self._check_images(batch)
+        if not torch.isfinite(batch).all():
+            raise ValueError("Argument `images` must be finite, but it holds NaN or infinite pixels. Clean the input.")
         return batch
 
     @torch.no_grad()
@@ -416,23 +424,23 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
         Deterministic: yes.
         """
         images = self.preprocess(images)
-        if not torch.isfinite(images).all():
-            raise ValueError("Argument `images` must be finite, but it holds NaN or infinite pixels. Clean the input.")
         with evaluation_mode(self):
             phi, logits, null = self._explained(images)
         chosen = self._target(target, logits)
         if chosen is not None:
             phi = phi.gather(2, chosen[:, None, None].expand(-1, self.players, 1))[..., 0]
+        return Explanation(phi, logits, chosen, self.grid, null, seen=self.seen, untrained=self._warn_if_untrained())
+
+    def _warn_if_untrained(self) -> bool:
+        """`is_untrained`, which the log says once."""
         untrained = self.is_untrained
         if untrained and self._says_untrained:
             self._says_untrained = False
             _log.warning(
                 "This model was never trained to explain: its Shapley values are %s. Train it with fit first.",
-                "an even split of the logits" if self.base == "even" else "the votes of the patches",
+                "an even split" if self.base == "even" else "the votes of the patches",
             )
-        height, width = self.game.input_size[1:]
-        seen = (self.game.view[0] / height, self.game.view[1] / width)
-        return Explanation(phi, logits, chosen, self.grid, null, seen=seen, untrained=untrained)
+        return untrained
 
     def coalition_values(
         self,
@@ -670,7 +678,3 @@ def convert(
         preprocessing=preprocessing,
         backbone=model,
     )
-
-
-def _at_least_float32(like: Tensor) -> torch.dtype:
-    return torch.promote_types(like.dtype, torch.float32)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastshap_kernels._checks import fail
+from fastshap_kernels._checks import check_dense, check_tensor, fail
+
+from .link import at_least_float32
 
 if TYPE_CHECKING:
     from .explanation import Explanation
@@ -62,8 +64,7 @@ class Attribution:
                 fail("Attribution.attribute", "inputs", "a tensor (B, C, H, W), or a tuple of one", type(inputs))
             baselines = baselines[0] if isinstance(baselines, tuple) and len(baselines) == 1 else baselines
             return (self.attribute(inputs[0], baselines, target),)
-        if not isinstance(inputs, Tensor):
-            fail("Attribution.attribute", "inputs", "a tensor (B, C, H, W), or a tuple of one", type(inputs))
+        check_tensor("Attribution.attribute", "inputs", inputs, "(B, C, H, W)", 4)
         if baselines is not None:
             remedy = "Choose what absence means when the model is made and trained (its removal and baseline)."
             got = baselines if isinstance(baselines, Tensor | int | float) else type(baselines)
@@ -110,7 +111,7 @@ def as_shap(explanation: Explanation, images: Tensor | None = None, classes: Seq
     if images is None:
         names = [f"patch ({row}, {column})" for row in range(rows) for column in range(columns)]
         return shap.Explanation(values.double().numpy(), feature_names=names, **content)
-    pictures = images.detach().cpu()
+    pictures = check_dense("as_shap", "images", images, "(B, C, H, W)", "Pass model.preprocess(images).").detach().cpu()
     if every:
         layers = [_spread(values[:, :, k], pictures, explanation) for k in range(values.shape[2])]
         pixels = torch.stack(layers, -1).permute(0, 2, 3, 1, 4)
@@ -121,8 +122,9 @@ def as_shap(explanation: Explanation, images: Tensor | None = None, classes: Seq
 
 def _spread(values: Tensor, images: Tensor, explanation: Explanation) -> Tensor:
     """(B, P) values over the pixels and channels of (B, C, H, W) images, keeping the sum of every patch."""
+    remedy = "Pass model.preprocess(images)."
     if images.ndim != 4 or images.shape[0] != values.shape[0]:
-        fail("Explanation", "images", f"({values.shape[0]}, C, H, W)", images)
+        fail("Explanation", "images", f"({values.shape[0]}, C, H, W)", images, remedy)
     channels, *size = images.shape[1:]
     grid, (height, width) = explanation.grid, explanation.seen_pixels(size)
     if height % grid[0] or width % grid[1]:
@@ -130,9 +132,7 @@ def _spread(values: Tensor, images: Tensor, explanation: Explanation) -> Tensor:
         fail("Explanation", "images", f"of a size that the grid {grid} divides", images, remedy)
     patch = (height // grid[0], width // grid[1])
     # In half precision a value over so many pixels would vanish.
-    maps = (values.to(torch.promote_types(values.dtype, torch.float32)) / (channels * patch[0] * patch[1])).unflatten(
-        1, grid
-    )
+    maps = (at_least_float32(values) / (channels * patch[0] * patch[1])).unflatten(1, grid)
     pixels = maps.repeat_interleave(patch[0], 1).repeat_interleave(patch[1], 2)
     pixels = functional.pad(pixels, (0, size[1] - width, 0, size[0] - height))
     return pixels.unsqueeze(1).repeat(1, channels, 1, 1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastshap_kernels._checks import fail
+from fastshap_kernels._checks import check_dense, fail
 
 from .explanation import Explanation
 
@@ -229,6 +229,7 @@ def _correlation(first: Tensor, second: Tensor) -> float:
 def _check(op: str, images: Tensor | None, explanation: Explanation, classes: Sequence[str] | None) -> None:
     if images is not None:
         expected = f"({len(explanation)}, C, H, W) with C = 1 or 3"
+        check_dense(op, "images", images, expected, "Pass model.preprocess(images).")
         if images.ndim != 4 or images.shape[0] != len(explanation) or images.shape[1] not in (1, 3):
             fail(op, "images", expected, images)
     if classes is not None and len(classes) != explanation.logits.shape[1]:

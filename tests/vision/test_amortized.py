@@ -346,7 +346,7 @@ def test_bad_input_is_named(teacher, surrogate):
         (r"the grid.*\(3, 3\).*\(2, 2\)", lambda: fv.AmortizedExplainer(surrogate, tiny(patch=6))),
         ("classes of the surrogate, 3, but it has 5", lambda: fv.AmortizedExplainer(surrogate, tiny(classes=5))),
         (r"images.*\(1, 12, 12\).*\(1, 16, 16\)", lambda: fv.AmortizedExplainer(surrogate, tiny(img_size=16))),
-        ("`images` must be a tensor", lambda: fv.AmortizedExplainer(surrogate, tiny()).explain(x[0])),
+        ("`images` must be a tensor", lambda: fv.AmortizedExplainer(surrogate, tiny()).explain(x[0, 0])),
         ("`images` must be finite", lambda: fv.AmortizedExplainer(surrogate, tiny()).explain(x / 0)),
         ("`target` must be", lambda: fv.AmortizedExplainer(surrogate, tiny()).explain(x, 3)),
     ):

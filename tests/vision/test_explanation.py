@@ -1,10 +1,12 @@
+import dataclasses
 import itertools
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastshap_vision.explanation import Explanation
+from fastshap_vision.explanation import Explanation, ProbabilityExplanation
 
 BATCH, GRID, CLASSES = 3, (2, 4), 5
 
@@ -65,6 +67,21 @@ def test_heatmap_nearest_gives_each_pixel_its_patch(generator):
     assert torch.equal(maps, expected)
 
 
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+def test_heatmap_lies_where_the_model_looks(generator, mode):
+    """A grid over 6 of 7 rows and 8 of 12 columns."""
+    whole = explain_all(generator)
+    part = dataclasses.replace(whole, seen=(6 / 7, 8 / 12))
+    for scale in (1, 3):
+        maps = part.heatmap((7 * scale, 12 * scale), mode=mode)
+        inside = maps[:, : 6 * scale, : 8 * scale]
+        assert torch.equal(inside, whole.heatmap((6 * scale, 8 * scale), mode=mode))
+        assert not maps[:, 6 * scale :].any()
+        assert not maps[:, :, 8 * scale :].any()
+    assert torch.equal(part.heatmap(), whole.heatmap())
+    assert part[1:].seen == part.seen
+
+
 def test_heatmap_bilinear_keeps_centres_and_stays_between(generator):
     explanation = explain_all(generator)
     grid, maps = explanation.heatmap(), explanation.heatmap((6, 12), mode="bilinear")
@@ -109,7 +126,14 @@ def test_indexing(generator, make):
     assert torch.equal(explanation[1:].logits, explanation.logits[1:])
     assert torch.equal(explanation[torch.tensor([2, 0])].predicted, explanation.predicted[[2, 0]])
     assert torch.equal(explanation[1].values_for(), explanation.values_for()[1:2])
-    for index in (BATCH, -BATCH - 1):
+    for one in (numpy.int64(1), torch.tensor(1)):
+        assert torch.equal(explanation[one].values, explanation[1].values)
+    for several in ([2, 0], numpy.array([2, 0]), numpy.array([True, False, True])):
+        assert sorted(explanation[several].predicted.tolist()) == sorted(explanation.predicted[[2, 0]].tolist())
+    for index in (True, 1.5, "1", None):
+        with pytest.raises(TypeError, match="an index must be a whole number, a slice"):
+            explanation[index]
+    for index in (BATCH, -BATCH - 1, numpy.int64(BATCH)):
         with pytest.raises(IndexError, match="out of range for 3 images"):
             explanation[index]
 
@@ -119,17 +143,32 @@ def test_indexing(generator, make):
 def test_save_and_load(generator, make, dtype, tmp_path):
     explanation = make(generator)
     explanation.values = explanation.values.to(dtype).requires_grad_()
+    explanation.seen, explanation.untrained = (6 / 7, 1.0), True
     path = tmp_path / "explanation.safetensors"
     path.write_bytes(b"what was there before")
     explanation.save(path)
     loaded = Explanation.load(path)
     assert loaded.grid == GRID
+    assert loaded.seen == (6 / 7, 1.0)
+    assert loaded.untrained
     for name in ("values", "logits", "null"):
         assert torch.equal(getattr(loaded, name), getattr(explanation, name))
         assert getattr(loaded, name).dtype == getattr(explanation, name).dtype
     assert (loaded.target is None) == (explanation.target is None)
     assert explanation.target is None or torch.equal(loaded.target, explanation.target)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("unit", ["probabilities", "logits"])
+def test_a_file_knows_its_unit(generator, unit, tmp_path):
+    """Whichever class reads it; files from before there were units are of the class that reads them."""
+    logits = explain_one(generator)
+    kind = ProbabilityExplanation if unit == "probabilities" else Explanation
+    kind(logits.values, logits.logits, logits.target, GRID, logits.null).save(tmp_path / "file")
+    for reader in (Explanation, ProbabilityExplanation):
+        loaded = reader.load(tmp_path / "file")
+        assert type(loaded) is type(loaded[:1]) is kind
+        assert repr(loaded).startswith(kind.__name__)
 
 
 def test_a_failed_save_leaves_the_old_file(generator, tmp_path, monkeypatch):
@@ -179,6 +218,8 @@ def test_unreadable_files_are_named(generator, tmp_path):
         ({"target": torch.zeros(2, dtype=torch.int64)}, r"`target` must be int64 \(3,\)"),
         ({"target": torch.zeros(3)}, "`target`"),
         ({"null": torch.zeros(1)}, r"`null` must be \(5,\)"),
+        ({"seen": (1.0, 0.0)}, "`seen`"),
+        ({"seen": (1.0, 1.5)}, "`seen`"),
     ],
 )
 def test_shapes_are_checked(change, message):
@@ -196,3 +237,6 @@ def test_shapes_are_checked(change, message):
 def test_repr_is_short(generator):
     assert repr(explain_one(generator)) == "Explanation(3 images, grid=(2, 4), 5 classes, target=[4, 0, 2])"
     assert repr(explain_all(generator)).endswith("target=all)")
+    many = torch.zeros(100).long()
+    hundred = Explanation(torch.zeros(100, 8), torch.zeros(100, 5), many, GRID, torch.zeros(5), untrained=True)
+    assert repr(hundred).endswith("target=100 classes, of an untrained explainer)")

@@ -3,8 +3,10 @@ from types import ModuleType, SimpleNamespace
 
 import numpy
 import pytest
+import timm
 import torch
 
+import fastshap_vision as fv
 from fastshap_vision.explanation import Explanation
 from fastshap_vision.interoperability import Attribution
 
@@ -55,6 +57,61 @@ def test_attribution_keeps_the_sum_of_every_patch(model, target):
     assert torch.equal(patches.amax((3, 5)), patches.amin((3, 5)))
 
 
+def test_attribution_takes_and_gives_captums_tuples(model):
+    images = torch.randn(2, 3, 4, 15)
+    expected = Attribution(model).attribute(images, target=1)
+    for baselines in (None, (None,)):
+        (out,) = Attribution(model).attribute((images,), baselines, target=1)
+        assert torch.equal(out, expected)
+    for inputs in ((images, images), (), [None], "images", images[0], images.int()):
+        with pytest.raises((ValueError, TypeError), match=r"Attribution\.attribute: argument `inputs` must be"):
+            Attribution(model).attribute(inputs)
+
+
+def test_captums_metrics_run():
+    metrics = pytest.importorskip("captum.metrics")
+    torch.manual_seed(0)
+    options = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 5}
+    model = fv.convert(timm.create_model("vit_tiny_patch16_224", **options)).eval()
+    torch.nn.init.normal_(model.shares.weight)
+    images = torch.randn(2, 3, 16, 16)
+    found = metrics.sensitivity_max(Attribution(model).attribute, images, target=1, n_perturb_samples=2)
+    assert found.shape == (2,)
+    assert found.min() > 0
+
+
+def test_half_precision_spreads_what_it_has():
+    """1e-4 over 3 channels of 56 x 56 pixels is 1e-8, which float16 rounds to 0."""
+    logits = torch.zeros(1, 4, dtype=torch.float16)
+    one = Explanation(torch.full((1, 6), 1e-4).half(), logits, torch.zeros(1).long(), GRID, logits[0])
+
+    class Half:
+        def explain(self, images, target=None):
+            return one
+
+    out = Attribution(Half()).attribute(torch.zeros(1, 3, 112, 168).half())
+    assert out.dtype == torch.float32
+    assert out.double().sum() == pytest.approx(6e-4, rel=1e-3)
+
+
+def test_pixels_that_the_model_does_not_see_get_nothing(shap):
+    """EVA-02 with patches of 14 sees 28 of 32 pixels."""
+    torch.manual_seed(0)
+    options = {"img_size": 32, "embed_dim": 48, "depth": 1, "num_heads": 3, "num_classes": 5}
+    model = fv.convert(timm.create_model("eva02_tiny_patch14_224", **options)).eval()
+    torch.nn.init.normal_(model.shares.weight)
+    images = torch.randn(2, 3, 32, 32)
+    explanation = model.explain(images)
+    out = Attribution(model).attribute(images)
+    patches = out[:, :, :28, :28].unflatten(3, (2, 14)).unflatten(2, (2, 14)).sum((1, 3, 5)).flatten(1)
+    assert torch.allclose(patches, explanation.values, atol=1e-6)
+    assert out[:, :, 28:].abs().sum() == out[..., 28:].abs().sum() == 0
+    assert numpy.allclose(explanation.as_shap(images).values, out.permute(0, 2, 3, 1), atol=1e-6)
+    # What stands there changes nothing, so it has no part in the values.
+    images[:, :, 28:] = 9.0
+    assert torch.equal(model.explain(images).values, explanation.values)
+
+
 def test_attribution_refuses_baselines(model):
     with pytest.raises(ValueError, match=r"Attribution\.attribute: argument `baselines` must be None"):
         Attribution(model).attribute(torch.zeros(2, 3, 4, 15), torch.zeros(2, 3, 4, 15))
@@ -100,6 +157,8 @@ def test_shap_names_bad_input(model, shap):
         explanation.as_shap(classes=["cat"])
     with pytest.raises(ValueError, match=r"`images` must be \(2, C, H, W\)"):
         explanation.as_shap(torch.zeros(3, 3, 4, 15))
+    with pytest.raises(TypeError, match=r"`images`.*model\.preprocess"):
+        explanation.as_shap(["image.png"])
 
 
 def test_without_shap_the_package_is_named(model, monkeypatch):

@@ -1,3 +1,4 @@
+import dataclasses
 import sys
 
 import matplotlib
@@ -89,6 +90,22 @@ def test_a_small_drawing_is_outlined_and_keeps_its_colours(explanation, ink):
     assert corners.max(0) == pytest.approx((4.5, 2.5), abs=0.15)
 
 
+def test_the_grid_is_drawn_where_the_model_looks(explanation):
+    """Over 8 of 10 rows of pixels; the rest is as white as 0."""
+    images = torch.ones(BATCH, 3, 10, 16)
+    images[:, :, :, 0] = 0.0
+    _, plain = explanation.plot(limit=1.0)
+    _, ax = dataclasses.replace(explanation, seen=(0.8, 1.0)).plot(images, limit=1.0)
+    colours = painted(ax)[:, 1:]
+    assert colours[:8] == pytest.approx(painted(plain).repeat(4, 0).repeat(4, 1)[:, 1:], abs=1e-6)
+    assert numpy.ptp(colours[8:]) == pytest.approx(0, abs=0.01)
+
+
+def test_what_was_never_trained_is_marked(explanation):
+    _, ax = dataclasses.replace(explanation, untrained=True).plot()
+    assert ax.get_title().endswith("(untrained explainer)")
+
+
 def test_title_names_class_and_probability(explanation):
     _, ax = explanation.plot(index=1, target=2, classes=["cat", "dog", "hen"])
     assert ax.get_title() == f"hen · {explanation.probabilities[1, 2]:.0%}"
@@ -159,6 +176,8 @@ def test_bad_input_is_named(explanation):
         explanation.plot(images[:1])
     with pytest.raises(ValueError, match="argument `images`"):
         explanation.plot(torch.zeros(BATCH, 2, 4, 8))
+    with pytest.raises(TypeError, match=r"argument `images`.*model\.preprocess"):
+        explanation.plot("image.png")
     with pytest.raises(ValueError, match="argument `classes` must be 3 names"):
         explanation.plot(classes=["cat"])
     with pytest.raises(ValueError, match="explanation_page: argument `exact`"):
