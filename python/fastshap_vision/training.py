@@ -36,6 +36,7 @@ from ._checks import check_choice
 from .checkpoint import Checkpoints
 from .classifier import SelfExplainingClassifier
 from .coalition_objective import CoalitionObjective
+from .data import Preprocessing
 from .objective import TaskObjective
 from .played import ExplainerObjective, PlayedGames
 from .stem import evaluation_mode
@@ -120,7 +121,8 @@ def fit(
     Args:
         model: takes images and returns logits (B, K); it is trained in place.
         train_data, eval_data: datasets of (image, label), or what `play` returned; of the latter eval_r2 is known.
-            Labels of eval_data are as in `evaluate`.
+            Labels of eval_data are as in `evaluate`. The `preprocessing` of train_data, if it has one for the model's
+            input size, becomes the model's.
         objective: called as objective(model, images, labels), it returns the terms of the loss; `.progress`, the
             share of the training that is done, is set before each step. What it holds in its `state_dict` (tensors,
             numbers, words, lists, tuples, dicts) is part of a checkpoint.
@@ -171,6 +173,8 @@ def fit(
         "grad_checkpointing": grad_checkpointing,
     }
     _check_kinds(model, objective, output)
+    if isinstance(model, SelfExplainingClassifier):
+        _prepare_file(model, train_data, output)
     settings = _checked_settings(given)
     with _as_found(model):
         if eval_data is not None:
@@ -531,6 +535,15 @@ class _TermReader:
             f"fit: the loss is {rows[first, 1].item()} {where}. Lower lr or the objective's regression_weight, or pass "
             "clip_grad=1.0. The last checkpoint is whole."
         )
+
+
+def _prepare_file(model: SelfExplainingClassifier, train_data: Dataset, output: str | Path | None) -> None:
+    """What the saved model says of itself, and whether it can be saved: now, not after the first epoch."""
+    known = getattr(train_data, "preprocessing", None)
+    if isinstance(known, Preprocessing) and known.input_size == model.game.input_size:
+        model.preprocessing = known
+    if output is not None:
+        model.check_saveable()
 
 
 def _prepare_step(model: Any, objective: Any, settings: dict[str, Any]) -> None:

@@ -536,6 +536,30 @@ def test_a_model_that_its_arguments_do_not_describe_is_not_saved(operate, reason
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+class Digits(torch.utils.data.Dataset):
+    """Images that say how they were prepared."""
+
+    preprocessing = fv.Preprocessing((3, 64, 64), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, row):
+        return images(1, 64)[0], row
+
+
+def test_training_keeps_the_preprocessing_and_refuses_what_it_could_not_save(tmp_path):
+    model = fv.convert(narrow_resnet(num_classes=7), img_size=64)
+    options = {"objective": fv.TaskObjective(), "epochs": 1, "batch_size": 2, "output": tmp_path, "progress": False}
+    fv.fit(model, Digits(), **options)
+    assert fv.SelfExplainingClassifier.from_pretrained(tmp_path).preprocessing == Digits.preprocessing
+    replace_activation(model.backbone)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="can't be saved"):
+        fv.fit(model, Digits(), **options | {"output": tmp_path / "another"})
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 @torch.no_grad()
 def test_saving_copies_no_weight_and_draws_no_number():
     model = trained("class token")
