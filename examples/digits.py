@@ -25,6 +25,7 @@ import torch
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
+from fastshap_vision.data import DIGITS_TEST_IMAGES
 from fastshap_vision.plotting import explanation_page
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -237,6 +238,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, help=f"test images to check (default {CHECKED})")
     parser.add_argument("--record", type=Path, help="write every run and the means over seeds to this file")
     options = parser.parse_args()
+    if options.epochs < 1 or (options.images is not None and not 1 <= options.images <= DIGITS_TEST_IMAGES):
+        parser.error(f"--epochs must be at least 1, and --images from 1 to {DIGITS_TEST_IMAGES}")
     options.output.mkdir(parents=True, exist_ok=True)
 
     # A core for each model: networks as small as these gain nothing from two.

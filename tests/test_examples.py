@@ -1,6 +1,7 @@
 """The demo, cut short, does all that it does in full."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("wrong", [("--epochs", "0"), ("--images", "0"), ("--images", "361"), ("--images", "-1")])
+def test_wrong_numbers_are_refused_at_once(wrong, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["digits.py", "--output", str(tmp_path / "demo"), *wrong])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "examples" / "digits.py"), run_name="__main__")
+    assert stopped.value.code == 2
+    assert "--epochs must be at least 1, and --images from 1 to 360" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
 
 
 @pytest.mark.slow

@@ -123,6 +123,7 @@ def train_explainer(options: argparse.Namespace) -> None:
         head_depth=options.head_depth,
         intermediates=options.intermediates,
         removal=run.model.removal,
+        preprocessing=run.preprocessing,
     )
     for name, value in recipe.training(model, options.mirror).items():
         if getattr(options, name) is None:
@@ -379,7 +380,7 @@ def _dataset(options: argparse.Namespace, split: str, **statistics: Any) -> Any:
 def _build(options: argparse.Namespace, data: Any) -> SelfExplainingClassifier:
     channels, size, _ = data.input_size
     try:
-        model = SelfExplainingClassifier(
+        return SelfExplainingClassifier(
             options.model,
             options.num_classes or len(data.classes),
             img_size=size,
@@ -391,18 +392,15 @@ def _build(options: argparse.Namespace, data: Any) -> SelfExplainingClassifier:
             removal=options.removal,
             pretrained=options.pretrained,
             model_kwargs={"in_chans": channels} | options.model_kwargs,
+            preprocessing=data.preprocessing,
         )
-    except (AssertionError, RuntimeError, TypeError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # timm's models raise errors of any kind for arguments that don't suit them
         raise ValueError(
             f"timm cannot build {options.model!r} for images {tuple(data.input_size)} with {options.model_kwargs}: "
             f"{error}. Check --model-kwargs and --img-size."
         ) from error
-    if model.players < 2:
-        raise ValueError(
-            f"{options.model!r} makes {model.grid[0]} x {model.grid[1]} patches of {size} x {size} pixels, but a game "
-            "needs two players. Raise --img-size, or lower the patch size (--model-kwargs patch_size=2)."
-        )
-    return model
 
 
 def _write_run(options: argparse.Namespace, data: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fastshap_vision import Explanation, SelfExplainingClassifier, recipe
+from fastshap_vision import Explanation, Preprocessing, SelfExplainingClassifier, recipe
 from fastshap_vision.cli import _parser, main
 from fastshap_vision.flags import in_flags
 
@@ -99,6 +99,8 @@ def test_train_writes_a_run(run, pictures, capsys):
     assert record["classes"] == ["ant", "bee", "cow"]
     assert record["arguments"]["lr"] == 0.001
     assert record["preprocessing"]["input_size"] == [1, 16, 16]
+    kept = SelfExplainingClassifier.from_pretrained(run).preprocessing
+    assert kept == Preprocessing.from_dict(record["preprocessing"])
     assert record["versions"]["timm"]
     assert len((run / "summary.csv").read_text().splitlines()) == 2
     model = SelfExplainingClassifier.from_pretrained(run)
@@ -130,6 +132,7 @@ def test_the_explainer_of_a_run_is_trained_and_all_else_stays(run, tmp_path, cap
     assert main([*arguments, "--epochs", "1", "--no-mirror", "--output", str(tmp_path / "less")]) == 0
     assert images == 2 * len(load_file(tmp_path / "less" / "games.safetensors")["bits"])
     config = json.loads((output / "config.json").read_text())
+    assert config["preprocessing"] == record["preprocessing"]
     assert (config["head_depth"], config["intermediates"]) == (2, True)
     assert main(["evaluate", "--checkpoint", str(output), "--num-images", "2"]) == 0
 
@@ -256,7 +259,7 @@ EXPLAINER = ("train-explainer", "--checkpoint", "x", "--output", "y")
         ((*OUTPUT, "--masked-task-weight", "nan"), "--masked-task-weight: expected a number from 0"),
         ((*OUTPUT, "--backbone-gradient", "2"), "--backbone-gradient: expected a number from 0 to 1, but got '2'"),
         ((*OUTPUT, "--regression-ramp", "0", "7"), "--regression-ramp: expected a number from 0 to 1"),
-        ((*OUTPUT, "--regression-ramp", "0.5", "0.2"), "Argument --regression-ramp must be (start, end)"),
+        ((*OUTPUT, "--regression-ramp", "0.5", "0.2"), "argument --regression-ramp must be (start, end)"),
         ((*OUTPUT, "--epochs", "0"), "--epochs: expected a whole number from 1"),
         ((*OUTPUT, "--batch-size", "1.5"), "--batch-size: expected a whole number from 1"),
         ((*OUTPUT, "--batch-size", "2000"), "(--batch-size 2000, 1 process). Lower --batch-size to at most 1437"),
@@ -277,14 +280,20 @@ EXPLAINER = ("train-explainer", "--checkpoint", "x", "--output", "y")
         ((*OUTPUT, "--dataset", "folder", "--data-dir", "absent"), "there is no folder 'absent'. Check --data-dir"),
         ((*OUTPUT, "--model-kwargs", "depth"), "--model-kwargs: expected key=value, but got 'depth'"),
         ((*OUTPUT, "--model-kwargs", "wings=2"), "timm cannot build"),
+        ((*OUTPUT, "--model-kwargs", "embed_dim=0"), "Check --model-kwargs and --img-size"),
+        ((*OUTPUT, "--model-kwargs", "depth=none"), "Check --model-kwargs and --img-size"),
         ((*OUTPUT, "--model-kwargs", "num_classes=5"), "argument --model-kwargs: --num-classes has a flag of its own"),
         ((*OUTPUT, "--model", "nonsense"), "timm has no model 'nonsense'"),
         ((*OUTPUT, "--model", "vit_smal_patch16_224"), "Did you mean vit_small_patch16_224"),
-        ((*OUTPUT, "--model", "vit_tiny_patch16_224"), "makes 0 x 0 patches"),
+        ((*OUTPUT, "--model", "vit_tiny_patch16_224"), "two are needed"),
+        ((*OUTPUT, "--model", "vit_tiny_patch16_224"), "pass --img-size"),
         ((*OUTPUT, "--model", "mixer_s32_224", "--img-size", "32"), "Supported: timm"),
         ((*OUTPUT, "--model", "resnet18", "--removal", "drop"), "Or pass --removal pixel, or leave --removal out"),
         ((*OUTPUT, "--removal", "feature"), "Argument --removal can be 'feature' for convolutional networks"),
-        ((*OUTPUT, "--model", "resnet18", "--base", "votes", "--removal", "image"), "Use --base even"),
+        (
+            (*OUTPUT, "--model", "resnet18", "--img-size", "64", "--base", "votes", "--removal", "image"),
+            "Use --base even",
+        ),
         ((*OUTPUT, "--head", "nose"), "--head: invalid choice"),
         ((*OUTPUT, "--head", "votes", "--removal", "image"), "Use --head shares, or --removal pixel"),
         ((*OUTPUT, "--removal", "blur"), "--removal: invalid choice"),

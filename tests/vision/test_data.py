@@ -273,6 +273,11 @@ def test_mirror_images_follow_the_images():
     with pytest.raises(IndexError):
         both[len(both)]
     assert sum(1 for _ in WithMirrorImages(Subset(data, range(5)))) == 10
+    with pytest.raises(TypeError, match=r"`data` must be a dataset of .*, but it is a int"):
+        WithMirrorImages(5)
+    for items, kind in (([(picture(0), 1)], "Image"), ([{"image": 0}], "dict"), ([data[0][0]], "Tensor")):
+        with pytest.raises(TypeError, match=f"each image a tensor .*, but it holds a {kind}"):
+            WithMirrorImages(items)[0]
 
 
 def test_images_are_of_their_top_folder_whatever_their_format(tmp_path, caplog):
