@@ -33,10 +33,12 @@ def make_game(backbone: Any, votes: bool, input_size: tuple[int, int, int], remo
     """
     game, chosen = _choose_game(backbone, votes, input_size, removal)
     if game.players < 2:
+        stages = getattr(backbone, "feature_info", [])
+        side = max((stage["reduction"] for stage in stages), default=max(input_size[1:]))  # of a patch, in pixels
         raise UnsupportedModelError(
             f"This {type(backbone).__name__} sees an image of {input_size[1:]} pixels as one patch, and two are needed "
             "for shares.",
-            f"Use larger images: pass img_size={2 * max(input_size[1:])}, or create the model for them.",
+            f"Pass img_size={2 * side}, or make the patches smaller (patch_size) where the model has such.",
         )
     return game, chosen
 
