@@ -23,7 +23,8 @@ def coalition_sum(features: Tensor, bits: Tensor, *, backend: str | None = None)
     out[b, m] = Σ_{p ∈ S(b, m)} features[b, p], summed in float32 (float64 for float64).
 
     Args:
-        features (float16, bfloat16, float32, float64): (B, P, L), finite; 1 ≤ P ≤ 4096.
+        features (float16, bfloat16, float32, float64): (B, P, L); 1 ≤ P ≤ 4096. An absent player's
+            numbers never matter, NaN included; a sum that a NaN or an infinity is part of is not finite.
         bits (int32): (B, M, ceil(P / 32)) coalitions of the P players.
         backend: "reference", "cpu", "triton" or "cuda"; default the best available.
 

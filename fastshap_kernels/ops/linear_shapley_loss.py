@@ -73,6 +73,8 @@ def linear_shapley_loss(
     _check_head(op, features, weight, bias)
     _checks.check_bits(op, bits, features.shape[1], features)
     dtype = check_game(op, features, weight.shape[0], bits, values, null, grand, weights, normalization, reduction)
+    # Once, though two sums need it: a gradient in half precision would be rounded once for each.
+    null = None if null is None else null.to(dtype)
     gain = gain_of(null, grand, normalization, dtype)
     weights = None if weights is None else weights.to(dtype)
     served_by = _backend.select(op, features.device, backend, _KERNELS)
@@ -104,7 +106,7 @@ def _errors(
         scale = scale / players
         pooled, total = reference_loss.pool_with_total(features, bits, dtype, pool)
         pooled, slope = pooled - scale * total, gain.squeeze(1)
-    level = weight.new_zeros(1, weight.shape[0], dtype=dtype) if null is None else null.to(dtype)
+    level = weight.new_zeros(1, weight.shape[0], dtype=dtype) if null is None else null
     level = level if level.ndim == 2 else level.unsqueeze(0)
     return LinearShapleyErrors.apply(pooled, weight, scale.squeeze(-1), slope, level, values, "fastshap_triton")
 

@@ -39,8 +39,8 @@ def shapley_regression_loss(
     residual[b, m] = values[b, m] − null[b] − Σ_{p ∈ S(b, m)} φ'[b, p],  loss = mean over B, M, K of w · residual²
 
     with φ' = φ, or with normalization="additive" φ' = φ + (grand − null − Σ_p φ_p) / P, which makes the Shapley
-    values efficient: they add up to grand − null. Computed in float32 (float64 where an argument is float64),
-    also under autocast.
+    values efficient: they add up to grand − null. Computed in float32 (float64 where φ or the
+    values are float64), also under autocast.
 
     Args:
         phi (float16, bfloat16, float32, float64): (B, P, K) Shapley values; 1 ≤ P ≤ 4096.
@@ -68,6 +68,8 @@ def shapley_regression_loss(
     check_features(op, "phi", phi, "(B, P, K)")
     _checks.check_bits(op, bits, phi.shape[1], phi)
     dtype = check_game(op, phi, phi.shape[2], bits, values, null, grand, weights, normalization, reduction)
+    # Once, though two sums need it: a gradient in half precision would be rounded once for each.
+    null = None if null is None else null.to(dtype)
     target, gain = target_of(values, null, dtype), gain_of(null, grand, normalization, dtype)
     weights = None if weights is None else weights.to(dtype)
     served_by = select_backend(op, phi, bits, backend)
@@ -184,17 +186,17 @@ def check_game(
 
 
 def gain_of(null: Tensor | None, grand: Tensor | None, normalization: str, dtype: torch.dtype) -> Tensor | None:
-    """grand − null as (B, 1, K) where the normalisation asks for it."""
+    """grand − null as (B, 1, K) where the normalisation asks for it; null is of this dtype already."""
     if normalization == "none" or grand is None:
         return None
     gain = grand.to(dtype).unsqueeze(1)
-    return gain if null is None else gain - null.to(dtype).unsqueeze(-2)
+    return gain if null is None else gain - null.unsqueeze(-2)
 
 
 def target_of(values: Tensor, null: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """values − null, (B, M, K)."""
+    """values − null, (B, M, K); null is of this dtype already."""
     target = values.to(dtype)
-    return target if null is None else target - null.to(dtype).unsqueeze(-2)
+    return target if null is None else target - null.unsqueeze(-2)
 
 
 def _check(op: str, argument: str, value: object, like: Tensor, shape: tuple[int, ...], meaning: str) -> None:

@@ -30,6 +30,8 @@ class Case:
     plain: Callable[..., Tensor] | None = None
     #: Whether the gradient is left to PyTorch, and waits for the device.
     plain_gradient: bool = False
+    #: Whether intermediate values are rounded to the inputs' dtype.
+    rounds_within: bool = False
     device: torch.device = CPU
 
     def to(self, dtype: torch.dtype) -> Case:
@@ -99,7 +101,7 @@ def mask_patches(
     def call(backend: str, images: Tensor, bits: Tensor, baseline: Tensor) -> Tensor:
         return fk.mask_patches(images, bits, grid, baseline, backend=backend)
 
-    return Case(tensors, ("images", "baseline"), call)
+    return Case(tensors, ("images", "baseline"), call, rounds_within=True)
 
 
 def pack_tokens(
@@ -140,7 +142,7 @@ def packed_attention(
             outputs.append((scores.softmax(-1) @ value).transpose(0, 1))
         return torch.cat(outputs)
 
-    return Case(tensors, ("qkv",), call, plain)
+    return Case(tensors, ("qkv",), call, plain, rounds_within=True)
 
 
 def segment_sum(
@@ -222,7 +224,7 @@ def linear_shapley_loss(
     def call(backend: str, features: Tensor, weight: Tensor, bias: Tensor, bits: Tensor, values: Tensor) -> Tensor:
         return fk.linear_shapley_loss(features, weight, bias, bits, values, reduction=reduction, backend=backend)
 
-    return Case(tensors, ("features", "weight", "bias", "values"), call)
+    return Case(tensors, ("features", "weight", "bias", "values"), call, rounds_within=True)
 
 
 def exact_shapley(draw: Draw, *, batch: int = 2, players: int = 7, classes: int = 24) -> Case:

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from accuracy import BACKEND, BACKENDS, DTYPES, KERNELS, PLAYERS, assert_accurate, random_bits
+from accuracy import BACKEND, BACKENDS, DTYPES, KERNELS, PLAYERS, assert_all_accurate, random_bits
 
 import fastshap_kernels as fk
 
@@ -27,25 +27,28 @@ def gradient(features, bits, cotangent, backend):
     return result
 
 
+def assert_sums_and_gradient_accurate(generator, features, bits, dtype):
+    cotangent = torch.randn(*bits.shape[:2], features.shape[2], generator=generator)
+
+    def run(backend, features, cotangent):
+        sums = fk.coalition_sum(features, bits, backend=backend)
+        return sums, gradient(features, bits, cotangent, backend)
+
+    assert_all_accurate(run, (features, cotangent), dtype, terms=features.shape[1] + bits.shape[1])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("players", PLAYERS)
 def test_backends_agree(generator, players, dtype):
-    batch = 3 if players < 1000 else 1
-    features, bits = features_and_bits(generator, batch, players=players)
-    cotangent = torch.randn(batch, 5, 67, generator=generator)
-    cases = [(dtype, BACKEND), (dtype, "reference"), (torch.float64, "reference")]
-    assert_accurate(*[fk.coalition_sum(features.to(t), bits, backend=backend) for t, backend in cases])
-    assert_accurate(*[gradient(features.to(t), bits, cotangent.to(t), backend) for t, backend in cases])
+    features, bits = features_and_bits(generator, 3 if players < 1000 else 1, players=players)
+    assert_sums_and_gradient_accurate(generator, features, bits, dtype)
 
 
 # More coalitions than a word has bits; features in one strip, in whole strips, and in several tiles.
 @pytest.mark.parametrize(("coalitions", "width"), [(1, 1), (2, 64), (4, 128), (33, 200), (130, 65), (3, 2100)])
 def test_sizes(generator, coalitions, width):
     features, bits = features_and_bits(generator, coalitions=coalitions, width=width)
-    cotangent = torch.randn(3, coalitions, width, generator=generator)
-    cases = [(torch.float32, BACKEND), (torch.float32, "reference"), (torch.float64, "reference")]
-    assert_accurate(*[fk.coalition_sum(features.to(t), bits, backend=backend) for t, backend in cases])
-    assert_accurate(*[gradient(features.to(t), bits, cotangent.to(t), backend) for t, backend in cases])
+    assert_sums_and_gradient_accurate(generator, features, bits, torch.float32)
 
 
 # Rows that divide into vectors of 16 bytes, one of 4 and none; few coalitions, and more than a word's bits.
@@ -53,10 +56,7 @@ def test_sizes(generator, coalitions, width):
 @pytest.mark.parametrize(("coalitions", "width"), [(8, 136), (8, 132), (9, 264), (40, 132)])
 def test_vectors(generator, coalitions, width, dtype):
     features, bits = features_and_bits(generator, 1, coalitions, width=width)
-    cotangent = torch.randn(1, coalitions, width, generator=generator)
-    cases = [(dtype, BACKEND), (dtype, "reference"), (torch.float64, "reference")]
-    assert_accurate(*[fk.coalition_sum(features.to(t), bits, backend=backend) for t, backend in cases])
-    assert_accurate(*[gradient(features.to(t), bits, cotangent.to(t), backend) for t, backend in cases])
+    assert_sums_and_gradient_accurate(generator, features, bits, dtype)
 
 
 @pytest.mark.parametrize("coalitions", [3, 20])
@@ -96,6 +96,23 @@ def test_bits_beyond_the_players_are_ignored(generator, backend):
     )
     cotangent = torch.randn(3, 5, 67, generator=generator)
     assert torch.equal(gradient(features, spoiled, cotangent, backend), gradient(features, bits, cotangent, backend))
+
+
+@pytest.mark.parametrize("rubbish", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_present_players_spoil_a_sum(generator, backend, dtype, rubbish):
+    features, bits = features_and_bits(generator, coalitions=9, dtype=dtype)
+    spoiled = features.clone()
+    spoiled[1, 7, 20] = rubbish
+    present = fk.unpack_bits(bits, 33)[1, :, 7]
+    assert 0 < present.sum() < 9
+    clean = fk.coalition_sum(features, bits, backend=backend)
+    sums = fk.coalition_sum(spoiled, bits, backend=backend)
+    reached = torch.zeros_like(clean, dtype=torch.bool)
+    reached[1, present, 20] = True
+    assert torch.equal(sums[~reached], clean[~reached])
+    assert not sums[reached].isfinite().any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -3,7 +3,7 @@ from math import factorial
 
 import pytest
 import torch
-from accuracy import BACKEND, BACKENDS, DTYPES, KERNELS, assert_accurate
+from accuracy import BACKEND, BACKENDS, DTYPES, KERNELS, assert_all_accurate
 
 import fastshap_kernels as fk
 
@@ -34,13 +34,18 @@ def test_definition(generator, players, backend):
     assert (fk.exact_shapley(values, backend=backend) - phi).abs().max() <= 1e-13
 
 
+def assert_values_accurate(values, dtype):
+    def run(backend, values):
+        return [fk.exact_shapley(values, backend=backend)]
+
+    # Every dtype is summed in float64.
+    assert_all_accurate(run, [values], dtype, terms=values.shape[-2], working=torch.float64)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("players", "classes"), [(1, 1), (2, 3), (6, 5), (7, 64), (8, 65), (9, 130), (12, 7), (15, 1)])
 def test_backends_agree(generator, players, classes, dtype):
-    values = random_values(generator, 3, 2**players, classes, dtype=dtype)
-    ours = fk.exact_shapley(values, backend=BACKEND)
-    plain = fk.exact_shapley(values, backend="reference")
-    assert_accurate(ours, plain, fk.exact_shapley(values.double(), backend="reference"))
+    assert_values_accurate(random_values(generator, 3, 2**players, classes), dtype)
 
 
 @pytest.mark.parametrize(("images", "players", "classes"), [(128, 10, 33), (40, 11, 64), (300, 4, 3), (1, 13, 129)])
@@ -48,10 +53,7 @@ def test_slices_of_every_length(generator, images, players, classes):
     """Where games are many, a thread block or program reads more of the coalitions."""
     if BACKEND == "triton":
         images = -(-images // 32)
-    values = random_values(generator, images, 2**players, classes, dtype=torch.float32)
-    ours = fk.exact_shapley(values, backend=BACKEND)
-    plain = fk.exact_shapley(values, backend="reference")
-    assert_accurate(ours, plain, fk.exact_shapley(values.double(), backend="reference"))
+    assert_values_accurate(random_values(generator, images, 2**players, classes), torch.float32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -104,15 +106,12 @@ def test_empty(shape, backend):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients(generator, dtype):
-    values = random_values(generator, 3, 2**6, 5)
-    cotangent = random_values(generator, 3, 6, 5)
+    def run(backend, values, cotangent):
+        x = values.detach().requires_grad_()
+        return torch.autograd.grad(fk.exact_shapley(x, backend=backend), x, cotangent)
 
-    def gradient(dtype, backend):
-        x = values.to(dtype).requires_grad_()
-        fk.exact_shapley(x, backend=backend).backward(cotangent.to(dtype))
-        return x.grad
-
-    assert_accurate(gradient(dtype, BACKEND), gradient(dtype, "reference"), gradient(torch.float64, "reference"))
+    inputs = random_values(generator, 3, 2**6, 5), random_values(generator, 3, 6, 5)
+    assert_all_accurate(run, inputs, dtype, terms=6, working=torch.float64)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

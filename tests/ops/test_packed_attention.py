@@ -1,6 +1,6 @@
 import pytest
 import torch
-from accuracy import BACKEND, BACKENDS, DTYPES, KERNELS, PLAYERS, assert_accurate, random_bits
+from accuracy import BACKEND, BACKENDS, DTYPES, KERNELS, PLAYERS, assert_all_accurate, random_bits
 
 import fastshap_kernels as fk
 from fastshap_kernels import _backend
@@ -28,27 +28,28 @@ def attend(qkv, lengths, scale=None):
     return torch.cat(outputs)
 
 
-def output_and_gradient(function, qkv, cotangent, dtype):
-    x = qkv.to(dtype, copy=True).requires_grad_()
+def output_and_gradient(function, qkv, cotangent):
+    x = qkv.clone().requires_grad_()
     out = function(x)
-    out.backward(cotangent.to(dtype))
+    out.backward(cotangent)
     return out.detach(), x.grad
 
 
 def assert_accurate_everywhere(generator, lengths, heads, head_dim, dtype, scale=None):
     qkv, cu_seqlens = rows_and_boundaries(generator, lengths, heads, head_dim, dtype)
-    cotangent = torch.randn(len(qkv), heads, head_dim, generator=generator, dtype=torch.float64).to(dtype)
-    plain = output_and_gradient(lambda x: attend(x, lengths, scale), qkv, cotangent, dtype)
-    exact = output_and_gradient(lambda x: attend(x, lengths, scale), qkv, cotangent, torch.float64)
-    for backend in BACKENDS:
-        ours = output_and_gradient(
-            lambda x, backend=backend: fk.packed_attention(x, cu_seqlens, max(lengths), scale=scale, backend=backend),
-            qkv,
-            cotangent,
-            dtype,
+    cotangent = torch.randn(len(qkv), heads, head_dim, generator=generator, dtype=torch.float64)
+
+    def run(backend, qkv, cotangent):
+        return output_and_gradient(
+            lambda x: fk.packed_attention(x, cu_seqlens, max(lengths), scale=scale, backend=backend), qkv, cotangent
         )
-        assert_accurate(ours[0], plain[0], exact[0])
-        assert_accurate(ours[1], plain[1], exact[1])
+
+    def plain(qkv, cotangent):
+        return output_and_gradient(lambda x: attend(x, lengths, scale), qkv, cotangent)
+
+    for backend in BACKENDS:  # probabilities are rounded to the dtype of the values
+        inputs, terms = (qkv, cotangent), max(lengths) + head_dim
+        assert_all_accurate(run, inputs, dtype, terms=terms, plain=plain, backend=backend, working=dtype)
 
 
 @pytest.mark.parametrize("dtype", SERVED)
@@ -107,9 +108,7 @@ def test_sequences_do_not_see_each_other(generator, backend):
     spoiled[5:22] = float("nan")  # the whole third sequence
     cotangent = torch.randn(len(qkv), 2, 8, generator=generator)
     clean, same = (
-        output_and_gradient(
-            lambda x: fk.packed_attention(x, cu_seqlens, 50, backend=backend), x, cotangent, torch.float32
-        )
+        output_and_gradient(lambda x: fk.packed_attention(x, cu_seqlens, 50, backend=backend), x, cotangent)
         for x in (qkv, spoiled)
     )
     for one, other in zip(clean, same, strict=True):
@@ -124,7 +123,7 @@ def test_large_scores_do_not_overflow(generator, size, backend):
     qkv, cu_seqlens = rows_and_boundaries(generator)
     qkv[:, :2] *= size
     out, gradient = output_and_gradient(
-        lambda x: fk.packed_attention(x, cu_seqlens, 50, backend=backend), qkv, torch.ones(len(qkv), 2, 8), qkv.dtype
+        lambda x: fk.packed_attention(x, cu_seqlens, 50, backend=backend), qkv, torch.ones(len(qkv), 2, 8)
     )
     torch.testing.assert_close(out, attend(qkv.double(), LENGTHS).float())
     assert torch.isfinite(gradient).all()
@@ -199,7 +198,7 @@ def test_the_number_of_threads_does_not_change_the_bits(generator):
     cotangent = torch.randn(len(qkv), 3, 24, generator=generator)
 
     def run():
-        return output_and_gradient(lambda x: fk.packed_attention(x, cu_seqlens, 130), qkv, cotangent, torch.float32)
+        return output_and_gradient(lambda x: fk.packed_attention(x, cu_seqlens, 130), qkv, cotangent)
 
     first, threads = run(), torch.get_num_threads()
     try:

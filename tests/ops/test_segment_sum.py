@@ -1,6 +1,6 @@
 import pytest
 import torch
-from accuracy import BACKEND, BACKENDS, DTYPES, KERNELS, assert_accurate
+from accuracy import BACKEND, BACKENDS, DTYPES, KERNELS, assert_all_accurate
 
 import fastshap_kernels as fk
 
@@ -29,23 +29,19 @@ def test_backends_agree(generator, width, prefix, dtype):
     rows, cu_seqlens = rows_and_boundaries(generator, lengths, width, dtype)
     cotangent = torch.randn(len(lengths), width, generator=generator, dtype=torch.float64)
 
-    def run(dtype, function):
-        x = rows.to(dtype, copy=True).requires_grad_()
-        sums = function(x)
-        sums.backward(cotangent.to(dtype))
-        return sums.detach(), x.grad
+    def run(backend, rows):
+        return [fk.segment_sum(rows, cu_seqlens, prefix, backend=backend)]
 
-    def plain(x):
-        return torch.stack([sequence[prefix:].sum(0) for sequence in x.split(lengths)])
+    def plain(rows):
+        return [torch.stack([sequence[prefix:].sum(0) for sequence in rows.split(lengths)])]
 
-    ours = run(dtype, lambda x: fk.segment_sum(x, cu_seqlens, prefix, backend=BACKEND))
-    summed, reference = (
-        run(dtype, plain),
-        run(dtype, lambda x: fk.segment_sum(x, cu_seqlens, prefix, backend="reference")),
-    )
-    assert_accurate(ours[0], summed[0], run(torch.float64, plain)[0])
-    assert torch.equal(ours[1], summed[1])
-    assert torch.equal(reference[1], summed[1])
+    def gradient(function):
+        x = rows.clone().requires_grad_()
+        return torch.autograd.grad(function(x)[0], x, cotangent.to(dtype))[0]
+
+    assert_all_accurate(run, [rows], dtype, terms=1025, plain=plain)
+    for backend in BACKENDS:
+        assert torch.equal(gradient(lambda x, backend=backend: run(backend, x)), gradient(plain))
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 8, 264])
@@ -53,18 +49,19 @@ def test_backends_agree(generator, width, prefix, dtype):
 def test_any_width_and_any_address(generator, dtype, width):
     rows, cu_seqlens = rows_and_boundaries(generator, width=width, dtype=dtype)
     flat = torch.cat([rows.new_zeros(1), rows.flatten()])
-    shifted = flat[1:].view_as(rows).requires_grad_()  # contiguous, and no multiple of 16 bytes in memory
-    cotangent = torch.randn(len(LENGTHS) * width + 1, generator=generator, dtype=torch.float64)[1:]
+    shifted = flat[1:].view_as(rows)  # contiguous, and no multiple of 16 bytes in memory
+    cotangent = torch.randn(len(LENGTHS) * width + 1, generator=generator, dtype=torch.float64)[1:].to(dtype)
 
-    def run(x, backend):
+    def gradient(x, backend):
+        x = x.detach().requires_grad_()
         sums = fk.segment_sum(x, cu_seqlens, 1, backend=backend)
-        sums.backward(cotangent.to(x.dtype).view_as(sums))
-        return sums.detach(), x.grad
+        return torch.autograd.grad(sums, x, cotangent.view_as(sums))[0]
 
-    ours, plain = run(shifted, BACKEND), run(rows.clone().requires_grad_(), "reference")
-    exact = run(rows.double().requires_grad_(), "reference")
-    assert_accurate(ours[0], plain[0], exact[0])
-    assert torch.equal(ours[1], plain[1])
+    def run(backend, rows):
+        return [fk.segment_sum(rows, cu_seqlens, 1, backend=backend)]
+
+    assert_all_accurate(run, [shifted], dtype, terms=max(LENGTHS))
+    assert torch.equal(gradient(shifted, BACKEND), gradient(rows, "reference"))
 
 
 @pytest.mark.parametrize("prefix", [2**31 - 1, 2**31 - 40])

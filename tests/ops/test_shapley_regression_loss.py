@@ -1,6 +1,8 @@
+from functools import partial
+
 import pytest
 import torch
-from accuracy import BACKEND, BACKENDS, DTYPES, KERNELS, PLAYERS, assert_accurate, random_bits
+from accuracy import BACKEND, BACKENDS, DTYPES, KERNELS, PLAYERS, assert_all_accurate, random_bits
 
 import fastshap_kernels as fk
 
@@ -55,9 +57,8 @@ def test_optional_arguments(generator, reduction):
     assert torch.equal(shared, each)
 
 
-def loss_and_gradients(game, dtype, normalization, backend):
-    phi, bits, *rest = game
-    inputs = [x.to(dtype).detach().requires_grad_() for x in (phi, *rest)]
+def loss_and_gradients(normalization, backend, phi, bits, *rest):
+    inputs = [x.detach().requires_grad_() for x in (phi, *rest)]
     # Each coalition's loss by itself: one number may be right by luck.
     switches = {"normalization": normalization, "reduction": "none", "backend": backend}
     loss = fk.shapley_regression_loss(inputs[0], bits, *inputs[1:], **switches)
@@ -70,28 +71,17 @@ def loss_and_gradients(game, dtype, normalization, backend):
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_backends_agree(generator, players, dtype, normalization):
-    # The same numbers in every dtype, so that only the arithmetic differs.
     batch, coalitions = (3, 40) if players < 1000 else (1, 12)
-    game = [
-        x if x.dtype == torch.int32 else x.to(dtype)
-        for x in make_game(generator, batch, coalitions, players=players, classes=9)
-    ]
-    cases = [(dtype, BACKEND), (dtype, "reference"), (torch.float64, "reference")]
-    for ours, plain, exact in zip(*[loss_and_gradients(game, t, normalization, b) for t, b in cases], strict=True):
-        assert_accurate(ours, plain, exact)
+    game = make_game(generator, batch, coalitions, players=players, classes=9)
+    assert_all_accurate(partial(loss_and_gradients, normalization), game, dtype, terms=players + coalitions)
 
 
 # Few coalitions and many, in vectors and without, in one tile and several.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("coalitions", "classes"), [(8, 136), (33, 264), (70, 131)])
 def test_sizes(generator, coalitions, classes, dtype):
-    game = [
-        x if x.dtype == torch.int32 else x.to(dtype)
-        for x in make_game(generator, batch=2, coalitions=coalitions, classes=classes)
-    ]
-    cases = [(dtype, BACKEND), (dtype, "reference"), (torch.float64, "reference")]
-    for ours, plain, exact in zip(*[loss_and_gradients(game, t, "none", b) for t, b in cases], strict=True):
-        assert_accurate(ours, plain, exact)
+    game = make_game(generator, batch=2, coalitions=coalitions, classes=classes)
+    assert_all_accurate(partial(loss_and_gradients, "none"), game, dtype, terms=33 + coalitions + classes)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -135,6 +125,29 @@ def test_half_precision_is_summed_and_compared_in_float32(generator):
         assert loss.dtype == torch.float32
         wide = fk.shapley_regression_loss(phi.float(), bits, values.float(), backend=backend)
         assert torch.allclose(loss, wide, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_narrow_shapley_values_of_a_float64_game_are_summed_in_float64(generator, backend):
+    phi, bits, values, *_ = make_game(generator, players=257)
+    phi = phi.float()
+    loss = fk.shapley_regression_loss(phi, bits, values, backend=backend)
+    wide = fk.shapley_regression_loss(phi.double(), bits, values, backend="reference")
+    assert abs(loss / wide - 1) <= 1e-13
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gradient_of_null_is_rounded_once(generator, dtype, backend):
+    phi, bits, values, null, grand, weights = make_game(generator, players=16, classes=10, dtype=torch.float32)
+    null = null.to(dtype)
+
+    def gradient(null):
+        x = null.detach().requires_grad_()
+        switches = {"normalization": "additive", "reduction": "sum", "backend": backend}
+        return torch.autograd.grad(fk.shapley_regression_loss(phi, bits, values, x, grand, weights, **switches), x)[0]
+
+    assert torch.equal(gradient(null), gradient(null.float()).to(dtype))
 
 
 def test_mixed_dtypes(generator):
@@ -228,9 +241,9 @@ def test_compiles_without_graph_breaks(generator, normalization):
 
 def test_five_runs_give_the_same_bits(generator):
     game = make_game(generator, classes=1100, dtype=torch.float32)
-    first = loss_and_gradients(game, torch.float32, "additive", BACKEND)
+    first = loss_and_gradients("additive", BACKEND, *game)
     for _ in range(4):
-        again = loss_and_gradients(game, torch.float32, "additive", BACKEND)
+        again = loss_and_gradients("additive", BACKEND, *game)
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 

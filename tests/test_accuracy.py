@@ -1,0 +1,114 @@
+"""The rule of `accuracy`: right results pass in whatever order they are added up, small mistakes do not."""
+
+import pytest
+import torch
+from accuracy import DTYPES, assert_accurate, spread
+
+ROWS, TERMS = 64, 300
+
+
+def numbers(generator, dtype, one_sign):
+    values = torch.randn(ROWS, TERMS, generator=generator, dtype=torch.float64)
+    return (values.abs() if one_sign else values).to(dtype)
+
+
+def add(x, chunk):
+    """The sums of rows, `chunk` numbers after one another at a time, in float32 or better; rounded at the end."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    total = torch.zeros(ROWS, dtype=wide.dtype)
+    for part in wide.split(chunk, 1):
+        partial = torch.zeros(ROWS, dtype=wide.dtype)
+        for column in part.unbind(1):
+            partial = partial + column
+        total = total + partial
+    return total.to(x.dtype)
+
+
+def check(ours, x):
+    exact = x.double().sum(1)
+    moved = spread(lambda x: [x.sum(1)], [x.double()])[0]
+    assert_accurate(ours, x.sum(1), exact, moved, TERMS)
+
+
+@pytest.mark.parametrize("one_sign", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_order_of_a_sum_is_accurate(generator, dtype, one_sign):
+    x = numbers(generator, dtype, one_sign)
+    for chunk in (16, 32, 64):
+        check(add(x, chunk), x)
+        check(add(x.flip(1), chunk), x)
+        check(add(x[:, torch.randperm(TERMS, generator=generator)], chunk), x)
+
+
+@pytest.mark.parametrize("one_sign", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_dropped_term_is_found(generator, dtype, one_sign):
+    x = numbers(generator, dtype, one_sign)
+    with pytest.raises(AssertionError):
+        check(add(x[:, 1:], TERMS), x)
+    one_row = x.clone()
+    one_row[7, 11] = 0
+    if not (one_sign and dtype == torch.bfloat16):  # there the sum is rounded by as much
+        with pytest.raises(AssertionError):
+            check(add(one_row, TERMS), x)
+
+
+@pytest.mark.parametrize("one_sign", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_missing_scale_is_found(generator, dtype, one_sign):
+    """P / (P - 1) where it should be 1."""
+    x = numbers(generator, dtype, one_sign)
+    players = 32 if dtype == torch.bfloat16 else TERMS  # a rounding to bfloat16 is as large as 1 / 256
+    ours = (add(x.double(), TERMS) * players / (players - 1)).to(dtype)
+    with pytest.raises(AssertionError):
+        check(ours, x)
+
+
+@pytest.mark.parametrize("one_sign", [True, False])
+def test_bfloat16_where_float32_belongs_is_found(generator, one_sign):
+    x = numbers(generator, torch.float32, one_sign)
+    with pytest.raises(AssertionError):  # terms
+        check(add(x.bfloat16().float(), TERMS), x)
+    with pytest.raises(AssertionError):  # the result
+        check(add(x, TERMS).bfloat16().float(), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("one_sign", [True, False])
+def test_sums_in_half_precision_are_found(generator, dtype, one_sign):
+    x = numbers(generator, dtype, one_sign)
+    total = torch.zeros(ROWS, dtype=dtype)
+    for column in x.unbind(1):
+        total = total + column
+    with pytest.raises(AssertionError):
+        check(total, x)
+    halves = x[:, ::2].float().sum(1).to(dtype) + x[:, 1::2].float().sum(1).to(dtype)  # rounded three times
+    with pytest.raises(AssertionError):
+        check(halves, x)
+
+
+def test_float32_where_float64_belongs_is_found(generator):
+    x = numbers(generator, torch.float64, False)
+    with pytest.raises(AssertionError):
+        check(add(x.float(), TERMS).double(), x)
+
+
+def test_few_values_are_held_by_their_arithmetic_alone():
+    """Plain PyTorch may be exact by luck: twice nothing is nothing."""
+    x = torch.tensor([[1.0, 2.0**-24, 2.0**-24, 2.0**-24, 2.0**-24, 2.0**-24]])
+    exact = x.double().sum(1)
+    moved = spread(lambda x: [x.sum(1)], [x.double()])[0]
+    sequential = torch.ones(1)
+    assert_accurate(sequential, exact.float(), exact, moved, 6)
+    with pytest.raises(AssertionError):
+        assert_accurate(sequential.bfloat16().float() + 2**-10, exact.float(), exact, moved, 6)
+
+
+def test_what_is_not_finite_or_of_another_dtype_is_found(generator):
+    x = numbers(generator, torch.float32, False)
+    spoiled = x.sum(1)
+    spoiled[3] = torch.nan
+    with pytest.raises(AssertionError):
+        check(spoiled, x)
+    with pytest.raises(AssertionError):
+        check(x.sum(1).double(), x)
