@@ -15,11 +15,11 @@ _BLOCKS = 1024  # Philox blocks a program: 8 a thread, so 32 keys in registers
 
 
 @triton.jit
-def _philox(seed, index, block, STREAM: tl.constexpr):
+def _philox(seed_low, seed_high, index, block, STREAM: tl.constexpr):
     """Philox4x32-10 with counter (index, block, stream): four uint32 tensors."""
     x0, x1 = index.to(tl.uint32), (index >> 32).to(tl.uint32)
     x2, x3 = block.to(tl.uint32), tl.full(block.shape, STREAM, tl.uint32)
-    key0, key1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    key0, key1 = seed_low.to(tl.uint32), seed_high.to(tl.uint32)
     for _ in tl.static_range(10):
         # One wide product a word: Triton's interpreter takes umulhi apart element by element.
         product0 = x0.to(tl.uint64) * 0xD2511F53
@@ -34,9 +34,9 @@ def _philox(seed, index, block, STREAM: tl.constexpr):
 
 
 @triton.jit
-def _sizes(thresholds, index, seed, PLAYERS: tl.constexpr):
+def _sizes(thresholds, index, seed_low, seed_high, PLAYERS: tl.constexpr):
     """One more than the number of thresholds that are no larger than each draw: they rise."""
-    first, second, _, _ = _philox(seed, index, tl.zeros_like(index), 0)
+    first, second, _, _ = _philox(seed_low, seed_high, index, tl.zeros_like(index), 0)
     draw = (first.to(tl.int64) << 31) + (second >> 1).to(tl.int64)
     count = tl.zeros_like(index).to(tl.int32)
     for step in tl.static_range(11, -1, -1):  # 2^12 players at most
@@ -67,14 +67,15 @@ def _write(bits, row, group, present, keep, complement, word, PLAYERS: tl.conste
     tl.store(to + WORDS, ~packed & used, mask=inside & complement[None, :])
 
 
-@triton.jit(do_not_specialize=["count", "drawn", "coalitions", "seed", "offset"])
+@triton.jit(do_not_specialize=["count", "drawn", "coalitions", "seed_low", "seed_high", "offset"])
 def _sample(
     thresholds,  # [P - 2]
     bits,  # [B, M, W]
     count: tl.int64,  # coalitions drawn, in all images
     drawn,  # of an image
     coalitions,  # M
-    seed: tl.int64,
+    seed_low: tl.int64,  # the seed in halves: of a number past 2^31 the interpreter makes 32 bits, which it then shifts
+    seed_high: tl.int64,
     offset: tl.int64,
     PAIRED: tl.constexpr,
     PLAYERS: tl.constexpr,
@@ -87,12 +88,12 @@ def _sample(
     member = number % drawn * (2 if PAIRED else 1)
     row = number // drawn * coalitions + member
     index = row + offset
-    size = _sizes(thresholds, index, seed, PLAYERS)
+    size = _sizes(thresholds, index, seed_low, seed_high, PLAYERS)
 
     group = tl.arange(0, GROUPS)
     block = group[:, None, None] * 32 + tl.arange(0, 32)[None, None, :]
     block, which = tl.broadcast(block, index[None, :, None])
-    key0, key1, key2, key3 = _philox(seed, which, block, 1)
+    key0, key1, key2, key3 = _philox(seed_low, seed_high, which, block, 1)
     # Keys past the last player are as large as can be: never below a limit, and last among their equals.
     player = group[:, None, None] * 128 + tl.arange(0, 32)[None, None, :]
     last = tl.full([1, 1, 1], 0xFFFFFFFF, tl.uint32)
@@ -159,7 +160,8 @@ def sample_coalitions(
         batch * drawn,
         drawn,
         coalitions,
-        seed,
+        seed & 0xFFFFFFFF,
+        seed >> 32,
         offset,
         PAIRED=paired,
         PLAYERS=players,

@@ -98,6 +98,14 @@ def test_backends_agree(players, paired, coalitions, draws):
         assert ours.shape == (3, coalitions, (players + 31) // 32)
 
 
+@pytest.mark.parametrize("seed", [0, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1])
+def test_backends_agree_at_the_ends_of_words(seed):
+    """Where a number of 32 bits ends, signed or not, or one of 64."""
+    for offset in (0, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1 - 6):
+        ours = fk.sample_coalitions(2, 3, 70, seed=seed, offset=offset, backend=BACKEND)
+        assert torch.equal(ours, fk.sample_coalitions(2, 3, 70, seed=seed, offset=offset, backend="reference"))
+
+
 @pytest.mark.parametrize("paired", [True, False])
 @pytest.mark.parametrize("players", [64, 196, 300, 700, 1000, 1500, 2000, 3000])
 def test_every_number_of_groups_of_players(players, paired):
