@@ -4,6 +4,8 @@ The floor is the bytes of the features read once (the sums are M / P of them); b
 once. An add a coalition and value would take longer than that from about 8 coalitions on; on the tensor cores it is
 free. 0 and 1 are exact in every format and a float32 is the sum of three bfloat16, so that the products are exact and
 the sums those of float32. float64 is added up row by row.
+0 times NaN is NaN, whoever has it: a tile that ends with a NaN, and no other, is added up anew, a present player after
+the other.
 """
 
 from __future__ import annotations
@@ -72,6 +74,31 @@ def sum_players(
     return total
 
 
+@triton.jit
+def is_spoiled(total):
+    """Whether a NaN or an infinity may have come from an absent player: 1 or 0. Looking at each value costs time."""
+    return tl.max(tl.max((total != total).to(tl.int32), 1), 0)
+
+
+@triton.jit
+def sum_present(
+    features,  # [P, L] of one image
+    bits,  # [W] of one coalition
+    column,  # [WIDTH]
+    players,
+    player_step,
+    width,
+    WIDTH: tl.constexpr,
+):
+    """[WIDTH] sums over the present players of one coalition, which are chosen and not multiplied."""
+    total = tl.zeros([WIDTH], tl.float32)
+    for player in range(players):
+        present = (tl.load(bits + player // 32) >> (player % 32)) & 1
+        row = features + tl.cast(player, tl.int64) * player_step
+        total += tl.load(row + column, mask=(column < width) & (present != 0), other=0.0).to(tl.float32)
+    return total
+
+
 # Steps come in units of UNIT values, so that the compiler knows what divides them: a row of 1000 bfloat16 is read in
 # vectors of 8.
 @triton.jit
@@ -97,9 +124,12 @@ def _forward(
     # The chunks that read the same features run side by side.
     member = program % chunks * COALITIONS + tl.arange(0, COALITIONS)
     column = program // chunks % tiles * WIDTH + tl.arange(0, WIDTH)
+    words = tl.cdiv(players, 32)
+    features += image * (image_units * UNIT)
+    bits += image * coalitions * words
     total = sum_players(
-        features + image * (image_units * UNIT),
-        bits + image * coalitions * tl.cdiv(players, 32),
+        features,
+        bits,
         member,
         column,
         coalitions,
@@ -112,7 +142,17 @@ def _forward(
     )
     row = (image * coalitions + member)[:, None]
     inside = (member < coalitions)[:, None] & (column < width)[None, :]
-    tl.store(out + row * width + column[None, :], total.to(out.dtype.element_ty), mask=inside)
+    if total.dtype == tl.float64:
+        tl.store(out + row * width + column[None, :], total, mask=inside)
+    else:
+        spoiled = is_spoiled(total)
+        tl.store(out + row * width + column[None, :], total.to(out.dtype.element_ty), mask=inside & (spoiled == 0))
+        if spoiled != 0:
+            first = program % chunks * COALITIONS
+            for m in range(first, tl.minimum(first + COALITIONS, coalitions)):
+                sums = sum_present(features, bits + m * words, column, players, player_units * UNIT, width, WIDTH)
+                at = out + (image * coalitions + m) * width + column
+                tl.store(at, sums.to(out.dtype.element_ty), mask=column < width)
 
 
 @triton.jit

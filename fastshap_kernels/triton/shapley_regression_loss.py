@@ -11,7 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .coalition_sum import accumulate, rows_of, scatter, stages, sum_players, unit_of, whole_rows
+from .coalition_sum import (
+    accumulate,
+    is_spoiled,
+    rows_of,
+    scatter,
+    stages,
+    sum_players,
+    sum_present,
+    unit_of,
+    whole_rows,
+)
 
 _WIDTH = 128  # classes of a program
 
@@ -41,9 +51,12 @@ def _forward(
     member = program % chunks * COALITIONS + tl.arange(0, COALITIONS)
     tile = program // chunks % tiles
     column = tile * WIDTH + tl.arange(0, WIDTH)
+    words = tl.cdiv(players, 32)
+    phi += image * (image_units * UNIT)
+    bits += image * coalitions * words
     total = sum_players(
-        phi + image * (image_units * UNIT),
-        bits + image * coalitions * tl.cdiv(players, 32),
+        phi,
+        bits,
         member,
         column,
         coalitions,
@@ -58,8 +71,21 @@ def _forward(
     at = row[:, None] * width + column[None, :]
     inside = (member < coalitions)[:, None] & (column < width)[None, :]
     missing = tl.where(inside, total - tl.load(target + at, mask=inside, other=0.0), 0.0)
-    tl.store(residual + at, missing, mask=inside)
-    tl.store(partial + row * tiles + tile, tl.sum(missing * missing, 1), mask=member < coalitions)
+    spoiled = 0
+    if total.dtype != tl.float64:
+        spoiled = is_spoiled(total)
+    tl.store(residual + at, missing, mask=inside & (spoiled == 0))
+    squares = tl.sum(missing * missing, 1)
+    tl.store(partial + row * tiles + tile, squares, mask=(member < coalitions) & (spoiled == 0))
+    if spoiled != 0:
+        first = program % chunks * COALITIONS
+        for m in range(first, tl.minimum(first + COALITIONS, coalitions)):
+            sums = sum_present(phi, bits + m * words, column, players, player_units * UNIT, width, WIDTH)
+            to = image * coalitions + m
+            goal = tl.load(target + to * width + column, mask=column < width, other=0.0)
+            missed = tl.where(column < width, sums - goal, 0.0)
+            tl.store(residual + to * width + column, missed, mask=column < width)
+            tl.store(partial + to * tiles + tile, tl.sum(missed * missed, 0))
 
 
 def shapley_regression_loss(phi: Tensor, bits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -98,6 +98,7 @@ def test_bits_beyond_the_players_are_ignored(generator, backend):
     assert torch.equal(gradient(features, spoiled, cotangent, backend), gradient(features, bits, cotangent, backend))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's, under Triton's interpreter
 @pytest.mark.parametrize("rubbish", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -111,7 +112,7 @@ def test_only_present_players_spoil_a_sum(generator, backend, dtype, rubbish):
     sums = fk.coalition_sum(spoiled, bits, backend=backend)
     reached = torch.zeros_like(clean, dtype=torch.bool)
     reached[1, present, 20] = True
-    assert torch.equal(sums[~reached], clean[~reached])
+    torch.testing.assert_close(sums[~reached], clean[~reached])
     assert not sums[reached].isfinite().any()
 
 
