@@ -126,7 +126,7 @@ def pack_tokens() -> Iterator[Case]:
         )
         yield Case(
             f"pack_tokens_backward {label}",
-            lambda ops, grad=grad: ops.pack_tokens_backward(grad, bits(2, 8, 196), cu_seqlens(16), 1, 197),
+            lambda ops, grad=grad: ops.pack_tokens_backward(grad, bits(2, 8, 196), cu_seqlens(16), 1, 197, True),
             {"_backward": WIDE_ACCESS},
         )
 

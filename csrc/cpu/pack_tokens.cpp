@@ -49,6 +49,22 @@ int64_t count_present(const int32_t* bits, int64_t bit_words, int64_t players) {
   return present;
 }
 
+// Whether coalitions 2j and 2j + 1 of each image are complements.
+bool is_paired(const Packing& packing, const Tensor& bits) {
+  const int32_t* first = bits.const_data_ptr<int32_t>();
+  for (int64_t pair = 0; pair < packing.images * packing.coalitions / 2; ++pair) {
+    const int32_t* second = first + packing.bit_words;
+    for (int64_t word = 0; word < packing.bit_words; ++word) {
+      const uint32_t one = present_players(first, word, packing.players);
+      const uint32_t other = present_players(second, word, packing.players);
+      if ((one & other) != 0) return false;
+      if (std::popcount(one | other) != std::min<int64_t>(32, packing.players - 32 * word)) return false;
+    }
+    first = second + packing.bit_words;
+  }
+  return packing.coalitions % 2 == 0;
+}
+
 // tokens (B, Q + P, row_bytes) → rows (T, row_bytes). Bytes, since a copy needs no element type.
 void copy_tokens(const Packing& packing, int64_t row_bytes, const char* tokens, const int32_t* bits,
                  const int32_t* cu_seqlens, char* rows) {
@@ -152,11 +168,10 @@ std::tuple<Tensor, Tensor> pack_tokens(const Tensor& tokens, const Tensor& bits,
   const Packing packing = make_packing(coalitions, tokens.size(1), prefix, tokens.size(2));
   Tensor cu_seqlens = make_cu_seqlens(packing, coalitions);
   const int64_t total = cu_seqlens.const_data_ptr<int32_t>()[packing.images * packing.coalitions];
-  const int64_t promised = packing.images * (packing.coalitions / 2) * (packing.players + 2 * prefix);
-  STD_TORCH_CHECK(!paired || total == promised,
-                  "pack_tokens: argument `bits` must be pairs of complements with ", promised,
-                  " tokens in all, since `paired` is True, but it has ", total,
-                  ". Sample with paired=True, or leave `paired` out.");
+  STD_TORCH_CHECK(
+      !paired || is_paired(packing, coalitions),
+      "pack_tokens: argument `bits` must be pairs of complements, since `paired` is True, but it is "
+      "not. Sample with paired=True, or leave `paired` out.");
   STD_TORCH_CHECK(given < 0 || total <= given, "pack_tokens: argument `rows` must be at least ", total,
                   ", the tokens present, but it is ", given, ".");
   Tensor rows = torch::stable::empty({given < 0 ? total : given, packing.width}, tokens.scalar_type());
@@ -169,9 +184,9 @@ std::tuple<Tensor, Tensor> pack_tokens(const Tensor& tokens, const Tensor& bits,
   return {rows, cu_seqlens};
 }
 
-// grad (T, D) → (B, length, D).
+// grad (T, D) → (B, length, D). Pairs need nothing of their own: pack_tokens has checked the promise.
 Tensor pack_tokens_backward(const Tensor& grad, const Tensor& bits, const Tensor& cu_seqlens, int64_t prefix,
-                            int64_t length) {
+                            int64_t length, bool /* paired */) {
   const Tensor rows = torch::stable::contiguous(grad), coalitions = torch::stable::contiguous(bits);
   const Tensor boundaries = torch::stable::contiguous(cu_seqlens);
   const Packing packing = make_packing(coalitions, length, prefix, grad.size(1));

@@ -302,10 +302,10 @@ std::tuple<Tensor, Tensor> pack_tokens(const Tensor& tokens, const Tensor& bits,
 
 // grad (T, D) → (B, length, D).
 Tensor pack_tokens_backward(const Tensor& grad, const Tensor& bits, const Tensor& cu_seqlens, int64_t prefix,
-                            int64_t length) {
+                            int64_t length, bool paired) {
   const Tensor source = torch::stable::contiguous(grad), coalitions = torch::stable::contiguous(bits);
   const Tensor starts = torch::stable::contiguous(cu_seqlens);
-  Packing packing = make_packing(coalitions, length, prefix, grad.size(1), false);
+  Packing packing = make_packing(coalitions, length, prefix, grad.size(1), paired);
   packing.total = grad.size(0);
   STD_TORCH_CHECK(
       starts.size(0) == packing.images * packing.coalitions + 1,

@@ -107,21 +107,47 @@ class LayerNormSegmentSum(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         rows, cu_seqlens, weight, _, ctx.prefix, ctx.eps, ctx.namespace = inputs
         ctx.save_for_backward(rows, cu_seqlens, weight, output[1])
-        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, grad_normalized: Tensor | None) -> tuple[Tensor | None, ...]:
         rows, cu_seqlens, weight, normalized = ctx.saved_tensors
-        kernels = _library.kernels(ctx.namespace)
+        backward = _library.kernels(ctx.namespace).layer_norm_segment_sum_backward
         grad_rows = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_rows = kernels.layer_norm_segment_sum_backward(grad, rows, cu_seqlens, weight, ctx.prefix, ctx.eps)
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[0] and grad is not None:
+            grad_rows = backward(grad, rows, cu_seqlens, weight, ctx.prefix, ctx.eps)
+        if ctx.needs_input_grad[0] and grad_normalized is not None:  # of a second derivative, by way of the weight's
+            more = backward(grad_normalized.to(rows.dtype), rows, cu_seqlens, None, ctx.prefix, ctx.eps)
+            grad_rows = more if grad_rows is None else grad_rows + more
+        if ctx.needs_input_grad[2] and grad is not None:
             grad_weight = (grad.to(normalized.dtype) * normalized).sum(0)
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[3] and grad is not None:
             counts = (cu_seqlens.diff() - ctx.prefix).clamp_min(0).to(normalized.dtype)
             grad_bias = (grad.to(normalized.dtype) * counts.unsqueeze(1)).sum(0)
         return grad_rows, None, grad_weight, grad_bias, None, None, None
+
+
+class LayerNormSegmentSumBackward:
+    """The gradient of the gradient, which is rare: that of the reference, in plain PyTorch."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        grad, rows, cu_seqlens, weight, ctx.prefix, ctx.eps, ctx.namespace = inputs
+        ctx.save_for_backward(grad, rows, cu_seqlens, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_out, rows, cu_seqlens, weight = ctx.saved_tensors
+
+        def gradient(grad_out: Tensor, rows: Tensor, weight: Tensor | None = None) -> Tensor:
+            def sums(rows: Tensor) -> Tensor:
+                return reference.layer_norm_segment_sum(rows, cu_seqlens, weight, None, ctx.prefix, ctx.eps)
+
+            return torch.func.vjp(sums, rows)[1](grad_out)[0]
+
+        given = (grad_out, rows) if weight is None else (grad_out, rows, weight)
+        of_grad, of_rows, *of_weight = torch.func.vjp(gradient, *given)[1](grad)
+        return of_grad, of_rows, None, of_weight[0] if of_weight else None, None, None, None
 
 
 @_library.define(
@@ -147,3 +173,4 @@ def _fake_backward(
 
 
 _library.register_autograd("layer_norm_segment_sum", LayerNormSegmentSum)
+_library.register_autograd("layer_norm_segment_sum_backward", LayerNormSegmentSumBackward)

@@ -127,10 +127,40 @@ class LinearShapleyErrors(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.needs_input_grad[2]:
+            raise RuntimeError("linear_shapley_errors: argument `scale` has no gradient. Pass it detached.")
         values_too = ctx.needs_input_grad[5]
         backward = _library.kernels(ctx.namespace).linear_shapley_errors_backward
         pooled, weight, slope, level, values = backward(grad, *ctx.saved_tensors, values_too)
         return pooled, weight, None, slope, level, values if values_too else None, None
+
+
+class LinearShapleyErrorsBackward:
+    """The gradient of the gradient, which is rare: that of the reference, in plain PyTorch."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.values_too, ctx.namespace = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad, pooled, weight, scale, *others = ctx.saved_tensors
+        if ctx.needs_input_grad[3]:
+            raise RuntimeError("linear_shapley_errors_backward: argument `scale` has no gradient. Pass it detached.")
+
+        def errors(pooled: Tensor, weight: Tensor, *others: Tensor) -> Tensor:
+            with torch.autocast(pooled.device.type, enabled=False):
+                return reference.linear_shapley_errors(pooled, weight, scale, *others)
+
+        def gradients(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            found = torch.func.vjp(errors, *inputs)[1](grad)
+            return found if ctx.values_too else found[:-1]
+
+        if not ctx.values_too:
+            grads = grads[:-1]
+        found = torch.func.vjp(gradients, grad, pooled, weight, *others)[1](grads)
+        return *found[:3], None, *found[3:], None, None
 
 
 @_library.define(
@@ -167,6 +197,7 @@ def _fake_backward(
 
 
 _library.register_autograd("linear_shapley_errors", LinearShapleyErrors)
+_library.register_autograd("linear_shapley_errors_backward", LinearShapleyErrorsBackward)
 
 
 def _check_head(op: str, features: Tensor, weight: Tensor, bias: Tensor | None) -> None:

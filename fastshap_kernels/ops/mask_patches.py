@@ -141,6 +141,25 @@ class MaskPatches(torch.autograd.Function):
         return grad_images, None, grad_baseline, None, None, None, None
 
 
+class MaskPatchesBackward:
+    """The backward pass is linear: its own gradient is a mask_patches beside a baseline of 0, or of 0 beside one."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        grad, bits, rows, columns, ctx.present, _, ctx.namespace = inputs
+        ctx.save_for_backward(bits)
+        ctx.grid = (rows, columns)
+        ctx.dtype = grad.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (bits,) = ctx.saved_tensors
+        zeros = torch.zeros_like(grad)
+        images, baseline = (grad, zeros) if ctx.present else (zeros, grad)
+        masked = _library.kernels(ctx.namespace).mask_patches(images, bits, baseline, *ctx.grid, ctx.dtype)
+        return masked, None, None, None, None, None, None
+
+
 @_library.define(
     "mask_patches",
     "(Tensor images, Tensor bits, Tensor baseline, int rows, int columns, ScalarType dtype) -> Tensor",
@@ -160,3 +179,4 @@ def _fake_backward(grad: Tensor, bits: Tensor, rows: int, columns: int, present:
 
 
 _library.register_autograd("mask_patches", MaskPatches)
+_library.register_autograd("mask_patches_backward", MaskPatchesBackward)

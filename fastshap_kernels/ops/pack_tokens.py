@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _backend, _checks, _library
 from ..reference import pack_tokens as reference
+from ..reference.pack_bits import unpack_bits
 
 _KERNELS = ("cuda", "triton", "cpu")
 
@@ -36,7 +37,7 @@ def pack_tokens(
         paired: a promise that coalitions 2j and 2j + 1 of an image are complements (M even). The number of rows,
             T = B · (M / 2) · (P + 2Q), then follows from the shapes: no wait for the device, and
             torch.compile(fullgraph=True) works. Without it T is counted from the bits. A GPU does not check the
-            promise: its kernels take coalition 2j + 1 to be the complement of 2j.
+            promise: its kernels take coalition 2j + 1 to be the complement of 2j, forward and backward.
         rows: a fixed number of rows, at least T, for coalitions that are no pairs: shapes don't depend on the bits
             then either. The rows past T are 0 and form further sequences. A GPU checks that it is enough when its
             turn comes, as an assertion on the device.
@@ -91,6 +92,12 @@ def _surplus_ends(cu_seqlens: Tensor, rows: int, length: int) -> Tensor:
     return (cu_seqlens[-1] + ends).clamp_max(rows)
 
 
+def _is_paired(bits: Tensor, players: int) -> bool:
+    """Whether coalitions 2j and 2j + 1 are complements, for every j."""
+    present = unpack_bits(bits, players)
+    return bool((present[:, 0::2] != present[:, 1::2]).all())
+
+
 def _paired_total(bits: Tensor, length: int, prefix: int) -> int:
     """Rows of a packed batch of complementary pairs."""
     return bits.shape[0] * (bits.shape[1] // 2) * (length + prefix)
@@ -103,12 +110,12 @@ def _reference(tokens: Tensor, bits: Tensor, prefix: int, paired: bool, total: i
         counted = int(cu_seqlens[-1])
         if total is not None and counted > total:
             _checks.fail("pack_tokens", "rows", f"at least {counted}, the tokens present", total)
-        if paired and counted != promised:
+        if paired and not _is_paired(bits, tokens.shape[1] - prefix):
             _checks.fail(
                 "pack_tokens",
                 "bits",
-                f"pairs of complements with {promised} tokens in all, since `paired` is True",
-                counted,
+                "pairs of complements, since `paired` is True",
+                bits,
                 "Sample with paired=True, or leave `paired` out.",
             )
     return rows, cu_seqlens
@@ -125,18 +132,33 @@ class PackTokens(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        tokens, bits, prefix, _, _, ctx.namespace = inputs
+        tokens, bits, ctx.prefix, ctx.paired, _, ctx.namespace = inputs
         ctx.save_for_backward(bits, output[1])
         ctx.mark_non_differentiable(output[1])
-        ctx.prefix = prefix
         ctx.length = tokens.shape[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         bits, cu_seqlens = ctx.saved_tensors
         kernels = _library.kernels(ctx.namespace)
-        grad_tokens = kernels.pack_tokens_backward(grad, bits, cu_seqlens, ctx.prefix, ctx.length)
+        grad_tokens = kernels.pack_tokens_backward(grad, bits, cu_seqlens, ctx.prefix, ctx.length, ctx.paired)
         return grad_tokens, None, None, None, None, None
+
+
+class PackTokensBackward:
+    """The backward pass is linear too: its own gradient is a pack_tokens into as many rows."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        grad, bits, _, ctx.prefix, _, ctx.paired, ctx.namespace = inputs
+        ctx.save_for_backward(bits)
+        ctx.total = _COUNTED if ctx.paired else grad.shape[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (bits,) = ctx.saved_tensors
+        rows, _ = _library.kernels(ctx.namespace).pack_tokens(grad, bits, ctx.prefix, ctx.paired, ctx.total)
+        return rows, None, None, None, None, None, None
 
 
 @_library.define(
@@ -154,10 +176,11 @@ def _fake(tokens: Tensor, bits: Tensor, prefix: int, paired: bool, total: int | 
 
 @_library.define(
     "pack_tokens_backward",
-    "(Tensor grad, Tensor bits, Tensor cu_seqlens, int prefix, int length) -> Tensor",
+    "(Tensor grad, Tensor bits, Tensor cu_seqlens, int prefix, int length, bool paired) -> Tensor",
 )
-def _fake_backward(grad: Tensor, bits: Tensor, cu_seqlens: Tensor, prefix: int, length: int) -> Tensor:
+def _fake_backward(grad: Tensor, bits: Tensor, cu_seqlens: Tensor, prefix: int, length: int, paired: bool) -> Tensor:
     return grad.new_empty(bits.shape[0], length, grad.shape[1])
 
 
 _library.register_autograd("pack_tokens", PackTokens)
+_library.register_autograd("pack_tokens_backward", PackTokensBackward)

@@ -29,7 +29,8 @@ def packed_attention(
         backend: "reference", "cpu", "triton" or "cuda"; default the best available.
 
     Returns:
-        (T, heads, head_dim). Gradients flow to `qkv`.
+        (T, heads, head_dim). Gradients flow to `qkv`; second ones are those of the reference, which keeps
+        `max_seqlen`² scores of every sequence and head.
 
     Raises:
         ValueError: if shapes, dtypes or devices do not match, or, on the CPU, if `cu_seqlens` does not rise from
@@ -88,6 +89,28 @@ class PackedAttention(torch.autograd.Function):
         return grad_qkv, None, None, None, None
 
 
+class PackedAttentionBackward:
+    """The gradient of the gradient, which is rare: that of the reference, in plain PyTorch."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        grad, qkv, cu_seqlens, ctx.max_seqlen, _, ctx.scale, ctx.namespace = inputs
+        ctx.save_for_backward(grad, qkv, cu_seqlens)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_out, qkv, cu_seqlens = ctx.saved_tensors
+
+        def attend(qkv: Tensor) -> Tensor:
+            return reference.packed_attention(qkv, cu_seqlens, ctx.max_seqlen, ctx.scale)
+
+        def gradient(grad_out: Tensor, qkv: Tensor) -> Tensor:
+            return torch.func.vjp(attend, qkv)[1](grad_out)[0]
+
+        of_grad, of_qkv = torch.func.vjp(gradient, grad_out, qkv)[1](grad)
+        return of_grad, of_qkv, None, None, None, None, None
+
+
 @_library.define(
     "packed_attention",
     "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale) -> (Tensor out, Tensor logsumexp)",
@@ -109,3 +132,4 @@ def _fake_backward(
 
 
 _library.register_autograd("packed_attention", PackedAttention)
+_library.register_autograd("packed_attention_backward", PackedAttentionBackward)

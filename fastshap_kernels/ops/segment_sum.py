@@ -67,6 +67,20 @@ class SegmentSum(torch.autograd.Function):
         return kernels.segment_sum_backward(grad, cu_seqlens, ctx.prefix, ctx.total), None, None, None
 
 
+class SegmentSumBackward:
+    """The backward pass is linear too: its own gradient is a segment_sum."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, cu_seqlens, ctx.prefix, _, ctx.namespace = inputs
+        ctx.save_for_backward(cu_seqlens)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (cu_seqlens,) = ctx.saved_tensors
+        return _library.kernels(ctx.namespace).segment_sum(grad, cu_seqlens, ctx.prefix), None, None, None, None
+
+
 @_library.define(
     "segment_sum",
     "(Tensor rows, Tensor cu_seqlens, int prefix) -> Tensor",
@@ -84,3 +98,4 @@ def _fake_backward(grad: Tensor, cu_seqlens: Tensor, prefix: int, total: int) ->
 
 
 _library.register_autograd("segment_sum", SegmentSum)
+_library.register_autograd("segment_sum_backward", SegmentSumBackward)

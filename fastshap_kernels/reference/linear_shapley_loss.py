@@ -9,6 +9,19 @@ from .coalition_sum import Pool
 from .shapley_regression_loss import pool_with_total, sizes, squared_error
 
 
+def linear_shapley_errors(
+    pooled: Tensor, weight: Tensor, scale: Tensor, slope: Tensor, level: Tensor, values: Tensor
+) -> Tensor:
+    """pooled (B, M, L), weight (K, L), scale (B, M), slope and level (B or 1, K), values (B, M, K) → (B, M).
+
+    Σ_k (pooled · weight + scale · slope + level − values)² in the dtype of `pooled`.
+    """
+    dtype = pooled.dtype
+    predicted = torch.nn.functional.linear(pooled, weight.to(dtype))
+    predicted = predicted + scale.unsqueeze(-1) * slope.unsqueeze(1) + level.unsqueeze(1)
+    return (predicted - values.to(dtype)).square().sum(-1)
+
+
 def linear_shapley_loss(
     features: Tensor,
     weight: Tensor,

@@ -183,7 +183,9 @@ def pack_tokens(tokens: Tensor, bits: Tensor, prefix: int, paired: bool, total: 
     return rows, cu_seqlens
 
 
-def pack_tokens_backward(grad: Tensor, bits: Tensor, cu_seqlens: Tensor, prefix: int, length: int) -> Tensor:
+def pack_tokens_backward(
+    grad: Tensor, bits: Tensor, cu_seqlens: Tensor, prefix: int, length: int, paired: bool
+) -> Tensor:
     grad, bits, cu_seqlens = grad.contiguous(), bits.contiguous(), cu_seqlens.contiguous()
     batch, coalitions = bits.shape[:2]
     total, width = grad.shape
@@ -192,7 +194,7 @@ def pack_tokens_backward(grad: Tensor, bits: Tensor, cu_seqlens: Tensor, prefix:
     out = grad.new_empty(batch, length, width)
     if not out.numel():
         return out
-    places, _ = _place_tokens(bits, prefix, length, paired=False)
+    places, _ = _place_tokens(bits, prefix, length, paired)
     columns = _columns(width)
     _backward[(batch * triton.cdiv(length, _TOKENS) * triton.cdiv(width, columns),)](
         grad,

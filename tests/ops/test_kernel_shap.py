@@ -184,10 +184,12 @@ def test_gradcheck(generator):
     bits = sample(2, 8, 3, generator, paired=False)
     shapes = ((2, 8, 2), (2,), (2, 2), (2, 8))  # values, null, grand, weights
     inputs = [torch.rand(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
-    torch.autograd.gradcheck(
-        lambda values, null, grand, weights: fk.kernel_shap(bits, values, null, grand, players=3, weights=weights).phi,
-        inputs,
-    )
+
+    def phi(values, null, grand, weights):
+        return fk.kernel_shap(bits, values, null, grand, players=3, weights=weights).phi
+
+    torch.autograd.gradcheck(phi, inputs)
+    torch.autograd.gradgradcheck(phi, inputs)
 
 
 def test_compiles_without_graph_breaks(generator):

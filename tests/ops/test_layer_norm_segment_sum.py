@@ -190,12 +190,14 @@ def test_empty(generator, lengths, backend):
 def test_gradcheck(generator):
     rows, cu_seqlens, weight, bias = arguments(generator, (2, 0, 3), 4, torch.float64)
     for backend in BACKENDS:
-        torch.autograd.gradcheck(
-            lambda x, scale, shift, backend=backend: fk.layer_norm_segment_sum(
-                x, cu_seqlens, scale, shift, 1, backend=backend
-            ),
-            tuple(x.clone().requires_grad_() for x in (rows, weight, bias)),
-        )
+        for given in ((rows, weight, bias), (rows,)):
+            inputs = [x.clone().requires_grad_() for x in given]
+
+            def op(x, scale=None, shift=None, backend=backend):
+                return fk.layer_norm_segment_sum(x, cu_seqlens, scale, shift, 1, backend=backend)
+
+            torch.autograd.gradcheck(op, inputs)
+            torch.autograd.gradgradcheck(op, inputs)
 
 
 if not ON_CPU:
@@ -206,6 +208,9 @@ if not ON_CPU:
         operator = KERNELS.layer_norm_segment_sum.default
         torch.library.opcheck(operator, (given[0], cu_seqlens, *given[1:], 1, 1e-6))
         torch.library.opcheck(operator, (given[0], cu_seqlens, None, None, 1, 1e-6))
+        grad = torch.randn(len(LENGTHS), 8, generator=generator).requires_grad_()
+        operator = KERNELS.layer_norm_segment_sum_backward.default
+        torch.library.opcheck(operator, (grad, given[0], cu_seqlens, given[1], 1, 1e-6))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -224,6 +224,22 @@ def test_gradcheck(generator, normalization, backend):
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_second_derivatives_in_float32(generator, normalization):
+    """In which Triton has kernels of its own."""
+    *head, bits, values, null, grand, weights = make_arguments(generator, 2, 2, 3, 4, 2)
+
+    def second(dtype, backend):
+        inputs = [x.to(dtype).requires_grad_() for x in (*head, values, null, grand, weights)]
+        switches = {"normalization": normalization, "reduction": "none", "backend": backend}
+        loss = fk.linear_shapley_loss(*inputs[:3], bits, *inputs[3:], **switches)
+        first = torch.autograd.grad(loss.pow(2).sum(), inputs, create_graph=True, materialize_grads=True)
+        return torch.autograd.grad(sum(x.pow(2).sum() for x in first), inputs, materialize_grads=True)
+
+    for ours, wanted in zip(second(torch.float32, BACKEND), second(torch.float64, "reference"), strict=True):
+        assert (ours - wanted).norm() <= 1e-4 * wanted.norm()
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_compiles_without_graph_breaks(generator, normalization):
     features, weight, *game = make_arguments(generator, dtype=torch.float32)
 

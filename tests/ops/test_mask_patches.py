@@ -104,10 +104,26 @@ def test_gradcheck(generator):
     images, bits = images_and_bits(generator, batch=2, coalitions=2, grid=(2, 2), patch=(1, 2), dtype=torch.float64)
     baseline = torch.randn(images.shape, generator=generator, dtype=torch.float64)
     for backend in BACKENDS:
-        torch.autograd.gradcheck(
-            lambda x, fill, backend=backend: fk.mask_patches(x, bits, (2, 2), fill, backend=backend),
-            (images.clone().requires_grad_(), baseline.clone().requires_grad_()),
-        )
+        inputs = images.clone().requires_grad_(), baseline.clone().requires_grad_()
+
+        def op(x, fill, backend=backend):
+            return fk.mask_patches(x, bits, (2, 2), fill, backend=backend)
+
+        torch.autograd.gradcheck(op, inputs)
+        torch.autograd.gradgradcheck(op, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("present", [True, False])
+def test_the_backward_operator_has_a_gradient(generator, present, memory_format, dtype):
+    images, bits = images_and_bits(generator)
+    grad = torch.randn(15, *images.shape[1:], generator=generator).to(dtype).contiguous(memory_format=memory_format)
+    x, cotangent = grad.requires_grad_(), torch.randn(images.shape, generator=generator)
+    out = KERNELS.mask_patches_backward(x, bits, 4, 3, present, torch.float32)
+    (gradient,) = torch.autograd.grad(out, x, cotangent)
+    kept = fk.mask_patches(torch.ones_like(images), bits, (4, 3)).bool() == present
+    assert torch.equal(gradient, (cotangent.repeat_interleave(5, 0) * kept).to(dtype))
 
 
 # torch copies a channels_last tensor as a non-leaf while it checks, and warns about itself.

@@ -62,9 +62,10 @@ def test_pairs_have_a_size_known_beforehand(generator, players, backend):
 
 
 @pytest.mark.parametrize("backend", CHECKING)
-@pytest.mark.parametrize("present", [True, False])
-def test_a_broken_promise_is_an_error(backend, present):
-    bits = fk.pack_bits(torch.full((2, 2, 5), present))
+@pytest.mark.parametrize("bits", [[[0, 0]], [[31, 31]], [[3, 7]], [[28, 3], [4, 24]]])
+def test_a_broken_promise_is_an_error(backend, bits):
+    """Also where there are just as many tokens as in pairs."""
+    bits = torch.tensor(bits, dtype=torch.int32).view(1, -1, 1).expand(2, -1, -1)
     with pytest.raises((ValueError, RuntimeError), match=r"pack_tokens: argument `bits`.*pairs of complements"):
         fk.pack_tokens(torch.zeros(2, 6, 3), bits, 1, paired=True, backend=backend)
 
@@ -81,8 +82,10 @@ if BACKEND not in CHECKING:
         kept, boundaries, _ = fk.pack_tokens(tokens, fk.pack_bits(present), 1, paired=True, backend="reference")
         assert torch.equal(rows, kept)
         assert torch.equal(cu_seqlens, boundaries)
-        rows.sum().backward()
-        assert torch.isfinite(tokens.grad).all()
+        # The gradient is that of these values.
+        cotangent = torch.randn(rows.shape, generator=generator)
+        ours, wanted = (torch.autograd.grad(packed, tokens, cotangent)[0] for packed in (rows, kept))
+        torch.testing.assert_close(ours, wanted)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -221,10 +224,27 @@ def test_empty_coalition_without_prefix(generator):
 
 def test_gradcheck(generator):
     tokens, bits = tokens_and_bits(generator, batch=2, coalitions=3, players=4, width=2, dtype=torch.float64)
+    pairs = paired_bits(generator, 2, 2, 4)
+    total = fk.pack_tokens(tokens, bits, 1)[0].shape[0]
     for backend in BACKENDS:
-        torch.autograd.gradcheck(
-            lambda x, backend=backend: fk.pack_tokens(x, bits, 1, backend=backend)[0], tokens.clone().requires_grad_()
-        )
+        for given, options in ((bits, {}), (bits, {"rows": total + 3}), (pairs, {"paired": True})):
+
+            def op(x, given=given, options=options, backend=backend):
+                return fk.pack_tokens(x, given, 1, **options, backend=backend)[0]
+
+            torch.autograd.gradcheck(op, tokens.clone().requires_grad_())
+            torch.autograd.gradgradcheck(op, tokens.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_the_backward_operator_has_a_gradient(generator, paired):
+    tokens, bits = torch.randn(2, 6, 3, generator=generator), paired_bits(generator, 2, 2, 5)
+    rows, cu_seqlens, _ = fk.pack_tokens(tokens, bits, 1)
+    grad = torch.randn(rows.shape, generator=generator).requires_grad_()
+    arguments = grad, bits, cu_seqlens, 1, 6, paired
+    (gradient,) = torch.autograd.grad(KERNELS.pack_tokens_backward(*arguments), grad, tokens)
+    assert torch.equal(gradient, rows)
+    torch.library.opcheck(KERNELS.pack_tokens_backward.default, arguments)
 
 
 @pytest.mark.parametrize("paired", [True, False])

@@ -152,15 +152,40 @@ def test_empty(generator, lengths, backend):
 def test_gradcheck(generator):
     qkv, cu_seqlens = rows_and_boundaries(generator, (3, 0, 1, 2), 2, 2, torch.float64)
     for backend in PRECISE:
-        torch.autograd.gradcheck(
-            lambda x, backend=backend: fk.packed_attention(x, cu_seqlens, 3, backend=backend),
-            qkv.clone().requires_grad_(),
-        )
+
+        def op(x, backend=backend):
+            return fk.packed_attention(x, cu_seqlens, 3, backend=backend)
+
+        torch.autograd.gradcheck(op, qkv.clone().requires_grad_())
+        torch.autograd.gradgradcheck(op, qkv.clone().requires_grad_())
+
+
+def derivatives(qkv, cu_seqlens, backend):
+    """Σ of cubes of the output, three times derived, each time along the same direction."""
+    x, direction = qkv.clone().requires_grad_(), torch.linspace(-1, 1, qkv.numel(), dtype=qkv.dtype).view_as(qkv)
+    value, found = fk.packed_attention(x, cu_seqlens, 3, backend=backend).pow(3).sum(), []
+    for _ in range(3):
+        (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+        found.append(gradient.detach())
+        value = (gradient * direction).sum()
+    return found
+
+
+def test_derivatives_of_any_order(generator):
+    qkv, cu_seqlens = rows_and_boundaries(generator, (3, 0, 1, 2), 2, 2, torch.float64)
+    exact = derivatives(qkv, cu_seqlens, "reference")
+    dtype = torch.float64 if BACKEND in PRECISE else torch.float32
+    assert all(x.abs().max() > 0.01 for x in exact)
+    for ours, wanted in zip(derivatives(qkv.to(dtype), cu_seqlens, BACKEND), exact, strict=True):
+        torch.testing.assert_close(ours, wanted.to(dtype))
 
 
 def test_opcheck(generator):
     qkv, cu_seqlens = rows_and_boundaries(generator)
     torch.library.opcheck(KERNELS.packed_attention.default, (qkv.requires_grad_(), cu_seqlens, 50, 0.3))
+    out, logsumexp = (x.detach() for x in KERNELS.packed_attention(qkv, cu_seqlens, 50, 0.3))
+    arguments = out.requires_grad_(), qkv, cu_seqlens, 50, logsumexp, 0.3
+    torch.library.opcheck(KERNELS.packed_attention_backward.default, arguments)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -106,9 +106,21 @@ def test_empty(generator, lengths, backend):
 def test_gradcheck(generator):
     rows, cu_seqlens = rows_and_boundaries(generator, (2, 0, 3), 2, torch.float64)
     for backend in BACKENDS:
-        torch.autograd.gradcheck(
-            lambda x, backend=backend: fk.segment_sum(x, cu_seqlens, 1, backend=backend), rows.clone().requires_grad_()
-        )
+
+        def op(x, backend=backend):
+            return fk.segment_sum(x, cu_seqlens, 1, backend=backend)
+
+        torch.autograd.gradcheck(op, rows.clone().requires_grad_())
+        torch.autograd.gradgradcheck(op, rows.clone().requires_grad_())
+
+
+def test_the_backward_operator_has_a_gradient(generator):
+    rows, cu_seqlens = rows_and_boundaries(generator)
+    grad = torch.randn(len(LENGTHS), 5, generator=generator).requires_grad_()
+    spread = KERNELS.segment_sum_backward(grad, cu_seqlens, 1, len(rows))
+    (gradient,) = torch.autograd.grad(spread, grad, rows)
+    assert torch.equal(gradient, fk.segment_sum(rows, cu_seqlens, 1))
+    torch.library.opcheck(KERNELS.segment_sum_backward.default, (grad, cu_seqlens, 1, len(rows)))
 
 
 def test_opcheck(generator):
