@@ -117,6 +117,26 @@ def test_sequences_do_not_see_each_other(generator, backend):
         assert other[5:22].isnan().all()
 
 
+# With the first of them, bits added to an exponent made a number of NaN.
+@pytest.mark.parametrize("pattern", [0x7FFFFFFF, 0x7FC00000, -1, 0x7F800001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_nan_stays_one(generator, backend, dtype, pattern):
+    qkv, cu_seqlens = rows_and_boundaries(generator, (5, 40))
+    nan = torch.tensor(pattern, dtype=torch.int32).view(torch.float32)
+    for part in range(3):  # in a query, a key or a value
+        spoiled = qkv.clone()
+        spoiled[20, part, 1, 3] = nan
+        if dtype == torch.bfloat16:  # a cast would make one NaN of all
+            spoiled = spoiled.view(torch.int32).bitwise_right_shift(16).to(torch.int16).view(dtype)
+            spoiled[20, part, 1, 3] = torch.tensor(pattern >> 16 | 1, dtype=torch.int32).to(torch.int16).view(dtype)
+        out = fk.packed_attention(spoiled, cu_seqlens, 40, backend=backend)
+        assert out[:5].isfinite().all()
+        assert out[5:, 0].isfinite().all()
+        reached = out[20:21, 1] if part == 0 else out[5:, 1] if part == 1 else out[5:, 1, 3]
+        assert reached.isnan().all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [1e3, 1e15])
 def test_large_scores_do_not_overflow(generator, size, backend):

@@ -43,10 +43,11 @@ FASTSHAP_INLINE V larger(V a, V b) {
 }
 
 // exp(x) for x ≤ 0 to about one unit in the last place; NaN stays NaN, below −87 the result is 0.
-// exp(x) = 2^n · e^r with n = round(x / ln 2): adding 1.5 · 2^23 rounds, and leaves n in the low bits.
+// exp(x) = 2^n · e^r with n = round(x / ln 2): adding 1.5 · 2^23 + 127 rounds, and leaves n + 127, the
+// exponent bits of 2^n, in the low bits. A product with that power keeps NaN, which a sum of bits would not.
 template <int64_t kBytes>
 FASTSHAP_INLINE vector_t<float, kBytes> exponential(vector_t<float, kBytes> x, float) {
-  constexpr float kRound = 12582912.0f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  constexpr float kRound = 12583039.0f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   using V = vector_t<float, kBytes>;
   const V shifted = x * 1.44269504088896341f + kRound;
   const V whole = shifted - kRound;
@@ -57,12 +58,12 @@ FASTSHAP_INLINE vector_t<float, kBytes> exponential(vector_t<float, kBytes> x, f
   power = power * r + 1.6666665459e-1f;
   power = power * r + 5.0000001201e-1f;
   power = power * r * r + r + 1.0f;
-  vector_t<int32_t, kBytes> exponent, bits;
-  std::memcpy(&exponent, &shifted, kBytes);
-  std::memcpy(&bits, &power, kBytes);
-  bits += exponent << 23;
-  std::memcpy(&power, &bits, kBytes);
-  return x < -87.0f ? V{} : power;
+  vector_t<int32_t, kBytes> bits;
+  std::memcpy(&bits, &shifted, kBytes);
+  bits <<= 23;
+  V scale;
+  std::memcpy(&scale, &bits, kBytes);
+  return x < -87.0f ? V{} : power * scale;
 }
 
 template <int64_t kBytes>
