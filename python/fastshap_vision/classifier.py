@@ -22,6 +22,7 @@ from .cpu_linear import cpu_linears
 from .data import Preprocessing
 from .explanation import Explanation
 from .game import JointPass, UnsupportedModelError
+from .hooks import check_backbone
 from .image_input import as_batch
 from .intermediates import MergedFeatures, probe_widths
 from .link import at_least_float32
@@ -350,7 +351,10 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
         """Logits (B, K) of images (B, C, H, W)."""
         self._check_backbone()
         if self.is_exact_conversion:
-            return self.backbone(images)
+            logits = self.backbone(images)
+            if isinstance(logits, tuple):
+                check_backbone(self.backbone)  # of a distilled model in training; it says what to do
+            return logits
         return self.game.features_and_logits(images)[1]
 
     def shapley_values(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,10 @@
 import copy
 import json
 import pickle
+import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -694,16 +696,33 @@ def hub(folder):
     return download
 
 
-def test_the_hub_gives_what_was_pushed(folder, monkeypatch):
+def test_what_is_pushed_to_the_hub_is_loaded_from_it(folder, tmp_path, monkeypatch):
+    model, pushed = fv.SelfExplainingClassifier.from_pretrained(folder), tmp_path / "pushed"
+
+    class Api:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo_id, **options):
+            return SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, folder_path, **options):
+            shutil.copytree(folder_path, pushed)
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
+    model.push_to_hub("someone/model")
+    assert {path.name for path in pushed.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    monkeypatch.setattr("fastshap_vision.model_file.hf_hub_download", hub(pushed))
+    again = fv.SelfExplainingClassifier.from_pretrained("someone/model")
+    assert torch.equal(again.explain(images()).values, model.explain(images()).values)
+
+
+def test_the_hub_is_told_which_version(folder, monkeypatch):
     monkeypatch.setattr("fastshap_vision.model_file.hf_hub_download", hub(folder))
     found = fv.SelfExplainingClassifier.from_pretrained("someone/model", revision="main", token=False)
-    assert torch.equal(found.explain(images()).values, trained_like(folder).explain(images()).values)
+    assert found.players == 16
     with pytest.raises(TypeError, match="no argument `colour`"):
         fv.SelfExplainingClassifier.from_pretrained("someone/model", colour="red")
-
-
-def trained_like(folder):
-    return fv.SelfExplainingClassifier.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("img_size", [16, -1, 0, "", True, (32,), (32, 16), 10**9, 2.5])
@@ -723,6 +742,19 @@ def test_the_remedy_for_another_image_size_works(tmp_path):
         assert fv.convert(backbone, img_size=size_given).game.input_size == (3, 64, 64)
     fv.convert(backbone).save_pretrained(tmp_path)
     assert fv.SelfExplainingClassifier.from_pretrained(tmp_path).game.input_size == (3, 64, 64)
+
+
+def test_a_distilled_model_is_trained_as_one_classifier():
+    backbone = create("distilled DeiT")
+    model = fv.convert(backbone)
+    backbone.set_distilled_training(True)
+    model.train()
+    for call in (model, model.shapley_values, lambda x: fv.TaskObjective()(model, x, torch.tensor([0, 1, 2]))):
+        with pytest.raises(ValueError, match=r"set_distilled_training\(False\)"):
+            call(images())
+    assert len(model.explain(images())) == 3  # in evaluation mode there is one
+    backbone.set_distilled_training(False)
+    assert fv.TaskObjective()(model, images(), torch.tensor([0, 1, 2])).loss > 0
 
 
 def test_a_frozen_backbone_is_explained():
