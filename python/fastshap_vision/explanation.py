@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastshap_kernels._checks import describe, fail
+from fastshap_kernels._checks import check_dense, describe, fail
 
 from ._checks import check_classes
 from .link import LINKS
@@ -60,6 +60,11 @@ class Explanation:
     unit: ClassVar[str] = "logits"
 
     def __post_init__(self) -> None:
+        for name in ("values", "logits", "null", *(["target"] if self.target is not None else [])):
+            check_dense("Explanation", name, getattr(self, name), "a tensor")
+        sides = self.grid if isinstance(self.grid, tuple | list) else ()
+        if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) for side in sides):
+            fail("Explanation", "grid", "two whole numbers (h, w)", self.grid)
         if self.logits.ndim != 2:
             fail("Explanation", "logits", "(B, K)", self.logits)
         batch, classes = self.logits.shape

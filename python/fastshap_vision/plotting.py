@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -58,6 +59,8 @@ def plot_explanation(
     """
     pyplot = _pyplot()
     _check("Explanation.plot", images, explanation, classes)
+    if limit is not None and not (isinstance(limit, Real) and 0 < float(limit) < float("inf")):
+        fail("Explanation.plot", "limit", "a finite number above 0, or None", limit)
     one = explanation[index]
     chosen = int(one.targets(target))
     if ax is None:

@@ -218,6 +218,9 @@ def test_unreadable_files_are_named(generator, tmp_path):
         ({"target": torch.zeros(2, dtype=torch.int64)}, r"`target` must be int64 \(3,\)"),
         ({"target": torch.zeros(3)}, "`target`"),
         ({"null": torch.zeros(1)}, r"`null` must be \(5,\)"),
+        ({"grid": (2.0, 4)}, "`grid` must be two whole numbers"),
+        ({"grid": 8}, "`grid`"),
+        ({"null": torch.zeros(5).to_sparse()}, "`null` must be a tensor, not sparse"),
         ({"seen": (1.0, 0.0)}, "`seen`"),
         ({"seen": (1.0, 1.5)}, "`seen`"),
     ],
@@ -232,6 +235,12 @@ def test_shapes_are_checked(change, message):
     }
     with pytest.raises(ValueError, match=f"Explanation: argument {message}"):
         Explanation(**(arguments | change))
+
+
+@pytest.mark.parametrize("name", ["values", "logits", "target", "null"])
+def test_what_is_no_tensor_is_named(generator, name):
+    with pytest.raises(TypeError, match=f"Explanation: argument `{name}` must be a tensor.*numpy array"):
+        dataclasses.replace(explain_one(generator), **{name: numpy.zeros(9)})
 
 
 def test_repr_is_short(generator):

@@ -176,6 +176,9 @@ def test_bad_input_is_named(explanation):
         explanation.plot(images[:1])
     with pytest.raises(ValueError, match="argument `images`"):
         explanation.plot(torch.zeros(BATCH, 2, 4, 8))
+    for limit in (0, -1.0, float("nan"), "1"):
+        with pytest.raises(ValueError, match="argument `limit` must be a finite number above 0"):
+            explanation.plot(limit=limit)
     with pytest.raises(TypeError, match=r"argument `images`.*model\.preprocess"):
         explanation.plot("image.png")
     with pytest.raises(ValueError, match="argument `classes` must be 3 names"):
