@@ -335,3 +335,36 @@ def test_weights_that_are_shared_are_written_once(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, CountingObjective(at=13, event=interrupt), model=Tied())
     assert_same_weights(train(tmp_path, model=Tied(), resume="auto")[0], expected)
+
+
+def test_runs_in_mixed_precision_resume_to_the_same_bits(tmp_path):
+    expected, _ = train(mixed_precision="bf16")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, CountingObjective(at=13, event=interrupt), mixed_precision="bf16")
+    assert_same_weights(train(tmp_path, mixed_precision="bf16", resume="auto")[0], expected)
+
+
+def test_the_scale_of_the_loss_is_kept(tmp_path):
+    """fp16's, which accelerate has on a GPU only."""
+
+    def checkpoints(scale):
+        model = nn.Linear(2, 2)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=5)
+        accelerator = SimpleNamespace(scaler=scaler, is_main_process=True, wait_for_everyone=lambda: None)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return checkpoint.Checkpoints(
+            tmp_path, accelerator, {}, model=model, optimizer=optimizer, objective=CountingObjective()
+        )
+
+    row = {"epoch": 1, "seconds": 0.5, "spread": None, "eval_accuracy": None}
+    first, second = checkpoints(7.0), checkpoints(3.0)
+    for _ in range(2):
+        scaled = first.accelerator.scaler.scale(first.model(torch.ones(1, 2)).sum())
+        scaled.backward()
+        first.accelerator.scaler.step(first.optimizer)
+        first.accelerator.scaler.update()
+    first.save([row])
+    assert second.resume("auto") == [row]
+    state = second.accelerator.scaler.state_dict()
+    assert state == first.accelerator.scaler.state_dict()
+    assert (state["scale"], state["_growth_tracker"]) == (7.0, 2)
