@@ -196,11 +196,18 @@ class AmortizedExplainer(nn.Module):
 
     def _explained(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Shapley values (B, P, K), v(N) (B, K) and v(∅) (K,)."""
-        grand, null = LINKS[self.link](self.surrogate(images)), self.null_value()
+        null = self.null_value()
+        if not len(images):  # which not every model takes
+            return null.new_zeros(0, self.players, self.num_classes), null.new_zeros(0, self.num_classes), null
+        grand = LINKS[self.link](self.surrogate(images))
         features, _ = self.network.game.features_and_logits(images)
         delta = at_least_float32(self.network.shares(self.network.explainer(features)))
         missing = grand - null - delta.sum(1)
         return delta + (missing / self.players).unsqueeze(1), grand, null
+
+    def preprocess(self, images: Any) -> Tensor:
+        """The input (B, C, H, W) that `explain` makes of images of any kind; see `SelfExplainingClassifier`'s."""
+        return self.surrogate.preprocess(images)
 
     @torch.no_grad()
     def explain(self, images: Any, target: int | Sequence[int] | Tensor | str | None = None) -> Explanation:
@@ -215,11 +222,12 @@ class AmortizedExplainer(nn.Module):
             are in the link's unit, and add up in it.
 
         Raises:
+            TypeError: for images of another type.
             ValueError: for images of the wrong shape or with NaN or infinite pixels, or a target out of range.
 
         Deterministic: yes.
         """
-        images = self.surrogate.preprocess(images)
+        images = self.preprocess(images)
         with evaluation_mode(self):
             phi, grand, null = self._explained(images)
         chosen = self.surrogate._target(target, grand)

@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -352,6 +353,24 @@ def test_bad_input_is_named(teacher, surrogate):
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_what_a_classifier_takes_and_says_an_explainer_does_too(caplog):
+    """Arrays, one image, no image, whole numbers of numpy; the patches' place; and that it was never trained."""
+    model = fv.AmortizedExplainer(fv.convert(tiny(), head_depth=0), tiny(seed=1))
+    x = photographs(2).tensors[0]
+    with caplog.at_level("WARNING", logger="fastshap_vision"):
+        expected = model.explain(x, "all")
+        model.explain(x)
+    assert len([record for record in caplog.records if "never trained" in record.message]) == 1
+    assert expected.untrained
+    assert expected.seen == model.surrogate.explain(x).seen
+    assert torch.equal(model.explain(x.numpy(), np.int64(1)).values, expected.values[..., 1])
+    assert model.explain(x[0]).values.shape == (1, PLAYERS)
+    empty = model.explain(x[:0], "all")
+    assert (len(empty), empty.values.shape, empty.values.dtype) == (0, (0, PLAYERS, CLASSES), torch.float32)
+    nn.init.ones_(model.network.shares.weight)
+    assert not model.explain(x).untrained
 
 
 # -- precision and one logit -------------------------------------------------------------------------------

@@ -74,6 +74,7 @@ NOT_TARGETS = [
 NOT_COUNTS = [0, -1, 1.0, math.nan, "1", None, True, [1], BIG, 2**64, np.float64(1)]
 NOT_SEEDS = [-1, 2**64, 1.0, "1", None, True, BIG]
 NOT_CHOICES = ["best", None, 1, True, ["most"], BIG, {}]
+NOT_FLAGS = [1, 0, "no", None, [True], BIG]
 NOT_LEVELS = [(), (-0.1, 1), (0, 1.1), (0, math.nan), (0, math.inf), 0.5, "01", ("a", 1), (True, False), ([0], 1), BIG]
 NOT_SIZES = [(), (0,), (PLAYERS,), (-1,), (1.0,), (True,), 3, "3", ("3",), (2**70,), BIG, None]
 NOT_GAMES = [None, "vit", nn.Linear(2, 3), object(), torch.zeros(3)]
@@ -95,6 +96,12 @@ def calls():
     for name in ("removal_curve", "insertion", "deletion"):
         yield from ((getattr(metrics, name), "levels", image_like, value) for value in NOT_LEVELS)
     yield from ((metrics.removal_curve, "order", image_like, value) for value in NOT_CHOICES)
+    for function, flag in (
+        (metrics.removal_curve, "keep"),
+        (metrics.aopc, "signed"),
+        (metrics.perturbation_test, "positive"),
+    ):
+        yield from ((function, flag, image_like, value) for value in NOT_FLAGS)
     good = image_like | {"sizes": (2,), "subsets": 4}
     yield from ((metrics.sensitivity_n, "form", good, value) for value in NOT_CHOICES)
     yield from ((metrics.sensitivity_n, "sizes", good, value) for value in NOT_SIZES)

@@ -66,9 +66,7 @@ def protocol_scores(
     inserted: Any = model
     if protocol == "vit-shapley":
         if not hasattr(model, "coalition_values"):
-            fail(
-                "protocol_scores", "model", 'a game for "vit-shapley"', type(model).__name__, "Convert it, or use rise."
-            )
+            fail("protocol_scores", "model", 'a game for "vit-shapley"', type(model), "Convert it, or use rise.")
     else:
         grid = grid or getattr(model, "grid", None)
         if grid is None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastshap_kernels._checks import fail
+from fastshap_kernels._checks import check_flag, fail
 
 from .._checks import check_choice
 from ..link import link_of, log_probabilities_of
@@ -151,6 +151,7 @@ def removal_curve(
     """
     op = "removal_curve"
     check_choice("order", order, ("most", "least"))
+    check_flag(op, "keep", keep)
     attributions = check_attributions(op, game, images, attributions)
     players = game.players
     steps = range(players + 1) if levels is None else _counts(op, levels, players)
@@ -253,6 +254,7 @@ def aopc(
 
     Source: Samek et al., TNNLS 2017; Qiang et al., AttCAT, NeurIPS 2022 (the nine levels).
     """
+    check_flag("aopc", "signed", signed)
     return removal_curve(game, images, attributions, target, levels=NINE_LEVELS).aopc(signed=signed)
 
 
@@ -300,7 +302,7 @@ def perturbation_test(
 
     Source: Chefer, Gur, Wolf, Transformer Interpretability Beyond Attention Visualization, CVPR 2021.
     """
-    order = "most" if positive else "least"
+    order = "most" if check_flag("perturbation_test", "positive", positive) else "least"
     return removal_curve(game, images, attributions, labels, order=order, levels=TEN_LEVELS).hit_area()
 
 
