@@ -263,7 +263,7 @@ def test_games_of_another_model_are_refused():
     others = {
         "another": converted("class token"),
         "removal": converted("average pooling", removal="image"),
-        "players": fv.SelfExplainingClassifier("resnet10t", 7, img_size=32),
+        "players": fv.SelfExplainingClassifier("resnet10t", 7, img_size=64),
     }
     model.backbone.load_state_dict(others["removal"].backbone.state_dict())
     for other in others.values():
