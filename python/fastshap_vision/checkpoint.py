@@ -42,7 +42,6 @@ MODEL, STATE, RECORD = "model.safetensors", "state.safetensors", "record.json"
 LOCK = ".lock"
 PARTIAL, REMOVED = ".partial", ".removed"
 KEPT = 2
-torch.channels_last = torch.channels_last
 #: The workers of a killed run notice within five seconds that it is gone, and hold its lock until then.
 SECONDS_TO_WAIT = 10.0
 
