@@ -4,6 +4,8 @@
 # make test-slow  the slow ones
 # make test-processors  the tests as on other processors: older instruction sets, more threads, unfused attention
 # make test-matrix  tests and gate with the oldest and the newest versions, each in an environment of its own
+# make sanitize  the tests of the ops under AddressSanitizer and UndefinedBehaviorSanitizer
+# make fuzz   random configurations and malformed calls, counted in bench/results/fuzz/; FUZZ="--malformed 1000" and so on
 # make gate   compile every GPU kernel for every device and hold it to gate/budget.json
 # make lint   ruff, mypy, clang-format
 # make bench  every op beside plain PyTorch, written to bench/results/
@@ -28,7 +30,7 @@ EMULATE := FASTSHAP_BACKEND=cuda FASTSHAP_EMULATE_CUDA=$(EMULATED)
 # Where there is no device, compiling for it is left to `make gate`.
 export FASTSHAP_SKIP_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,1)
 
-.PHONY: env build demo test test-main test-triton test-cuda test-slow test-processors test-matrix matrix-oldest matrix-newest gate lint format bench bench-digits bench-step bench-precision bench-fidelity gpu gpu-step clean
+.PHONY: env build demo test test-main test-triton test-cuda test-slow sanitize fuzz test-processors test-matrix matrix-oldest matrix-newest gate lint format bench bench-digits bench-step bench-precision bench-fidelity gpu gpu-step clean
 
 env: $(INSTALLED)
 
@@ -69,6 +71,12 @@ $(EMULATED): $(INSTALLED) $(NATIVE) tests/emulation/build.py
 test-slow: $(INSTALLED) $(EMULATED)
 	$(BIN)/python -m pytest -m "slow and not gpu"
 	$(EMULATE) $(BIN)/python -m pytest tests/ops/test_large_tensors.py
+
+sanitize: $(INSTALLED)
+	$(BIN)/python tests/sanitize.py
+
+fuzz: $(INSTALLED) $(EMULATED)
+	$(BIN)/python tests/fuzz/run.py $(FUZZ)
 
 # Each of these settings in at least one run of all default tests. PyTorch, our kernels and OpenBLAS choose by processor.
 PROCESSOR_baseline := ATEN_CPU_CAPABILITY=default FASTSHAP_CPU_CAPABILITY=default OPENBLAS_CORETYPE=Prescott OMP_NUM_THREADS=1

@@ -131,6 +131,7 @@ Tensor mask_patches(const Tensor& images, const Tensor& bits, const Tensor& base
   Tensor out = torch::stable::empty(
       {layout.images * layout.coalitions, images.size(1), images.size(2), images.size(3)}, dtype,
       std::nullopt, images.device(), std::nullopt, format);
+  if (out.numel() == 0) return out;
   use_huge_pages(out);
   if (dtype != images.scalar_type()) {
     STD_TORCH_CHECK(images.scalar_type() == ScalarType::Float, "mask_patches converts float32 images only");
@@ -152,6 +153,7 @@ Tensor mask_patches_backward(const Tensor& grad, const Tensor& bits, int64_t gri
   const Layout layout = make_layout(pixels, packed, grid_rows, grid_columns, format);
   Tensor out = torch::stable::empty({layout.images, grad.size(1), grad.size(2), grad.size(3)}, dtype,
                                     std::nullopt, grad.device(), std::nullopt, format);
+  if (out.numel() == 0) return out;
   dispatch_floating(grad.scalar_type(), "mask_patches_backward", [&]<typename From>() {
     if (dtype == ScalarType::Float) {
       sum_images<From, float>(layout, pixels, packed, present, out);

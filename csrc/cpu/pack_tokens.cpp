@@ -175,6 +175,7 @@ std::tuple<Tensor, Tensor> pack_tokens(const Tensor& tokens, const Tensor& bits,
   STD_TORCH_CHECK(given < 0 || total <= given, "pack_tokens: argument `rows` must be at least ", total,
                   ", the tokens present, but it is ", given, ".");
   Tensor rows = torch::stable::empty({given < 0 ? total : given, packing.width}, tokens.scalar_type());
+  if (rows.numel() == 0) return {rows, cu_seqlens};
   use_huge_pages(rows);
   char* to = static_cast<char*>(rows.mutable_data_ptr());
   const int64_t row_bytes = packing.width * tokens.element_size();

@@ -57,7 +57,9 @@ void exponentiate(A* scores, int64_t keys, int64_t queries, A* largest, A* sum) 
 }
 
 // Scores (keys, queries) and the gradient of the probabilities → probabilities p in place of the scores and,
-// in place of the gradient, that of the scores: p · (gradient − Σ p · gradient).
+// in place of the gradient, that of the scores: p · (gradient − Σ p · gradient / Σ p). The p of large scores
+// add up to 1 but for the rounding of logsumexp, and without the division that much of the gradient would be
+// left.
 template <typename A>
 void differentiate(A* scores, A* gradient, int64_t keys, int64_t queries, const A* logsumexp) {
   with_vectors([&]<int64_t kBytes>() FASTSHAP_INLINE_BODY {
@@ -65,11 +67,14 @@ void differentiate(A* scores, A* gradient, int64_t keys, int64_t queries, const 
     for (int64_t query = 0; query < queries; query += kLanes<A, kBytes>) {
       A *column = scores + query, *grad = gradient + query;
       const V normaliser = load<kBytes>(logsumexp + query);
-      const V mean = sum_rows<V>(keys, [&](int64_t key) FASTSHAP_INLINE_BODY {
+      V total{};
+      const V sum = sum_rows<V>(keys, [&](int64_t key) FASTSHAP_INLINE_BODY {
         const V power = exponential<kBytes>(load<kBytes>(column + key * kQueries) - normaliser, A(0));
         store(column + key * kQueries, power);
+        total += power;
         return power * load<kBytes>(grad + key * kQueries);
       });
+      const V mean = sum / total;
       for (int64_t at = 0; at < keys * kQueries; at += kQueries) {
         store(grad + at, load<kBytes>(column + at) * (load<kBytes>(grad + at) - mean));
       }

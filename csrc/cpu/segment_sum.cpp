@@ -44,6 +44,7 @@ Tensor segment_sum(const Tensor& rows, const Tensor& cu_seqlens, int64_t prefix)
   const int64_t sequences = boundaries.size(0) - 1, width = rows.size(1);
   const int32_t* starts = boundaries.const_data_ptr<int32_t>();
   Tensor out = torch::stable::empty({sequences, width}, rows.scalar_type());
+  if (rows.numel() == 0) return torch::stable::zero_(out);
   dispatch_floating(rows.scalar_type(), "segment_sum", [&]<typename T>() {
     const T* from = source.const_data_ptr<T>();
     T* to = out.mutable_data_ptr<T>();
@@ -66,6 +67,7 @@ Tensor segment_sum_backward(const Tensor& grad, const Tensor& cu_seqlens, int64_
   const int64_t row_bytes = grad.size(1) * grad.element_size();
   const int32_t* starts = boundaries.const_data_ptr<int32_t>();
   Tensor out = torch::stable::empty({total, grad.size(1)}, grad.scalar_type());
+  if (out.numel() == 0) return out;
   use_huge_pages(out);
   const char* from = static_cast<const char*>(source.const_data_ptr());
   char* to = static_cast<char*>(out.mutable_data_ptr());

@@ -116,7 +116,8 @@ template <typename From, typename To>
 void mask_images(const Layout& layout, const Tensor& images, const Tensor& bits, const Tensor& baseline,
                  Tensor& out) {
   constexpr int most = kVectorBytes / sizeof(To);
-  dispatch_vector(vector_size(layout.run, most), [&]<int size>() {
+  const int of_images = aligned_size(vector_size(layout.run, most), images.const_data_ptr<From>());
+  dispatch_vector(aligned_size(of_images, baseline.const_data_ptr<From>()), [&]<int size>() {
     if constexpr (size <= most) {
       const int64_t chunks = ceil_div(layout.coalitions, kCoalitions);
       launch("mask_patches", mask_patches_kernel<From, To, size>, out,
@@ -130,9 +131,8 @@ void mask_images(const Layout& layout, const Tensor& images, const Tensor& bits,
 
 template <typename From, typename To>
 void sum_images(const Layout& layout, const Tensor& grad, const Tensor& bits, bool present, Tensor& out) {
-  constexpr int most = kVectorBytes / sizeof(From);
-  dispatch_vector(vector_size(layout.run, most), [&]<int size>() {
-    if constexpr (size <= most) {
+  dispatch_vector(vector_size(layout.run, grad.const_data_ptr<From>()), [&]<int size>() {
+    if constexpr (size <= kVectorBytes / sizeof(From)) {
       launch("mask_patches_backward", mask_patches_backward_kernel<From, To, size>, out,
              int64_t{layout.images} * blocks_per_image(layout, size), kThreads, 0, layout,
              grad.const_data_ptr<From>(), bits.const_data_ptr<int32_t>(), present,

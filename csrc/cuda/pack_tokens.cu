@@ -182,7 +182,8 @@ __global__ void __launch_bounds__(kThreads)
   T* to = out + (image * (packing.prefix + packing.players) + group.token) * packing.width;
   const int vectors = static_cast<int>(packing.width / size), values = group.count * vectors;
   for (int i = threadIdx.x; i - static_cast<int>(threadIdx.x) < values; i += kThreads) {
-    const int token = i / vectors, at = i % vectors * size;
+    // Threads past the last value help to look up places only.
+    const int token = i < values ? i / vectors : 0, at = i % vectors * size;
     accumulate_t<T> sum[size] = {};
     for (int64_t first = 0; first < packing.coalitions; first += kCoalitions) {
       // One chunk of coalitions is looked up once.

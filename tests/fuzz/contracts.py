@@ -262,10 +262,10 @@ class Call:
     def name(self) -> str:
         return self.function.__name__
 
-    def make(self, rng: random.Random) -> dict[str, Any]:
-        """Valid arguments."""
+    def make(self, rng: random.Random, draw: Callable[[random.Random], Sizes] | None = None) -> dict[str, Any]:
+        """Valid arguments, of sizes that `draw` draws."""
         while True:
-            sizes = draw_sizes(rng)
+            sizes = (draw or draw_sizes)(rng)
             arguments = {name: role.make(rng, sizes) for name, role in self.roles.items()}
             if self.is_valid(arguments):
                 return arguments

@@ -224,6 +224,10 @@ void scatter_images(const Layout& layout, const Tensor& grad, const accumulate_t
   const From* grad_data = grad.const_data_ptr<From>();
   To* out_data = out.mutable_data_ptr<To>();
   const int64_t groups = count_groups(layout);
+  if (grad.numel() == 0) {
+    torch::stable::zero_(out);
+    return;
+  }
   std::vector<uint8_t> kind(layout.images * groups * layout.players);
   FASTSHAP_CLONED(find_kinds(layout, bits.const_data_ptr<int32_t>(), kind.data()));
   for_each_tile<Sum>(layout, groups * kinds, [&](int64_t image, int64_t start, int64_t count, Sum* sums) {

@@ -64,12 +64,18 @@ inline int vector_size(int64_t run, int most) {
   return size;
 }
 
-// The same for rows of `run` values, the first of which is at `start`: a slice may begin anywhere.
+// At most `size`, for values of which the first is at `start`: a slice may begin anywhere.
+template <typename T>
+int aligned_size(int size, const T* start) {
+  const auto bytes = [&] { return size * sizeof(T) < kVectorBytes ? size * sizeof(T) : kVectorBytes; };
+  while (reinterpret_cast<uintptr_t>(start) % bytes() != 0) size /= 2;
+  return size;
+}
+
+// For rows of `run` values, the first of which is at `start`.
 template <typename T>
 int vector_size(int64_t run, const T* start) {
-  int size = vector_size(run, static_cast<int>(kVectorBytes / sizeof(T)));
-  while (reinterpret_cast<uintptr_t>(start) % (size * sizeof(T)) != 0) size /= 2;
-  return size;
+  return aligned_size(vector_size(run, static_cast<int>(kVectorBytes / sizeof(T))), start);
 }
 
 // The sum over a warp, at every lane.

@@ -58,7 +58,7 @@ FASTSHAP_INLINE vector_t<float, kBytes> exponential(vector_t<float, kBytes> x, f
   power = power * r + 1.6666665459e-1f;
   power = power * r + 5.0000001201e-1f;
   power = power * r * r + r + 1.0f;
-  vector_t<int32_t, kBytes> bits;
+  vector_t<uint32_t, kBytes> bits;  // bits that leave a signed number are an overflow
   std::memcpy(&bits, &shifted, kBytes);
   bits <<= 23;
   V scale;
