@@ -1,0 +1,163 @@
+"""Calls of fastshap_vision, for the malformed ones: an error must name its argument; what is served is not judged.
+
+Except for values that nothing here takes, such as an object() or a complex number: those must be refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+
+import fastshap_kernels as fk
+import fastshap_vision as fv
+from fastshap_vision import metrics
+
+SMALL = {"img_size": 12, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 3}
+
+
+def _backbone() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", **SMALL).eval()
+
+
+@functools.cache
+def _model() -> fv.SelfExplainingClassifier:
+    return fv.convert(_backbone()).eval()
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Eight images and their labels."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        generator = torch.Generator().manual_seed(index)
+        return torch.rand(3, 12, 12, generator=generator), index % 3
+
+
+@dataclass(frozen=True)
+class VisionCall:
+    """A function, and what makes its arguments anew."""
+
+    name: str
+    function: Callable[..., Any]
+    arguments: Callable[[], dict[str, Any]]
+
+    @property
+    def roles(self) -> dict[str, Any]:
+        """Its arguments' names."""
+        return self.arguments()
+
+    def make(self, rng: random.Random) -> dict[str, Any]:
+        """Valid arguments."""
+        return self.arguments()
+
+    def is_valid(self, arguments: dict[str, Any]) -> bool | None:
+        """False for what nothing takes, None where that is not known."""
+        never = (complex, bytes)
+        return False if any(type(value) is object or isinstance(value, never) for value in arguments.values()) else None
+
+
+def _images() -> torch.Tensor:
+    return torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+
+
+def _attributions() -> torch.Tensor:
+    return torch.randn(2, 9, 3, generator=torch.Generator().manual_seed(1))
+
+
+def _metric(function: Callable[..., Any], **options: Any) -> VisionCall:
+    common = {"game": _model(), "images": _images(), "attributions": _attributions(), "target": 1}
+    return VisionCall(function.__name__, function, lambda: common | options)
+
+
+def _fit(**arguments: Any) -> Any:
+    return fv.fit(fv.convert(_backbone()), **arguments)
+
+
+_FIT = {"epochs": 0, "batch_size": 4, "opt": "adamw", "lr": 1e-3, "weight_decay": 0.05, "sched": "cosine"}
+_FIT |= {"warmup_epochs": 0, "clip_grad": None, "seed": 0, "workers": 0, "mixed_precision": "no", "progress": False}
+_OBJECTIVE = {"coalitions": 2, "regression_weight": 1.0, "masked_task_weight": 0.0, "error": "uniform", "seed": 0}
+_OBJECTIVE |= {"target": "detached", "paired": True, "sizes": "shapley", "top_classes": None}
+_OBJECTIVE |= {"regression_ramp": (0.0, 0.5), "masked_task_ramp": (0.0, 0.0), "target_precision": "auto"}
+_CONVERT = {"img_size": None, "head": "shares", "base": None, "head_depth": 1, "intermediates": False}
+_CONVERT |= {"backbone_gradient": None, "removal": None, "preprocessing": None}
+_PIXELS = {"grid": (3, 3), "baseline": "mean", "mean": None, "std": None, "batch": 8, "link": "logit"}
+_LOAD = {"name": "digits", "split": "test", "image_size": 12, "in_chans": 3, "mean": None, "std": None, "augment": None}
+_MASKS = {"maps": torch.rand(2, 12, 12), "masks": torch.rand(2, 12, 12) < 0.5}
+
+
+def _coalition_bits() -> torch.Tensor:
+    return fk.sample_coalitions(2, 4, 9, seed=0)
+
+
+#: Every call, by name.
+CALLS = {
+    call.name: call
+    for call in (
+        VisionCall("explain", lambda **given: _model().explain(**given), lambda: {"images": _images(), "target": 1}),
+        VisionCall("shapley_values", lambda **given: _model().shapley_values(**given), lambda: {"images": _images()}),
+        VisionCall(
+            "coalition_values",
+            lambda **given: _model().coalition_values(**given),
+            lambda: {
+                "images": _images(),
+                "bits": _coalition_bits(),
+                "max_rows": "auto",
+                "paired": True,
+                "precision": "same",
+            },
+        ),
+        VisionCall("convert", fv.convert, lambda: {"model": _backbone()} | _CONVERT),
+        VisionCall(
+            "evaluate", fv.evaluate, lambda: {"model": _model(), "data": Pictures(), "batch_size": 4, "workers": 0}
+        ),
+        VisionCall(
+            "fidelity",
+            fv.fidelity,
+            lambda: {
+                "model": _model(),
+                "images": _images(),
+                "reference": "exact",
+                "coalitions": 64,
+                "seed": 0,
+                "batch": 512,
+            },
+        ),
+        VisionCall("exact_values", fv.exact_values, lambda: {"model": _model(), "images": _images(), "batch": 512}),
+        VisionCall(
+            "kernel_shap_values",
+            fv.kernel_shap_values,
+            lambda: {"model": _model(), "images": _images(), "coalitions": 64, "seed": 0, "batch": 512},
+        ),
+        _metric(metrics.insertion, levels=None),
+        _metric(metrics.deletion, levels=None),
+        _metric(metrics.aopc, signed=True),
+        _metric(metrics.log_odds),
+        _metric(metrics.removal_curve, order="most", keep=False, levels=None),
+        _metric(metrics.sensitivity_n, sizes=(1, 3), subsets=4, seed=0, form="ancona"),
+        VisionCall("pointing_game", metrics.pointing_game, lambda: _MASKS | {"tolerance": 1}),
+        VisionCall("segmentation", metrics.segmentation, lambda: dict(_MASKS)),
+        VisionCall("PixelGame", metrics.PixelGame, lambda: {"model": _backbone()} | _PIXELS),
+        VisionCall(
+            "Preprocessing",
+            fv.Preprocessing,
+            lambda: {"input_size": (3, 12, 12), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0},
+        ),
+        VisionCall("load_dataset", fv.load_dataset, lambda: dict(_LOAD)),
+        VisionCall("ShapleyObjective", fv.ShapleyObjective, lambda: dict(_OBJECTIVE)),
+        VisionCall(
+            "AmortizedObjective",
+            fv.AmortizedObjective,
+            lambda: {"coalitions": 2, "sizes": "shapley", "paired": True, "seed": 0},
+        ),
+        VisionCall("fit", _fit, lambda: {"train_data": Pictures(), "objective": fv.TaskObjective()} | _FIT),
+    )
+}
