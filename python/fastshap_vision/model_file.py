@@ -69,8 +69,10 @@ def _made_anew(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         try:
             with init_empty_weights(include_buffers=False):
-                return timm.create_model(name, **arguments)
-        except Exception:  # such as a Swin V2, which computes with its weights
+                model = timm.create_model(name, **arguments)
+            if not any(buffer.is_meta for buffer in model.buffers()):
+                return model
+        except Exception:  # a Swin V2 computes with its weights, as others do for their buffers
             pass
         try:
             return timm.create_model(name, **arguments)

@@ -470,6 +470,10 @@ def narrow_resnet(**options):
     return backbone.eval()
 
 
+#: A Swin of two small stages on images of 32 pixels.
+SWIN = {"img_size": 32, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4}
+
+
 def with_another_head():
     backbone = narrow_resnet()
     backbone.fc = nn.Linear(16, 7)
@@ -484,6 +488,9 @@ def with_another_head():
         lambda: narrow_resnet(num_classes=7, act_layer=nn.SiLU),
         lambda: narrow_resnet(num_classes=7, act_layer="silu", drop_rate=0.1),
         lambda: narrow_resnet(num_classes=7, norm_layer=nn.BatchNorm2d),
+        # These compute with their weights as they are made.
+        lambda: timm.create_model("swin_s3_tiny_224", num_classes=7, **SWIN),
+        lambda: timm.create_model("swinv2_cr_tiny_ns_224", num_classes=7, **SWIN),
     ],
 )
 @torch.no_grad()
