@@ -52,7 +52,8 @@ def problems(files: list[Path], headers: Path) -> list[str]:
     home = build["find_cuda"]()
     if home is None:
         return ["headers: nvcc is not on the PATH and CUDA_HOME is not set"]
-    flags = [*build["DEFINITIONS"], f"-I{ROOT / 'csrc' / 'include'}", f"-I{headers}"]
+    folders = (ROOT / "csrc" / "include", headers, home / "include")
+    flags = [*build["DEFINITIONS"], '-DFASTSHAP_ARCHITECTURES=""', *(f"-I{folder}" for folder in folders)]
 
     def compile_one(source: Path) -> str | None:
         if source.suffix == ".cu":
