@@ -18,6 +18,9 @@ from torch import Tensor
 _WIDTH = 128  # features of a program
 _LEAST = 16  # rows that tl.dot needs, and the sums of float64 that stay in registers
 _COALITIONS = 64  # most coalitions that a program adds up
+#: Of a program that sums over players. Without a limit of their own some compilers take fewer registers than it needs,
+#: for a third program a multiprocessor, and spill.
+RESOURCES = {"num_warps": 8, "maxnreg": 128}
 
 
 @triton.jit
@@ -265,6 +268,7 @@ def coalition_sum(features: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
         WIDTH=_WIDTH,
         ACCUMULATE=accumulate(features.dtype),
         num_stages=stages(features.dtype),
+        **RESOURCES,
         enable_fp_fusion=False,
     )
     return out

@@ -47,8 +47,9 @@ def _block_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-# Found with the compiler: the largest blocks that spill no registers for A100, H100 and B200, in under 99 KiB of
-# shared memory but on the last. Cards that have no more than that (8.6, 8.9, 12.0) take as much as an A100.
+# Found with the compilers: the largest blocks that spill no registers for A100, H100 and B200 with any supported
+# Triton, in under 99 KiB of shared memory but on the last. Cards that have no more than that (8.6, 8.9, 12.0) take as
+# much as an A100.
 
 
 def _forward_blocks(dtype: torch.dtype, head_dim: int, max_seqlen: int) -> _Blocks:
@@ -65,7 +66,7 @@ def _whole_blocks(dtype: torch.dtype, head_dim: int) -> tuple[_Blocks, ...]:
         return ()
     if head_dim <= 64:
         return _Blocks(32, 64, 4, 2), _Blocks(32, 128, 8, 2)
-    return (_Blocks(16, 64, 8, 1),)
+    return (_Blocks(16, 32, 8, 1),)
 
 
 def _long_blocks(dtype: torch.dtype, head_dim: int) -> tuple[_Blocks, _Blocks]:
@@ -73,8 +74,8 @@ def _long_blocks(dtype: torch.dtype, head_dim: int) -> tuple[_Blocks, _Blocks]:
     if dtype == torch.float32:
         return _Blocks(32, 32, 8, 2) if head_dim <= 64 else _Blocks(16, 16, 4, 2), _Blocks(32, 32, 8, 2)
     if head_dim <= 64:
-        return _Blocks(128, 64, 8, 2), _Blocks(64, 128, 8, 2)
-    return _Blocks(64, 64, 8, 2), _Blocks(64, 64, 8, 2)
+        return _Blocks(128, 64, 8, 2), _Blocks(32, 128, 8, 2)
+    return _Blocks(64, 64, 8, 2), _Blocks(32, 64, 8, 2)
 
 
 @triton.jit

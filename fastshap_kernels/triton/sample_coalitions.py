@@ -169,6 +169,7 @@ def sample_coalitions(
         GROUPS=groups,
         COALITIONS=together,
         num_warps=4 if groups < 8 else 8,  # sums over many groups take registers too
+        maxnreg=128,  # without a limit of their own some compilers take fewer than it needs, and spill
         enable_fp_fusion=True,
     )
     return bits

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .coalition_sum import (
+    RESOURCES,
     accumulate,
     is_spoiled,
     rows_of,
@@ -113,6 +114,7 @@ def shapley_regression_loss(phi: Tensor, bits: Tensor, target: Tensor) -> tuple[
             WIDTH=_WIDTH,
             ACCUMULATE=accumulate(phi.dtype),
             num_stages=stages(phi.dtype),
+            **RESOURCES,
             enable_fp_fusion=False,
         )
     return residual, partial.sum(-1)
