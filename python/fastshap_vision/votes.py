@@ -95,7 +95,7 @@ def _weight_and_bias(part: Any, backbone: Any) -> tuple[Tensor, Tensor | None]:
     with evaluation_mode(part), torch.autocast(device.type, enabled=False):
         try:
             outputs = part(rows)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
             raise refusal from error
     if not isinstance(outputs, Tensor) or outputs.ndim != 2:
         raise refusal

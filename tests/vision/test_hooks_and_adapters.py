@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 import timm
 import torch
+from timm.layers import ClassifierHead
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
@@ -263,6 +264,8 @@ def test_a_classifier_that_is_not_linear_is_refused():
     for function in (
         lambda layer: nn.Sequential(layer, nn.Tanh()),
         lambda layer: nn.Sequential(nn.BatchNorm1d(32), layer),
+        lambda layer: nn.Sequential(nn.AvgPool1d(99), layer),
+        lambda layer: ClassifierHead(32, 5),
     ):
         backbone = create("vit, votes")
         change(backbone, "head", function)
