@@ -40,7 +40,8 @@ def perturbed(backbone: nn.Module) -> Iterator[None]:
     At initialisation a norm may be the identity and a branch may add 0: what they do shows after training only.
     """
     generator = torch.Generator().manual_seed(0)
-    changed = [(tensor, name) for name, tensor in _tensors(backbone) if _hides(name, tensor)]
+    # Written past autograd, so that a backward pass that is yet to come finds its tensors as it left them.
+    changed = [(tensor.data, name) for name, tensor in _tensors(backbone) if _hides(name, tensor)]
     with torch.inference_mode():  # which may write to all tensors, those made in it too
         before = [tensor.clone() for tensor, _ in changed]
         for tensor, name in changed:

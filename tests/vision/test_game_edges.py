@@ -20,7 +20,7 @@ KINDS = {
         {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2)},
         {},
     ),
-    "cells": ("efficientvit_m0", {}, {"img_size": 96}),
+    "cells": ("efficientvit_m0", {"img_size": 96}, {}),
     "stem": ("test_resnet", {}, {"img_size": 64, "removal": "feature"}),
     "whole image": ("test_convnext", {}, {"img_size": 64, "removal": "image"}),
 }

@@ -8,7 +8,6 @@ import torch
 from test_eva import dense_values as eva_values
 from test_vision_transformer import dense_values as vit_values
 from timm.models.eva import Eva
-from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock, ResPostBlock
 from vision_transformers import images
 
 import fastshap_kernels as fk
@@ -19,15 +18,15 @@ from fastshap_vision.masked_attention import MaskedAttention
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 PLAYERS = 16
 MASKED = {
-    "norm behind": ("vit_tiny_patch16_224", {"block_fn": ResPostBlock, "init_values": 0.5}, "ResPostBlock"),
-    "parallel scaling, average": (
-        "vit_tiny_patch16_224",
-        {"block_fn": ParallelScalingBlock, "global_pool": "avg", "fc_norm": False, "class_token": False},
-        "ParallelScalingBlock",
+    "norm behind": (
+        "vit_base_patch16_rpn_224",
+        {"init_values": 0.5, "class_token": True, "global_pool": "token"},
+        "ResPostBlock",
     ),
+    "parallel scaling, average": ("vit_pwee_patch16_reg1_gap_256", {"fc_norm": False}, "ParallelScalingBlock"),
     "differential, attention pooling": (
-        "vit_base_patch16_siglip_224",
-        {"block_fn": DiffParallelScalingBlock},
+        "vit_dpwee_patch16_reg1_gap_256",
+        {"global_pool": "map", "reg_tokens": 0},
         "DiffParallelScalingBlock",
     ),
     "parallel things": ("vit_small_patch16_18x2_224", {"global_pool": "avg"}, "ParallelThingsBlock"),
