@@ -11,8 +11,10 @@ if _backend.INTERPRETED:
 
     triton_interpreter.install()
 
-# By default the same few examples everywhere; HYPOTHESIS_PROFILE=long draws new ones, and many.
-settings.register_profile("default", derandomize=True, max_examples=24, deadline=None, database=None)
+# By default the same few examples everywhere, fewer where kernels are interpreted; HYPOTHESIS_PROFILE=long draws new
+# ones, and many.
+EXAMPLES = 6 if _backend.INTERPRETED else 24
+settings.register_profile("default", derandomize=True, max_examples=EXAMPLES, deadline=None, database=None)
 settings.register_profile("long", max_examples=2000, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 

@@ -232,8 +232,10 @@ def test_gradcheck(generator):
             def op(x, given=given, options=options, backend=backend):
                 return fk.pack_tokens(x, given, 1, **options, backend=backend)[0]
 
-            torch.autograd.gradcheck(op, tokens.clone().requires_grad_())
-            torch.autograd.gradgradcheck(op, tokens.clone().requires_grad_())
+            # In random directions where a kernel is interpreted: it is called as often as there are numbers otherwise.
+            fast = BACKEND == "triton"
+            torch.autograd.gradcheck(op, tokens.clone().requires_grad_(), fast_mode=fast)
+            torch.autograd.gradgradcheck(op, tokens.clone().requires_grad_(), fast_mode=fast)
 
 
 @pytest.mark.parametrize("paired", [True, False])
