@@ -39,3 +39,9 @@ def check_classes(op: str, argument: str, value: object, batch: int, classes: in
         found = f"holds {int(wanted.min())} to {int(wanted.max())}" if wanted.ndim else f"is {int(wanted)}"
         raise ValueError(f"{op}: argument `{argument}` must be {expected}, but it {found}.")
     return wanted.expand(batch)
+
+
+def shortened(error: Exception) -> str:
+    """An error's message in one line of 500 characters at most: PyTorch lists every tensor of a model that differs."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 500 else text[:500] + "…"

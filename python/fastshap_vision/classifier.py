@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastshap_kernels import coalition_sum, linear_shapley_loss
 from fastshap_kernels._checks import check_bits, check_dense
 
-from ._checks import check_choice, check_classes
+from ._checks import check_choice, check_classes, shortened
 from .coalition_stream import stream
 from .cpu_attention import cpu_attention
 from .cpu_linear import cpu_linears
@@ -283,7 +283,7 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
             ValueError: for what can't be found or read, or is another model than the one that was saved.
         """
         name = str(pretrained_model_name_or_path)
-        known = cls._hub_mixin_init_parameters
+        known = [key for key in cls._hub_mixin_init_parameters if key != "self"]
         for argument in arguments:
             if argument not in known:
                 raise TypeError(f"from_pretrained: there is no argument `{argument}`. Pass one of {', '.join(known)}.")
@@ -304,14 +304,16 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
                 check_probe(model._probe(), header.probe, next(model.parameters()).dtype)
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise ValueError(
-                f"The checkpoint {name!r} can't be read: {str(error).rstrip('.')}. It must be a folder written by "
-                f"save_pretrained ({CONFIG}, {WEIGHTS}), or the name of a model on the Hub."
+                f"The checkpoint {name!r} can't be read: {shortened(error).rstrip('.')}. It must be a folder written "
+                f"by save_pretrained ({CONFIG}, {WEIGHTS}), or the name of a model on the Hub."
             ) from error
         return model.eval()
 
     @classmethod
     def _build(cls, arguments: dict[str, Any], header: Header) -> SelfExplainingClassifier:
         """The model of a configuration that comes from elsewhere: its types and size are checked first."""
+        if "model_name" not in arguments:
+            raise ValueError(f"{CONFIG} has no `model_name`")
         try:
             name, classes = arguments["model_name"], arguments.get("num_classes", 1000)
             size, kwargs = checked_size(arguments.get("img_size")), checked_model_kwargs(arguments.get("model_kwargs"))
@@ -321,9 +323,7 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
             check_name(name, classes)
             check_size(name, timm_arguments(name, classes, size, kwargs), header)
             return cls(**arguments)
-        except KeyError:
-            raise ValueError(f"{CONFIG} has no `model_name`") from None
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # whatever a model raises that nobody would build
             raise ValueError(f"{CONFIG} describes no model of these weights: {error}") from error
 
     @torch.no_grad()

@@ -31,6 +31,11 @@ def make_game(backbone: Any, votes: bool, input_size: tuple[int, int, int], remo
     Raises:
         UnsupportedModelError: for a model that has no such game, or whose images are one patch.
     """
+    if isinstance(backbone, VisionTransformer | Eva) and not len(backbone.blocks):
+        raise UnsupportedModelError(
+            f"This {type(backbone).__name__} has no block (depth 0), and the explaining layers are like its last one.",
+            "Create it with depth=1 or more.",
+        )
     game, chosen = _choose_game(backbone, votes, input_size, removal)
     if game.players < 2:
         stages = getattr(backbone, "feature_info", [])

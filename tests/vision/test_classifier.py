@@ -622,6 +622,7 @@ def test_other_weights_than_were_saved_are_refused(folder):
         ({"kwargs": {"embed_dim": 10**9}}, "embed_dim=1000000000"),
         ({"kwargs": {"embed_dim": 3 * 2**14}}, "more weights than the file holds"),
         ({"kwargs": {"depth": 2**14}}, "more weights than the file holds"),
+        ({"kwargs": {"depth": 0}}, "no block"),
         ({"kwargs": {"depth": "a"}}, "timm can't make"),
         ({"kwargs": {"nonsense": 1}}, "timm can't make.*nonsense"),
         ({"kwargs": {"checkpoint_path": "x.pth"}}, "`model_kwargs`.*checkpoint_path"),
@@ -651,6 +652,26 @@ def test_a_configuration_that_does_not_fit_is_named(folder, change, message, mon
         monkeypatch.setattr("fastshap_vision.classifier.create_backbone", None)
     with pytest.raises(ValueError, match=rf"(?s)model' can't be read.*{message}"):
         fv.SelfExplainingClassifier.from_pretrained(changed(folder, **change))
+
+
+def test_a_configuration_that_makes_any_error_is_named(folder, monkeypatch):
+    """A KeyError of a model is no missing name."""
+    monkeypatch.setattr("fastshap_vision.classifier.create_backbone", lambda *_: {}["stage"])
+    with pytest.raises(ValueError, match=r"config\.json describes no model of these weights: 'stage'"):
+        fv.SelfExplainingClassifier.from_pretrained(folder)
+
+
+def test_weights_of_another_model_are_refused_in_few_words(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {f"other.{i}": torch.zeros(1) for i in range(500)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"Unexpected key.*save_pretrained") as refused:
+        fv.SelfExplainingClassifier.from_pretrained(folder)
+    assert len(str(refused.value)) < 1000
+
+
+def test_a_transformer_without_blocks_is_refused():
+    with pytest.raises(fv.UnsupportedModelError, match=r"no block \(depth 0\).*depth=1"):
+        fv.convert(timm.create_model("vit_tiny_patch16_224", depth=0, img_size=32, embed_dim=48, num_heads=3))
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe", b"", b"[" * 10**5])
