@@ -18,9 +18,6 @@ from torch import Tensor
 _WIDTH = 128  # features of a program
 _LEAST = 16  # rows that tl.dot needs, and the sums of float64 that stay in registers
 _COALITIONS = 64  # most coalitions that a program adds up
-#: Of a program that sums over players. Without a limit of their own some compilers take fewer registers than it needs,
-#: for a third program a multiprocessor, and spill.
-RESOURCES = {"num_warps": 8, "maxnreg": 128}
 
 
 @triton.jit
@@ -237,6 +234,15 @@ def stages(dtype: torch.dtype) -> int:
     return 2 if dtype == torch.float32 else 3
 
 
+def resources(rows: int) -> dict[str, int]:
+    """Warps and registers of a program that sums over players for `rows` coalitions.
+
+    Without a limit of their own some compilers give fewer registers than it needs, for a further program a
+    multiprocessor, and spill. Triton 3.6 can't compile 64 rows in 8 warps for a B200.
+    """
+    return {"num_warps": 16 if rows > 32 else 8, "maxnreg": 128}
+
+
 def whole_rows(features: Tensor) -> Tensor:
     """As it is where features lie one after the other: a slice of the players (tokens without their prefix) is no copy.
 
@@ -268,7 +274,7 @@ def coalition_sum(features: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
         WIDTH=_WIDTH,
         ACCUMULATE=accumulate(features.dtype),
         num_stages=stages(features.dtype),
-        **RESOURCES,
+        **resources(rows),
         enable_fp_fusion=False,
     )
     return out

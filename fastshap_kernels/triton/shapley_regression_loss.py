@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .coalition_sum import (
-    RESOURCES,
     accumulate,
     is_spoiled,
+    resources,
     rows_of,
     scatter,
     stages,
@@ -114,7 +114,7 @@ def shapley_regression_loss(phi: Tensor, bits: Tensor, target: Tensor) -> tuple[
             WIDTH=_WIDTH,
             ACCUMULATE=accumulate(phi.dtype),
             num_stages=stages(phi.dtype),
-            **RESOURCES,
+            **resources(rows),
             enable_fp_fusion=False,
         )
     return residual, partial.sum(-1)
