@@ -16,6 +16,7 @@ from fidelity_report import bars as fidelity_bars
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 FIDELITY = ROOT / "docs" / "fidelity.md"
+MODELS = ROOT / "docs" / "models.md"
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -193,6 +194,21 @@ def precision_table(results: dict[str, Any]) -> str:
     return table(header, rows) + "\n\n" + about[0].upper() + about[1:]
 
 
+def families_table(results: list[dict[str, Any]]) -> str:
+    """Each timm family's smallest model: the game that it has, or why it has none."""
+    rows = []
+    for r in results:
+        size = f"`{r['model']}`, {r['image_size']} px"
+        if "reason" in r:
+            rows.append([f"`{r['family']}`", size, "–", "–", f"no: {r['reason']}"])
+        else:
+            removal = f"`{r['removal']}`" + (f", {r['attention']}" if r["attention"] else "")
+            rows.append([f"`{r['family']}`", size, removal, f"`{r['base']}`", "yes"])
+    accepted = sum("reason" not in r for r in results)
+    about = f"{accepted} of {len(results)} families. Made by `python bench/families.py`."
+    return table(["family", "model", "removal", "base", "explained"], rows) + "\n\n" + about
+
+
 def newest_findings() -> tuple[Findings, str] | None:
     """Of the experiment on photographs: the largest budget that was run to its comparison of methods, and its name."""
     for name in ("full", "medium", "small"):
@@ -313,7 +329,7 @@ def newest_gpu_step() -> dict[str, Any] | None:
     return max(found, key=lambda results: results["date"], default=None)
 
 
-def load(name: str) -> dict[str, Any]:
+def load(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
@@ -333,7 +349,7 @@ def tables_of() -> dict[Path, dict[str, str]]:
         "ablation": ablation_table("small"),
         "longer": ablation_table("medium"),
     }
-    return {README: readme, FIDELITY: fidelity}
+    return {README: readme, FIDELITY: fidelity, MODELS: {"families": families_table(load("families"))}}
 
 
 def render(page: Path, tables: dict[str, str]) -> str:
