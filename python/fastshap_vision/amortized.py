@@ -34,7 +34,7 @@ from .coalition_objective import (
 )
 from .explanation import Explanation, LogProbabilityExplanation, ProbabilityExplanation
 from .link import LINKS, at_least_float32, log_distribution
-from .stem import evaluation_mode
+from .probe import evaluation_mode
 
 _EXPLANATIONS: dict[str, type[Explanation]] = {
     "probability": ProbabilityExplanation,

@@ -55,8 +55,8 @@ from .model_file import (
     write_weights,
 )
 from .precision import lowered
+from .probe import evaluation_mode, probe_images
 from .removal import make_game
-from .stem import evaluation_mode, probe_images
 
 _HALF_OR_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -20,7 +20,7 @@ from fastshap_kernels import exact_shapley, kernel_shap, pack_bits, sample_coali
 from fastshap_kernels._checks import MAX_PLAYERS, check_count, check_tensor, fail
 
 from .explanation import relative_efficiency_gap
-from .stem import evaluation_mode
+from .probe import evaluation_mode
 
 if TYPE_CHECKING:
     from .classifier import SelfExplainingClassifier

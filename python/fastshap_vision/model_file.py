@@ -19,13 +19,13 @@ import timm
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .model_arguments import LARGEST
-from .stem import evaluation_mode
+from .probe import evaluation_mode
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -158,6 +158,8 @@ def find_file(model_id: str, name: str, options: Mapping[str, Any]) -> str:
     else:
         try:
             return hf_hub_download(repo_id=model_id, filename=name, **options)
+        except LocalEntryNotFoundError as error:  # also where the Hub can't be reached
+            raise ValueError(f"there is no such folder, and the Hub can't give it: {error}") from error
         except EntryNotFoundError:
             pass
         except (HFValidationError, HfHubHTTPError, OSError) as error:

@@ -23,6 +23,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, set_seed
+from timm.models import get_model_input_config
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ from .coalition_objective import CoalitionObjective
 from .data import Preprocessing
 from .objective import TaskObjective
 from .played import ExplainerObjective, PlayedGames
-from .stem import evaluation_mode
+from .probe import evaluation_mode
 
 _log = logging.getLogger(__name__)
 
@@ -709,6 +710,11 @@ def _check_item(model: nn.Module, item: Any, function: str, argument: str, mixed
     image = torch.as_tensor(item[0]) if isinstance(item[0], np.ndarray) else item[0]
     if not isinstance(image, Tensor) or not image.is_floating_point():
         fail(function, argument, expected, image if isinstance(image, Tensor) else type(image), remedy)
+    if isinstance(model, SelfExplainingClassifier) and get_model_input_config(model.backbone)["fixed_input_size"]:
+        size = model.game.input_size
+        if tuple(image.shape) != size:
+            remedy = "Let the dataset resize them, or create the model with another img_size or in_chans."
+            fail(function, argument, f"of images {size}, the only size that the model takes", image, remedy)
     weights = next((weight for weight in model.parameters() if weight.is_floating_point()), image)
     if weights.is_meta:
         raise ValueError(f"{function}: argument `model` has no weights yet (device meta). Create it on a real device.")

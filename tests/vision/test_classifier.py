@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -685,6 +685,15 @@ def test_a_configuration_that_is_no_json_object_is_named(folder, content):
 def test_a_folder_that_is_not_there_is_named(name):
     with pytest.raises(ValueError, match=rf"The checkpoint '{name}' can't be read: there is no such folder"):
         fv.SelfExplainingClassifier.from_pretrained(name)
+
+
+def test_a_hub_out_of_reach_is_named(monkeypatch):
+    def download(**options):
+        raise LocalEntryNotFoundError("check your connection")
+
+    monkeypatch.setattr("fastshap_vision.model_file.hf_hub_download", download)
+    with pytest.raises(ValueError, match=r"there is no such folder, and the Hub can't give it: check your connection"):
+        fv.SelfExplainingClassifier.from_pretrained("someone/model")
 
 
 class Mark:

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import ChainDataset, DataLoader, Subset, TensorDataset
 
-from fastshap_vision import SelfExplainingClassifier, ShapleyObjective, TaskObjective, load_dataset
+from fastshap_vision import SelfExplainingClassifier, ShapleyObjective, TaskObjective, convert, load_dataset
 from fastshap_vision.checkpoint import CheckpointError
 from fastshap_vision.training import TrainingError, _check_game, evaluate, fit
 
@@ -150,6 +150,17 @@ def test_fit_learns_and_logs(tmp_path):
     weights = load_file(tmp_path / "run" / "model.safetensors")
     for name, value in model.state_dict().items():
         assert torch.equal(weights[name], value), name
+
+
+@pytest.mark.parametrize("name", ["train_data", "eval_data"])
+def test_images_of_another_size_than_the_only_one_are_named(name):
+    """Before the first step, in the words of fit and not of timm."""
+    size = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 8, "depth": 1, "num_heads": 1}
+    model = convert(timm.create_model("vit_tiny_patch16_224", num_classes=2, **size))
+    data = {of: [(torch.zeros(1, 8, 8), 0)] * 4 for of in ("train_data", "eval_data")}
+    data[name] = [(torch.zeros(1, 4, 4), 0)] * 4
+    with pytest.raises(ValueError, match=rf"`{name}` must be of images \(1, 8, 8\).*\(1, 4, 4\).*img_size"):
+        fit(model, **data, objective=TaskObjective(), epochs=1, batch_size=4)
 
 
 def test_fit_follows_the_schedule_of_each_update():
