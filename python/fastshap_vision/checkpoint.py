@@ -37,6 +37,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
+from ._checks import shortened
+
 FOLDER = "checkpoints"
 MODEL, STATE, RECORD = "model.safetensors", "state.safetensors", "record.json"
 LOCK = ".lock"
@@ -203,7 +205,8 @@ class Checkpoints:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         except Exception as error:  # whatever the many readers above raise
             raise CheckpointError(
-                f"fit: the checkpoint {str(folder)!r} does not fit this model, optimiser and objective: {error}. "
+                f"fit: the checkpoint {str(folder)!r} does not fit this model, optimiser and objective: "
+                f"{shortened(error).rstrip('.')}. "
                 "Build the model as the run did, or start another run in another folder."
             ) from error
         self.newest = folder

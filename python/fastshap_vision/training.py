@@ -177,7 +177,7 @@ def fit(
     if isinstance(model, SelfExplainingClassifier):
         _prepare_file(model, train_data, output)
     settings = _checked_settings(given)
-    with _as_found(model):
+    with _as_found(model, objective):
         if eval_data is not None:
             _check_data(model, eval_data, "fit", "eval_data")
         run = _Run(model, train_data, objective, settings)
@@ -289,11 +289,12 @@ def _scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 @contextmanager
-def _as_found(model: nn.Module) -> Iterator[None]:
+def _as_found(model: nn.Module, objective: Any) -> Iterator[None]:
     """What a run changes beyond its arguments becomes what it was.
 
     accelerate keeps precision and gradient accumulation for the whole process: a run has its own, and the caller's
-    come back after it. So do the random generators, and whether blocks checkpoint their activations.
+    come back after it. So do the random generators, whether blocks checkpoint their activations, and whether the
+    objective's step is compiled.
     """
     states = (GradientState, AcceleratorState, PartialState)
     contents = [dict(state._shared_state) for state in states]
@@ -302,12 +303,16 @@ def _as_found(model: nn.Module) -> Iterator[None]:
     of_python, of_numpy = random.getstate(), np.random.get_state()
     name = "grad_checkpointing"
     checkpointing = [(module, getattr(module, name)) for module in model.modules() if hasattr(module, name)]
+    parts = [objective, *getattr(objective, "__dict__", {}).values()]  # an objective may hold another one
+    compiled = [(part, part._compiled) for part in parts if isinstance(part, TaskObjective | CoalitionObjective)]
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             yield
     finally:
         for module, enabled in checkpointing:
             setattr(module, name, enabled)
+        for part, step in compiled:
+            part._compiled = step
         random.setstate(of_python)
         np.random.set_state(of_numpy)
         for state, content in zip(states, contents, strict=True):
@@ -443,7 +448,8 @@ class _Run:
             if not terms["loss"].requires_grad:
                 raise ValueError(
                     "fit: the objective's loss depends on none of the model's trainable parameters. Unfreeze those "
-                    "that it trains (requires_grad_), or use an objective that trains the others."
+                    "that it trains (requires_grad_); or, to train the layers that explain beside a frozen backbone, "
+                    "pass ShapleyObjective(regression_ramp=(0, 0)), whose regression counts from the first step on."
                 )
             self.accelerator.backward(terms["loss"])
             if self.settings["clip_grad"] is not None:

@@ -118,6 +118,7 @@ def test_training_compiles_its_step(monkeypatch):
         model = tiny(head_depth=0)
         objective = fv.ShapleyObjective(2, masked_task_weight=0.5)
         fit(model, data, objective=objective, epochs=2, batch_size=4, progress=False, compile=compiles)
+        assert objective._compiled is objective._without_coalitions._compiled is None  # as it was given
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
     plain, compiled_weights = weights(False), weights(True)

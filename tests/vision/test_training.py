@@ -347,6 +347,12 @@ def test_checkpoint_of_another_run_is_refused(short_run):
         train(short_run, epochs=1, lr=0.02, resume="auto")
     with pytest.raises(CheckpointError, match=r"does not fit this model"):
         train(short_run, epochs=1, model=NoisyNet(hidden=9), resume="auto")
+    other = NoisyNet()
+    other.layers.extend(nn.Identity() for _ in range(100))
+    other.layers.extend(nn.LayerNorm(8) for _ in range(50))
+    with pytest.raises(CheckpointError, match=r"does not fit this model.*Missing key.*another folder") as refused:
+        train(short_run, epochs=1, model=other, resume="auto")
+    assert len(str(refused.value)) < 1000
     record = json.loads((short_run / "checkpoints" / "epoch_0001" / "record.json").read_text())
     assert record["record"]["settings"]["images"] == 40
 
@@ -440,6 +446,24 @@ def test_a_model_without_trainable_weights_is_refused():
     assert train(model=model, epochs=1)[1].history
     with pytest.raises(ValueError, match="no weights yet"):
         train(model=NoisyNet().to("meta"))
+
+
+def test_a_frozen_backbone_beside_a_ramp_is_told_what_to_do():
+    """At the ramp's start the loss is the task's alone, which trains nothing; the remedy trains the shares."""
+    model = SelfExplainingClassifier(
+        "vit_tiny_patch16_224",
+        3,
+        img_size=4,
+        model_kwargs={"patch_size": 2, "in_chans": 1, "embed_dim": 12, "depth": 1},
+    )
+    model.backbone.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"depends on none.*regression_ramp=\(0, 0\)"):
+        train(model=model, objective=ShapleyObjective(2))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    train(model=model, objective=ShapleyObjective(2, regression_ramp=(0, 0)), epochs=1)
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert "shares.weight" in changed
+    assert not any(name.startswith("backbone.") for name in changed)
 
 
 def test_an_objective_without_a_loss_is_refused():
