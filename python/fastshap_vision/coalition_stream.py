@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from fastshap_kernels import coalition_sum
+from fastshap_kernels._checks import check_flag, describe
 
 from ._log import say_once
 from .game import Game
@@ -77,10 +79,12 @@ def stream(
     start. `variant` names whatever else changes a row's memory.
     """
     batch, coalitions = bits.shape[:2]
+    check_flag("coalition_values", "paired", paired)
     if paired and coalitions % 2:
         raise ValueError(f"Argument `bits` must hold pairs (M even), since `paired` is True, but M is {coalitions}.")
-    if max_rows != "auto" if isinstance(max_rows, str) else max_rows < 1:
-        raise ValueError(f"Argument `max_rows` must be 'auto' or at least 1, but it is {max_rows!r}.")
+    is_count = isinstance(max_rows, Integral) and not isinstance(max_rows, bool) and max_rows >= 1
+    if not is_count and not (isinstance(max_rows, str) and max_rows == "auto"):
+        raise ValueError(f"Argument `max_rows` must be 'auto' or at least 1, but it is {describe(max_rows)}.")
     if not batch or not coalitions:
         return images.new_zeros(batch, coalitions, game.vote_weight()[0].shape[0])
     keeps_graph = torch.is_grad_enabled() and any(x.requires_grad for x in (images, *game.backbone.parameters()))

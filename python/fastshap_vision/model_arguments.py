@@ -13,7 +13,7 @@ from timm.layers import get_act_layer, get_norm_layer
 from timm.models import get_model_args, get_model_input_config
 from torch import nn
 
-from fastshap_kernels._checks import check_count
+from fastshap_kernels._checks import check_count, describe
 
 from ._checks import check_choice
 from .data import Preprocessing
@@ -75,7 +75,7 @@ def checked_model_kwargs(arguments: Any) -> dict[str, Any]:
     if arguments is None:
         return {}
     if not isinstance(arguments, Mapping) or not all(isinstance(key, str) for key in arguments):
-        raise TypeError(f"Argument `model_kwargs` must be a dict with names, but it is {arguments!r}.")
+        raise TypeError(f"Argument `model_kwargs` must be a dict with names, but it is {describe(arguments)}.")
     for key in FOREIGN:
         if key in arguments:
             raise ValueError(
@@ -99,7 +99,7 @@ def checked_gradient(value: object, head: str) -> float:
     if value is None:
         return 0.0 if head == "shares" else 1.0
     if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= float(value) <= 1.0:
-        raise ValueError(f"Argument `backbone_gradient` must be a number in [0, 1], but it is {value!r}.")
+        raise ValueError(f"Argument `backbone_gradient` must be a number in [0, 1], but it is {describe(value)}.")
     return float(value)
 
 
@@ -109,7 +109,7 @@ def check_name(name: object, num_classes: object) -> None:
         return
     close = timm.list_models(f"*{name.split('_')[0]}*")[:5] if isinstance(name, str) and name else []
     raise ValueError(
-        f"Argument `model_name` must be a timm model, but it is {name!r}. "
+        f"Argument `model_name` must be a timm model, but it is {describe(name)}. "
         f"{'Close: ' + ', '.join(close) if close else 'See timm.list_models()'}."
     )
 
@@ -125,7 +125,7 @@ def checked_size(img_size: Any) -> tuple[int, int] | None:
     if len(sides) != 2:
         raise ValueError(
             f"Argument `img_size` must be a whole number of pixels from 1 to {LARGEST_IMAGE}, or (H, W), but it is "
-            f"{img_size!r}."
+            f"{describe(img_size)}."
         )
     return int(sides[0]), int(sides[1])
 

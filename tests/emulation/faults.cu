@@ -17,7 +17,7 @@ __global__ void faulty_kernel(int fault, const float* in, float* out) {
   staged[lane] = dynamic[lane] = in[lane];
   __syncthreads();
   float value = staged[fault == kStaticMemory ? past : lane];
-  if (fault == kDynamicMemory) value = dynamic[past + 4];  // the allocation ends with 16 bytes of room
+  if (fault == kDynamicMemory) value = dynamic[past];
   if (fault == kGlobalMemory) value = in[past];
   if (fault == kAlignment) value = load_vector<4>(in + 1).values[0];
   if (fault == kShift) value = static_cast<float>(1u << (kThreads + lane));

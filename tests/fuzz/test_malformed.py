@@ -144,3 +144,19 @@ def test_malformed_calls_are_refused_by_name_or_served_rightly():
         assert ended in ("refused", "served"), f"call {number} of {op}, spoiled {names}: {ended}. {said}"
         ends[ended] += 1
     assert min(ends.values()) > 50  # of both kinds
+
+
+def test_malformed_calls_of_the_vision_api_name_their_argument():
+    """Those that were answered by errors of Python's or PyTorch's, or printed whole lists."""
+    import vision_calls
+
+    nested = torch.nested.nested_tensor([torch.rand(9), torch.rand(9)])
+    masks = torch.nested.nested_tensor([torch.rand(12, 12) < 0.5, torch.rand(12, 12) < 0.5])
+    spoiled = [("coalition_values", "max_rows", []), ("coalition_values", "paired", np.arange(3))]
+    spoiled += [("insertion", "attributions", nested), ("segmentation", "masks", masks)]
+    spoiled += [("convert", "img_size", list(range(5000))), ("convert", "backbone_gradient", list(range(5000)))]
+    for name, argument, value in spoiled:
+        call = vision_calls.CALLS[name]
+        with pytest.raises((ValueError, TypeError), match=f"rgument `{argument}`") as raised:
+            call.function(**(call.arguments() | {argument: value}))
+        assert len(str(raised.value)) < 400

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastshap_kernels import pack_bits
-from fastshap_kernels._checks import check_tensor, fail
+from fastshap_kernels._checks import check_dense, check_tensor, fail
 
 from .._checks import check_classes
 from ..fidelity import check_finite, check_game, check_images, check_values, evaluating
@@ -43,7 +43,7 @@ def check_attributions(op: str, game: Game, images: Tensor, attributions: Tensor
     players = check_game(op, "game", game, "coalition_values")
     check_images(op, images)
     shape = f"(B, P) = ({len(images)}, {players})"
-    if isinstance(attributions, Tensor) and attributions.shape != (len(images), players):
+    if check_dense(op, "attributions", attributions, shape).shape != (len(images), players):
         fail(
             op, "attributions", f"{shape}, of one class per image", attributions, "Take explanation.values_for(target)."
         )

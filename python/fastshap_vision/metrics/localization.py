@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastshap_kernels._checks import check_count, check_tensor, fail
+from fastshap_kernels._checks import check_count, check_dense, check_tensor, fail
 
 from ..fidelity import ROUNDING
 from .scores import Score
@@ -156,9 +156,9 @@ def _check_maps(op: str, maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     if maps.is_meta or not maps.isfinite().all():
         fail(op, "maps", "finite", maps if maps.is_meta else "one with NaN or infinite values")
     remedy = "Resize the maps to the masks: explanation.heatmap(size)."
-    if isinstance(masks, Tensor) and masks.shape == maps.shape:
+    masks = check_dense(op, "masks", masks, f"bool {tuple(maps.shape)} like `maps`", remedy)
+    if masks.shape == maps.shape:
         remedy = "Say what counts as the object: masks > 0."
-    is_dense = isinstance(masks, Tensor) and masks.layout == torch.strided and not masks.is_meta
-    if not is_dense or masks.dtype != torch.bool or masks.shape != maps.shape:
+    if masks.is_meta or masks.dtype != torch.bool or masks.shape != maps.shape:
         fail(op, "masks", f"bool {tuple(maps.shape)} like `maps`", masks, remedy)
     return maps.detach(), masks.to(maps.device)

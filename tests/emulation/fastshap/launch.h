@@ -238,7 +238,7 @@ void launch(const char* op, void (*kernel)(Parameters...), const Tensor&, int64_
   emulation::Block& block = emulation::block();
   block.threads = threads;
   block.body = [=] { kernel(arguments...); };
-  block.shared.reset(new unsigned char[shared_bytes + 16]);
+  block.shared.reset(new unsigned char[shared_bytes]);
   while (static_cast<int>(block.fibers.size()) < threads) block.fibers.emplace_back();
   blockDim.x = static_cast<unsigned>(threads);
   gridDim.x = static_cast<unsigned>(blocks);
