@@ -170,8 +170,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // out[b, t] = Σ grad[row of t in coalition m of image b], in the order of m.
+// Eight blocks a multiprocessor: for a ninth the compiler would spill registers.
 template <typename T, int size>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 8)
     pack_tokens_backward_kernel(Packing packing, const T* __restrict__ grad,  // [T, D]
                                 const int32_t* __restrict__ bits,             // [B, M, W]
                                 const int32_t* __restrict__ cu_seqlens,       // [B·M + 1]
@@ -182,8 +183,7 @@ __global__ void __launch_bounds__(kThreads)
   T* to = out + (image * (packing.prefix + packing.players) + group.token) * packing.width;
   const int vectors = static_cast<int>(packing.width / size), values = group.count * vectors;
   for (int i = threadIdx.x; i - static_cast<int>(threadIdx.x) < values; i += kThreads) {
-    // Threads past the last value help to look up places only.
-    const int token = i < values ? i / vectors : 0, at = i % vectors * size;
+    const int token = i / vectors, at = i % vectors * size;
     accumulate_t<T> sum[size] = {};
     for (int64_t first = 0; first < packing.coalitions; first += kCoalitions) {
       // One chunk of coalitions is looked up once.
@@ -191,14 +191,16 @@ __global__ void __launch_bounds__(kThreads)
         __syncthreads();
         find_places(packing, group, bits, cu_seqlens, image, first, nullptr, places);
       }
-      const int64_t count = min(static_cast<int64_t>(kCoalitions), packing.coalitions - first);
+      // Threads past the last value help to look up places only.
+      const int left = static_cast<int>(min(static_cast<int64_t>(kCoalitions), packing.coalitions - first));
+      const int count = i < values ? left : 0;
       for (int m = 0; m < count; m += kTogether) {
         Vector<T, size> read[kTogether] = {};
 #pragma unroll
         for (int j = 0; j < kTogether; ++j) {
           const Place place = places[m + j];
           const int64_t row = row_of(place, token);
-          const bool present = i < values && (place.present >> token & 1u) && row < packing.total;
+          const bool present = (place.present >> token & 1u) && row < packing.total;
           if (present) read[j] = load_vector<size>(grad + row * packing.width + at);
         }
 #pragma unroll
