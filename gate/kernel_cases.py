@@ -16,6 +16,7 @@ HALF, SINGLE = torch.bfloat16, torch.float32
 
 WIDE_ACCESS = r"\b(LDG|STG)\.E(\.\w+)*\.128"
 WARP_SUM = r"\bREDUX\b"
+SINGLE_UNITS = r"\bFFMA2?\b"  # the second multiplies pairs
 MATRIX_UNITS = r"\b(\w*HGMMA|HMMA|UTC\w*MMA)\b"
 
 
@@ -60,7 +61,7 @@ def mask_patches() -> Iterator[Case]:
 
 
 def linear_shapley_loss() -> Iterator[Case]:
-    for label, dtype, products in (("float32", SINGLE, r"\bFFMA\b"), ("bfloat16", HALF, MATRIX_UNITS)):
+    for label, dtype, products in (("float32", SINGLE, SINGLE_UNITS), ("bfloat16", HALF, MATRIX_UNITS)):
         classes = 1000
         pooled, weight = torch.zeros(4, 8, 768), torch.zeros(classes, 768, dtype=dtype)
         given = (
@@ -96,7 +97,7 @@ def packed_attention() -> Iterator[Case]:
         grad = torch.zeros(max_seqlen, 6, head_dim, dtype=dtype)
         sums = torch.zeros(max_seqlen, 6)
         boundaries = torch.tensor([0, max_seqlen], dtype=torch.int32)
-        products = MATRIX_UNITS if dtype == HALF else r"\bFFMA\b"
+        products = MATRIX_UNITS if dtype == HALF else SINGLE_UNITS
         backward = ("_backward_keys",) if max_seqlen <= 64 else ("_backward_keys", "_backward_queries")
         yield Case(
             f"packed_attention {label}",

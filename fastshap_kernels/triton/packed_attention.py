@@ -72,7 +72,9 @@ def _whole_blocks(dtype: torch.dtype, head_dim: int) -> tuple[_Blocks, ...]:
 def _long_blocks(dtype: torch.dtype, head_dim: int) -> tuple[_Blocks, _Blocks]:
     """For longer sequences: of the kernel of the queries, and of that of the keys."""
     if dtype == torch.float32:
-        return _Blocks(32, 32, 8, 2) if head_dim <= 64 else _Blocks(16, 16, 4, 2), _Blocks(32, 32, 8, 2)
+        if head_dim <= 64:
+            return _Blocks(32, 32, 8, 2), _Blocks(32, 32, 8, 2)
+        return _Blocks(16, 16, 4, 2), _Blocks(16, 32, 8, 2)
     if head_dim <= 64:
         return _Blocks(128, 64, 8, 2), _Blocks(32, 128, 8, 2)
     return _Blocks(64, 64, 8, 2), _Blocks(32, 64, 8, 2)
