@@ -4,7 +4,7 @@
     python bench/families.py resnet eva   some of them
 
 The rows go to bench/results/families.json, which the table of docs/models.md is made of; the slow test
-tests/vision/test_families.py checks each row again.
+tests/vision/test_timm_families.py checks each row again.
 """
 
 from __future__ import annotations
