@@ -45,9 +45,12 @@ def work(kind: str, backend: str, seed: int, first: int, count: int) -> None:
         print(json.dumps({"number": number, "name": name, "ended": ended, "said": said[:500]}), flush=True)
 
 
-def environment(backend: str) -> dict[str, str]:
-    """The variables with which a process has the backend's kernels on CPU tensors."""
-    variables = {"OMP_NUM_THREADS": "1", "FASTSHAP_BACKEND": backend}
+def environment(kind: str, backend: str) -> dict[str, str]:
+    """The variables with which a process has the backend's kernels on CPU tensors.
+
+    Malformed calls name a backend or leave it to the op: named for all, it would refuse ops that have no such kernels.
+    """
+    variables = {"OMP_NUM_THREADS": "1"} | ({"FASTSHAP_BACKEND": backend} if kind == "differential" else {})
     folders = [ROOT, ROOT / "python", ROOT / "tests", ROOT / "tests" / "gpu", HERE]
     variables["PYTHONPATH"] = os.pathsep.join(str(folder) for folder in folders)
     if backend == "triton":
@@ -65,7 +68,7 @@ def run(kind: str, backend: str, seed: int, count: int) -> tuple[Counter, list[d
     number = counted = 0
     while counted < count:
         command = [sys.executable, __file__, "--worker", kind, backend, str(seed), str(number), str(count - counted)]
-        process = subprocess.Popen(command, env=environment(backend), stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, env=environment(kind, backend), stdout=subprocess.PIPE, text=True)
         begun = None
         for line in process.stdout:
             case = json.loads(line)
