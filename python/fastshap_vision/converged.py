@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastshap_kernels import kernel_shap, pack_bits, sample_coalitions
+from fastshap_kernels import pack_bits, sample_coalitions
 from fastshap_kernels._checks import check_count, fail
 
-from .fidelity import ROUNDING, ReferenceValues, check_images, check_sampled_game, evaluating, values_of
+from .fidelity import ROUNDING, ReferenceValues, check_images, check_sampled_game, estimate_of, evaluating, values_of
 
 if TYPE_CHECKING:
     from .classifier import SelfExplainingClassifier
@@ -108,7 +108,7 @@ def _converge(
         more = sample_coalitions(1, wanted - done, players, seed=seed, offset=offset + done, device=image.device)
         bits = torch.cat([bits, more], 1)
         values = torch.cat([values, values_of("converged_values", model, image, more, batch, bar)])
-        estimate = kernel_shap(bits, values.unsqueeze(0), null, grand.unsqueeze(0), players=players)
+        estimate = estimate_of("converged_values", bits, values, null, grand, players)
         phi, error = estimate.phi[0], estimate.standard_error[0]
         noise = float(error.square().mean().sqrt())
         spread = float((phi - phi.mean()).square().mean().sqrt())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastshap_kernels import exact_shapley, kernel_shap, pack_bits, sample_coalitions
+from fastshap_kernels import KernelShapEstimate, exact_shapley, kernel_shap, pack_bits, sample_coalitions
 from fastshap_kernels._checks import MAX_PLAYERS, check_count, check_tensor, fail
 
 from .explanation import relative_efficiency_gap
@@ -132,11 +132,22 @@ def kernel_shap_values(
             bits = sample_coalitions(1, coalitions, players, seed=seed, offset=offset, device=images.device)
             values = values_of(op, model, image, torch.cat([ends, bits], 1), batch, bar)
             null, grand = values[0], values[1]
-            estimate = kernel_shap(bits, values[None, 2:], null, grand[None], players=players)
+            estimate = estimate_of(op, bits, values[2:], null, grand, players)
             rows.append((estimate.phi[0], estimate.standard_error[0], null, grand))
     phi, standard_error, null, grand = (torch.stack(column) for column in zip(*rows, strict=True))
     evaluations = len(images) * (coalitions + 2)
     return ReferenceValues(phi, standard_error, null, grand, evaluations, time.perf_counter() - start)
+
+
+def estimate_of(op: str, bits: Tensor, values: Tensor, null: Tensor, grand: Tensor, players: int) -> KernelShapEstimate:
+    """`kernel_shap` of one image: bits (1, M, W), values (M, K), null and grand (K,)."""
+    try:
+        return kernel_shap(bits, values[None], null, grand[None], players=players)
+    except ValueError as error:  # the values are finite: these coalitions are too few
+        raise ValueError(
+            f"{op}: argument `coalitions` must be a number of coalitions that determine {players} Shapley values, but "
+            f"it is {bits.shape[1]}. Pass {8 * players} or more."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -257,6 +268,7 @@ def fidelity(
     """
     check_images("fidelity", images)
     players = check_game("fidelity", "model", model, "coalition_values", "shapley_values")
+    coalitions = check_count("fidelity", "coalitions", coalitions, 2, 2**31 - 1)
     if isinstance(reference, str) and reference == "exact":
         reference = exact_values(model, images, batch=batch, progress=progress)
     elif isinstance(reference, str) and reference == "kernel_shap":

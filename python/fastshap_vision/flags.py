@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 _OTHER_NAMES = {
     "image_size": "img_size",
     "model_name": "model",
-    "bits": "coalitions",
     "mixed_precision": "amp_dtype",
     "train_data": "the training data",
     "eval_data": "the test data",

@@ -181,6 +181,10 @@ def preprocessing_of(
 ) -> Preprocessing | None:
     """As asked for, else with timm's statistics; None for images that are neither greyscale nor RGB."""
     if asked is not None:
+        if not isinstance(asked, (Preprocessing, Mapping)):
+            raise TypeError(
+                f"Argument `preprocessing` must be a Preprocessing, its dict or None, but it is {describe(asked)}."
+            )
         return asked if isinstance(asked, Preprocessing) else Preprocessing.from_dict(asked)
     channels = input_size[0]
     if channels not in (1, 3):

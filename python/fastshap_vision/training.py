@@ -690,7 +690,9 @@ def _check_data(model: nn.Module, data: Any, function: str, argument: str, mixed
             f"{function}: argument `{argument}` must be a dataset, but it is a DataLoader. Pass its dataset "
             "(loader.dataset) and `batch_size`."
         )
-    if isinstance(data, IterableDataset) or not all(hasattr(data, name) for name in ("__len__", "__getitem__")):
+    if isinstance(data, IterableDataset) or not (
+        hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, Tensor)
+    ):
         raise ValueError(
             f"{function}: argument `{argument}` must be a dataset with a length whose items can be indexed, but it is "
             f"a {type(data).__name__}. Wrap it in a torch.utils.data.Dataset."

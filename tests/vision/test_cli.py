@@ -351,7 +351,7 @@ def test_wrong_values_reach_the_user(pictures, run, tmp_path, capsys):
     assert "is not an image" in fails(capsys, [*explain, tmp_path / "text.png", "--data-dir", tmp_path])
     assert "there is no folder" in fails(capsys, [*explain, "--data-dir", tmp_path / "absent"])
     few = ["evaluate", "--checkpoint", run, "--reference", "kernel_shap", "--coalitions", "2"]
-    assert "argument --coalitions must be coalitions that determine 4 Shapley values" in fails(capsys, few)
+    assert "argument --coalitions must be a number of coalitions that determine 4 Shapley values" in fails(capsys, few)
     explainer = ["train-explainer", "--checkpoint", run, "--output", tmp_path / "explained"]
     assert "argument --coalitions must be even" in fails(capsys, [*explainer, "--coalitions", "7"])
     assert not (tmp_path / "explained" / "games.safetensors").exists()

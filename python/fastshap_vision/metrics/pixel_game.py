@@ -66,6 +66,7 @@ class PixelGame(nn.Module):
         self.grid, self.players = (rows, columns), rows * columns
         self.batch = check_count("PixelGame", "batch", batch, 1, 2**31 - 1)
         self.blurs = False
+        colours = [None if n is None else _numbers(name, n) for name, n in (("mean", mean), ("std", std))]
         self.fixed: Tensor | None
         self.register_buffer("fixed", None, persistent=False)
         if isinstance(baseline, Tensor):
@@ -75,7 +76,7 @@ class PixelGame(nn.Module):
         elif not isinstance(baseline, str) or baseline not in BASELINES:
             fail("PixelGame", "baseline", f"one of {', '.join(map(repr, BASELINES))} or a tensor", baseline)
         elif baseline == "black":
-            self.fixed = _black(mean, std)
+            self.fixed = _black(*colours)
         else:
             self.blurs = baseline == "blur"
 
@@ -132,14 +133,13 @@ class PixelGame(nn.Module):
         return fixed
 
 
-def _black(mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
+def _black(mean: Tensor | None, std: Tensor | None) -> Tensor:
     """(C,): what normalisation makes of black."""
     if mean is None or std is None:
         fail("PixelGame", "mean", 'given, and `std` too, for baseline="black"', mean)
-    colour, scale = (_numbers(name, numbers) for name, numbers in (("mean", mean), ("std", std)))
-    if colour.shape != scale.shape or not bool((scale > 0).all()):
+    if mean.shape != std.shape or not bool((std > 0).all()):
         fail("PixelGame", "std", "as many positive numbers as `mean` has", std)
-    return -colour / scale
+    return -mean / std
 
 
 def _numbers(argument: str, numbers: Sequence[float]) -> Tensor:
