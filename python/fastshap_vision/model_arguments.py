@@ -185,7 +185,10 @@ def preprocessing_of(
             raise TypeError(
                 f"Argument `preprocessing` must be a Preprocessing, its dict or None, but it is {describe(asked)}."
             )
-        return asked if isinstance(asked, Preprocessing) else Preprocessing.from_dict(asked)
+        try:
+            return asked if isinstance(asked, Preprocessing) else Preprocessing.from_dict(asked)
+        except ValueError as error:
+            raise ValueError(f"Argument `preprocessing` describes none: {error}") from error
     channels = input_size[0]
     if channels not in (1, 3):
         return None

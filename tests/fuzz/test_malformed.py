@@ -155,7 +155,12 @@ def test_malformed_calls_of_the_vision_api_name_their_argument():
     spoiled = [("coalition_values", "max_rows", []), ("coalition_values", "paired", np.arange(3))]
     spoiled += [("insertion", "attributions", nested), ("segmentation", "masks", masks)]
     spoiled += [("convert", "img_size", list(range(5000))), ("convert", "backbone_gradient", list(range(5000)))]
-    spoiled += [("convert", "preprocessing", [0, 1]), ("PixelGame", "mean", 1j), ("fidelity", "coalitions", b"cpu")]
+    spoiled += [
+        ("convert", "preprocessing", [0, 1]),
+        ("convert", "preprocessing", {}),
+        ("PixelGame", "mean", 1j),
+        ("fidelity", "coalitions", b"cpu"),
+    ]
     spoiled += [("kernel_shap_values", "coalitions", 3), ("evaluate", "data", torch.tensor(0.5))]
     for name, argument, value in spoiled:
         call = vision_calls.CALLS[name]
