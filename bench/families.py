@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
-from fastshap_vision.game import SUPPORTED
+from fastshap_vision.games.base import SUPPORTED
 
 FILE = Path(__file__).parent / "results" / "families.json"
 CLASSES = 5

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 import fastshap_vision as fv
-from fastshap_vision.plotting import explanation_page
+from fastshap_vision.explanations.page import explanation_page
 
 #: The settings whose models every method explains; the first two must be trained.
 COMPARED = ("plain", "recipe", "grey-pixels", "fastshap")

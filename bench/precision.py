@@ -27,7 +27,7 @@ import digits
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
-from fastshap_vision.fidelity import ReferenceValues
+from fastshap_vision.estimators.base import ReferenceValues
 
 PRECISIONS = ("same", "bf16", "fp8")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fastshap_vision.cpu_linear import cpu_linears
+from fastshap_vision._runtime.onednn_linear import cpu_linears
 
 _TURN = 0.05  # seconds
 

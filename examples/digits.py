@@ -25,8 +25,8 @@ import torch
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
-from fastshap_vision.data import DIGITS_TEST_IMAGES
-from fastshap_vision.plotting import explanation_page
+from fastshap_vision.data.datasets import DIGITS_TEST_IMAGES
+from fastshap_vision.explanations.page import explanation_page
 
 MODELS: dict[str, dict[str, Any]] = {
     "vit": {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 
-from fastshap_vision import cli
+from fastshap_vision.cli import main as cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

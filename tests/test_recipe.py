@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import fastshap_vision as fv
-from fastshap_vision import cli, recipe
+from fastshap_vision import recipe
+from fastshap_vision.cli import main as cli
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))

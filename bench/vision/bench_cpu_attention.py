@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from fastshap_vision.cpu_attention import cpu_attention
+from fastshap_vision._runtime.packed_sdpa import cpu_attention
 
 
 @pytest.mark.parametrize(("batch", "length", "heads", "head_dim"), [(64, 64, 3, 32), (8, 196, 6, 64)])

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fastshap_vision.cpu_linear import cpu_linears
+from fastshap_vision._runtime.onednn_linear import cpu_linears
 
 WIDTH = 384
 

@@ -1,20 +1,31 @@
 """The thin training API: timm models that explain themselves with Shapley values."""
 
-from . import metrics, recipe
-from .amortized import AmortizedExplainer, AmortizedObjective, SurrogateObjective
-from .checkpoint import CheckpointError
-from .classifier import SelfExplainingClassifier, convert
-from .converged import converged_values
-from .data import Preprocessing, WithMirrorImages, load_dataset
-from .explanation import Explanation
-from .fidelity import Fidelity, ReferenceValues, exact_values, fidelity, kernel_shap_values
-from .game import UnsupportedModelError
-from .interoperability import Attribution
-from .memory import keep_freed_memory
-from .metrics import PixelGame
-from .objective import ObjectiveTerms, ShapleyObjective, TaskObjective
-from .played import ExplainerObjective, PlayedGames, play
-from .training import Evaluation, FitResult, TrainingError, evaluate, fit
+from . import metrics
+from ._runtime.allocator import keep_freed_memory
+from .baselines.fastshap import AmortizedExplainer, AmortizedObjective, SurrogateObjective
+from .data.datasets import load_dataset
+from .data.mirrored import WithMirrorImages
+from .data.recorded import PlayedGames, play
+from .estimators.base import ReferenceValues
+from .estimators.converged import converged_values
+from .estimators.exact import exact_values
+from .estimators.kernel_shap import kernel_shap_values
+from .explanations.as_captum import Attribution
+from .explanations.explanation import Explanation
+from .games.base import UnsupportedModelError
+from .games.masked_image import PixelGame
+from .images.preprocessing import Preprocessing
+from .metrics.fidelity import Fidelity, fidelity
+from .models.self_explaining import SelfExplainingClassifier, convert
+from .objectives.base import ObjectiveTerms
+from .objectives.explainer import ExplainerObjective
+from .objectives.joint import ShapleyObjective
+from .objectives.task import TaskObjective
+from .training import recipe
+from .training.evaluate import Evaluation, evaluate
+from .training.fit import FitResult, fit
+from .training.monitor import TrainingError
+from .training.state import CheckpointError
 
 __all__ = [
     "AmortizedExplainer",

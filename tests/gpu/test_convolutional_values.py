@@ -12,7 +12,7 @@ pytest.importorskip("timm")
 from torch._dynamo.testing import CompileCounterWithBackend
 from vision_transformers import create, images
 
-from fastshap_vision.convolutional import PixelRemoval
+from fastshap_vision.games.mask_cells_cnn import PixelRemoval
 
 pytestmark = pytest.mark.gpu
 

@@ -13,8 +13,10 @@ from vision_transformers import create, images
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
-from fastshap_vision import coalition_stream
-from fastshap_vision.coalition_stream import Limits, LiveBytes, cut, evaluate
+from fastshap_vision.streaming import memory, stream
+from fastshap_vision.streaming.chunks import Limits, cut
+from fastshap_vision.streaming.memory import LiveBytes
+from fastshap_vision.streaming.stream import evaluate
 
 pytestmark = pytest.mark.gpu
 
@@ -34,14 +36,14 @@ def graphs(monkeypatch):
     """Every graph that is captured, however few the chunks; the test sees whether one was."""
     made = []
 
-    class Noted(coalition_stream._Graph):
+    class Noted(stream._Graph):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             made.append(self)
 
-    monkeypatch.setattr(coalition_stream, "_Graph", Noted)
-    monkeypatch.setattr(coalition_stream, "_GRAPH_CHUNKS", 2)
-    monkeypatch.setattr(coalition_stream, "_GRAPH_UNITS", 2)
+    monkeypatch.setattr(stream, "_Graph", Noted)
+    monkeypatch.setattr(stream, "_GRAPH_CHUNKS", 2)
+    monkeypatch.setattr(stream, "_GRAPH_UNITS", 2)
     return made
 
 
@@ -90,8 +92,8 @@ def test_chunks_never_wait(kind, paired, monkeypatch, graphs):
 
         return run
 
-    for capture in (coalition_stream._captured, lambda values, *_: values):
-        monkeypatch.setattr(coalition_stream, "_captured", strict(capture))
+    for capture in (stream._captured, lambda values, *_: values):
+        monkeypatch.setattr(stream, "_captured", strict(capture))
         try:
             values = evaluate(model.game, x, bits, chunks, paired, False, tqdm(disable=True))
         finally:
@@ -135,14 +137,14 @@ def test_gradients_through_chunks(paired):
 def test_the_need_of_a_row_is_an_upper_bound(kind, keeps_graph):
     """Of the tensors alive; what the allocator reports is above it by less than the share left free."""
     model, x, bits = model_images_bits(kind, True)
-    estimate = coalition_stream.row_bytes(model.game, x, keeps_graph)
-    rows = bits.shape[0] * bits.shape[1] // 2 * coalition_stream._pair_rows(model.game)
+    estimate = memory.row_bytes(model.game, x, keeps_graph)
+    rows = bits.shape[0] * bits.shape[1] // 2 * memory.pair_rows(model.game)
     with LiveBytes() as live, torch.set_grad_enabled(keeps_graph):
         values = model.game.values(x.requires_grad_(keeps_graph), bits, True)
         if keeps_graph:
             torch.autograd.grad(values.sum(), x)
     assert live.peak <= estimate * rows
-    assert coalition_stream.free_bytes(x.device) > 0
+    assert memory.free_bytes(x.device) > 0
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])

@@ -649,14 +649,14 @@ def test_other_weights_than_were_saved_are_refused(folder):
 def test_a_configuration_that_does_not_fit_is_named(folder, change, message, monkeypatch):
     """And nothing is built for those that want too much."""
     if "weights" in message or "file" in message or "0000" in message:
-        monkeypatch.setattr("fastshap_vision.classifier.create_backbone", None)
+        monkeypatch.setattr("fastshap_vision.models.self_explaining.create_backbone", None)
     with pytest.raises(ValueError, match=rf"(?s)model' can't be read.*{message}"):
         fv.SelfExplainingClassifier.from_pretrained(changed(folder, **change))
 
 
 def test_a_configuration_that_makes_any_error_is_named(folder, monkeypatch):
     """A KeyError of a model is no missing name."""
-    monkeypatch.setattr("fastshap_vision.classifier.create_backbone", lambda *_: {}["stage"])
+    monkeypatch.setattr("fastshap_vision.models.self_explaining.create_backbone", lambda *_: {}["stage"])
     with pytest.raises(ValueError, match=r"config\.json describes no model of these weights: 'stage'"):
         fv.SelfExplainingClassifier.from_pretrained(folder)
 
@@ -691,7 +691,7 @@ def test_a_hub_out_of_reach_is_named(monkeypatch):
     def download(**options):
         raise LocalEntryNotFoundError("check your connection")
 
-    monkeypatch.setattr("fastshap_vision.model_file.hf_hub_download", download)
+    monkeypatch.setattr("fastshap_vision.models.file.hf_hub_download", download)
     with pytest.raises(ValueError, match=r"there is no such folder, and the Hub can't give it: check your connection"):
         fv.SelfExplainingClassifier.from_pretrained("someone/model")
 
@@ -712,7 +712,7 @@ def test_no_pickle_is_loaded(folder, tmp_path, place, monkeypatch):
     for name in ("pytorch_model.bin", "model.safetensors", "model.pkl"):
         (folder / name).unlink(missing_ok=True)
         (folder / name).write_bytes(pickle.dumps(Mark(mark)))
-    monkeypatch.setattr("fastshap_vision.model_file.hf_hub_download", hub(folder))
+    monkeypatch.setattr("fastshap_vision.models.file.hf_hub_download", hub(folder))
     with pytest.raises(ValueError, match="can't be read"):
         fv.SelfExplainingClassifier.from_pretrained(folder if place == "folder" else "someone/model")
     (folder / "model.safetensors").unlink()
@@ -749,13 +749,13 @@ def test_what_is_pushed_to_the_hub_is_loaded_from_it(folder, tmp_path, monkeypat
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
     model.push_to_hub("someone/model")
     assert {path.name for path in pushed.iterdir()} == {"README.md", "config.json", "model.safetensors"}
-    monkeypatch.setattr("fastshap_vision.model_file.hf_hub_download", hub(pushed))
+    monkeypatch.setattr("fastshap_vision.models.file.hf_hub_download", hub(pushed))
     again = fv.SelfExplainingClassifier.from_pretrained("someone/model")
     assert torch.equal(again.explain(images()).values, model.explain(images()).values)
 
 
 def test_the_hub_is_told_which_version(folder, monkeypatch):
-    monkeypatch.setattr("fastshap_vision.model_file.hf_hub_download", hub(folder))
+    monkeypatch.setattr("fastshap_vision.models.file.hf_hub_download", hub(folder))
     found = fv.SelfExplainingClassifier.from_pretrained("someone/model", revision="main", token=False)
     assert found.players == 16
     with pytest.raises(TypeError, match="no argument `colour`"):

@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fastshap_vision import Explanation, Preprocessing, SelfExplainingClassifier, recipe
-from fastshap_vision.cli import _parser, main
-from fastshap_vision.flags import in_flags
+from fastshap_vision.cli.flags import in_flags
+from fastshap_vision.cli.main import _parser, main
 
 # Four players, so that every coalition can be tried in no time.
 TRAIN = [
@@ -87,7 +87,7 @@ def test_how_a_step_is_computed_reaches_training(pictures, tmp_path, monkeypatch
         asked.update(options)
         raise ValueError("enough")
 
-    monkeypatch.setattr("fastshap_vision.cli.fit", fit)
+    monkeypatch.setattr("fastshap_vision.cli.commands.fit", fit)
     for flags in ([], ["--compile"], ["--grad-checkpointing"]):
         main([*TRAIN, "--data-dir", str(pictures), "--output", str(tmp_path / "none"), *flags])
         assert asked["compile"] is ("--compile" in flags)
@@ -147,7 +147,7 @@ def test_the_explainers_games_are_played_once(run, tmp_path, capsys, monkeypatch
     def play(*_, **__):
         raise AssertionError("played again")
 
-    monkeypatch.setattr("fastshap_vision.cli.play", play)
+    monkeypatch.setattr("fastshap_vision.cli.commands.play", play)
     assert main([*arguments, "--resume"]) == 0
     assert "accuracy" in capsys.readouterr().out
     assert "have 6" in fails(capsys, [*arguments, "--resume", "--coalitions", "8"])
@@ -157,7 +157,7 @@ def test_the_explainers_games_are_played_once(run, tmp_path, capsys, monkeypatch
 
 def test_votes_need_no_explainer(run, tmp_path, capsys, monkeypatch):
     voting = SimpleNamespace(model=SimpleNamespace(head="votes"))
-    monkeypatch.setattr("fastshap_vision.cli._Run.read", lambda *_: voting)
+    monkeypatch.setattr("fastshap_vision.cli.commands.Run.read", lambda *_: voting)
     arguments = ["train-explainer", "--checkpoint", run, "--output", tmp_path / "none"]
     assert "votes are its explanation already" in fails(capsys, arguments)
     assert not (tmp_path / "none").exists()

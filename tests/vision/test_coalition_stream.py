@@ -9,8 +9,11 @@ from vision_transformers import create, images
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
-from fastshap_vision import _log, coalition_stream
-from fastshap_vision.coalition_stream import Limits, LiveBytes
+from fastshap_vision import _log
+from fastshap_vision.streaming import chunks as cutting
+from fastshap_vision.streaming import memory, stream
+from fastshap_vision.streaming.chunks import Limits
+from fastshap_vision.streaming.memory import LiveBytes
 
 KINDS = ("class token", "average pooling", "SigLIP", "resnet18")
 CPU = torch.device("cpu")
@@ -84,8 +87,8 @@ def test_auto_keeps_to_the_memory_that_is_free(kind, batch, calls, monkeypatch):
     """Live bytes of every chunk, counted as it runs, stay below half of what is said to be free."""
     model, x = model_and_images(kind, batch)
     bits = unpaired(model, batch, 40)
-    free = 30 * coalition_stream.row_bytes(model.game, x, False) * model.players
-    monkeypatch.setattr(coalition_stream, "free_bytes", lambda device: free)
+    free = 30 * memory.row_bytes(model.game, x, False) * model.players
+    monkeypatch.setattr(cutting, "free_bytes", lambda device: free)
     whole = model.game.values(x, bits)
     seen = calls(model)
     values = model.coalition_values(x, bits)
@@ -106,7 +109,7 @@ def test_the_need_of_a_row_is_an_upper_bound(kind, keeps_graph):
     x = images(2, model.game.input_size[1])
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random = torch.get_rng_state()
-    estimate = coalition_stream.row_bytes(model.game, x, keeps_graph)
+    estimate = memory.row_bytes(model.game, x, keeps_graph)
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     for coalitions in (2, 6, 24):
@@ -179,7 +182,7 @@ def test_computing_a_chunk_twice_counts_once(kind, monkeypatch):
         return model
 
     ours = trained()
-    monkeypatch.setattr(coalition_stream, "_checkpointed", lambda values, backbone: values)
+    monkeypatch.setattr(stream, "_checkpointed", lambda values, backbone: values)
     plain = trained()
     for (name, a), b in zip(ours.state_dict().items(), plain.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
@@ -196,15 +199,15 @@ def test_dealt_chunks_are_nearly_equal_and_fit_a_static_size(units):
     """What a CUDA graph runs on: one number of coalitions, and of rows that is enough and hardly more."""
     model, x = model_and_images("class token", 2)
     bits = unpaired(model, 2, units)
-    chunks = coalition_stream.cut(model.game, bits, Limits(70, 0.0), False, CPU)
+    chunks = cutting.cut(model.game, bits, Limits(70, 0.0), False, CPU)
     assert chunks.rows is None
     sizes = fk.unpack_bits(bits, model.players).sum(2) + model.game.prefix
-    chunks = chunks._replace(rows=coalition_stream._largest_load(sizes.sort(1)[0], chunks.parts))
+    chunks = chunks._replace(rows=cutting._largest_load(sizes.sort(1)[0], chunks.parts))
     assert chunks.rows <= 70
     longest = -(-units // chunks.parts)
     loads = []
-    for part, chosen in coalition_stream._parts(2, units, chunks, CPU):
-        filled = coalition_stream._fill(bits[part][:, chosen], longest, 1)
+    for part, chosen in stream._parts(2, units, chunks, CPU):
+        filled = stream._fill(bits[part][:, chosen], longest, 1)
         assert filled.shape[1] == longest
         loads.append(rows_of(model, filled))
         static = model.game.values(x[part], filled, False, chunks.rows)
@@ -218,15 +221,15 @@ def test_small_coalitions_count_as_half_of_a_pair():
     """Their values take memory too: nobody's coalition is not free."""
     model, _ = model_and_images("average pooling", 1)
     nobody = torch.zeros(1, 100, 1, dtype=torch.int32)
-    assert coalition_stream.cut(model.game, nobody, Limits(80, 0.0), False, CPU).parts == 1
-    assert coalition_stream.cut(model.game, nobody, Limits(80, 8.0), False, CPU).parts == 10
+    assert cutting.cut(model.game, nobody, Limits(80, 0.0), False, CPU).parts == 1
+    assert cutting.cut(model.game, nobody, Limits(80, 8.0), False, CPU).parts == 10
 
 
 @torch.no_grad()
 def test_progress_bar(capsys, monkeypatch):
     model, x = model_and_images("class token")
     bits = unpaired(model)
-    monkeypatch.setattr(coalition_stream, "tqdm", partial(tqdm, mininterval=0, miniters=1))
+    monkeypatch.setattr(stream, "tqdm", partial(tqdm, mininterval=0, miniters=1))
     for max_rows in (60, "auto"):
         model.coalition_values(x, bits, max_rows=max_rows)
         assert capsys.readouterr().err == ""
@@ -254,13 +257,13 @@ def test_bad_arguments():
 
 
 def test_the_limit_of_a_container(tmp_path):
-    assert coalition_stream._container_bytes(tmp_path / "none") == float("inf")
+    assert memory._container_bytes(tmp_path / "none") == float("inf")
     for name, text in (("memory.max", "1000\n"), ("memory.current", "800\n"), ("memory.stat", "inactive_file 300\n")):
         (tmp_path / name).write_text(text)
-    assert coalition_stream._container_bytes(tmp_path) == 500
+    assert memory._container_bytes(tmp_path) == 500
     (tmp_path / "memory.max").write_text("max\n")
-    assert coalition_stream._container_bytes(tmp_path) == float("inf")
-    assert 0 < coalition_stream.free_bytes(CPU) < 2**50
+    assert memory._container_bytes(tmp_path) == float("inf")
+    assert 0 < memory.free_bytes(CPU) < 2**50
 
 
 def test_weights_that_autocast_converts_do_not_count(generator):
@@ -270,8 +273,8 @@ def test_weights_that_autocast_converts_do_not_count(generator):
     images = torch.randn(1, 3, 32, 32, generator=generator)
     rows = 4 + 2  # of a pair
     weights = sum(weight.numel() for weight in model.backbone.parameters())
-    plain = coalition_stream.row_bytes(model.game, images, False)
+    plain = memory.row_bytes(model.game, images, False)
     with torch.autocast("cpu", torch.bfloat16):
-        lowered = coalition_stream.row_bytes(model.game, images, False)
+        lowered = memory.row_bytes(model.game, images, False)
     assert lowered <= plain
     assert rows * lowered < 0.1 * 2 * weights

@@ -8,7 +8,7 @@ from torch.utils.data import TensorDataset
 from vision_transformers import images
 
 import fastshap_vision as fv
-from fastshap_vision.training import fit
+from fastshap_vision.training.fit import fit
 
 LABELS = torch.tensor([0, 3, 6])
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -5,7 +5,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from vision_transformers import create, images
 
 import fastshap_kernels as fk
-from fastshap_vision.convolutional import PixelRemoval
+from fastshap_vision.games.mask_cells_cnn import PixelRemoval
 
 SIZE = (3, 64, 64)
 #: The last module of each network's stem, and how many pixels its windows reach over a patch's border.

@@ -3,8 +3,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import fastshap_vision as fv
-from fastshap_vision import cpu_attention as module
-from fastshap_vision.cpu_attention import cpu_attention
+from fastshap_vision._runtime import packed_sdpa as module
+from fastshap_vision._runtime.packed_sdpa import cpu_attention
 
 
 @pytest.fixture

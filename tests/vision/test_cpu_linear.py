@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional
 
 import fastshap_vision as fv
-from fastshap_vision.cpu_linear import FEWEST_ROWS, CpuLinear, cpu_linears
+from fastshap_vision._runtime.onednn_linear import FEWEST_ROWS, CpuLinear, cpu_linears
 
 
 @pytest.fixture

@@ -10,7 +10,9 @@ from PIL import Image
 from sklearn.datasets import load_digits as sklearn_digits
 from torch.utils.data import Subset
 
-from fastshap_vision.data import DIGITS_MEAN, DIGITS_STD, Preprocessing, WithMirrorImages, load_dataset
+from fastshap_vision.data.datasets import DIGITS_MEAN, DIGITS_STD, load_dataset
+from fastshap_vision.data.mirrored import WithMirrorImages
+from fastshap_vision.images.preprocessing import Preprocessing
 
 
 def picture(value, size=32):

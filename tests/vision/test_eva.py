@@ -7,7 +7,7 @@ from vision_transformers import images
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
-from fastshap_vision.eva import EvaGame
+from fastshap_vision.games.drop_tokens_eva import EvaGame
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 PLAYERS = 16

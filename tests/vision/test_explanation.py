@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastshap_vision.explanation import Explanation, ProbabilityExplanation
+from fastshap_vision.explanations.explanation import Explanation, ProbabilityExplanation
 
 BATCH, GRID, CLASSES = 3, (2, 4), 5
 

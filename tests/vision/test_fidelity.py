@@ -7,7 +7,9 @@ from torch import nn
 
 from fastshap_kernels import unpack_bits
 from fastshap_vision import Attribution, SelfExplainingClassifier
-from fastshap_vision.fidelity import exact_values, fidelity, kernel_shap_values
+from fastshap_vision.estimators.exact import exact_values
+from fastshap_vision.estimators.kernel_shap import kernel_shap_values
+from fastshap_vision.metrics.fidelity import fidelity
 
 CLASSES = 3
 

@@ -7,7 +7,7 @@ from vision_transformers import images
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
-from fastshap_vision.votes import vote
+from fastshap_vision.games.readout import vote
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
 KINDS = {

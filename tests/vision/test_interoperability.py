@@ -7,8 +7,8 @@ import timm
 import torch
 
 import fastshap_vision as fv
-from fastshap_vision.explanation import Explanation
-from fastshap_vision.interoperability import Attribution
+from fastshap_vision.explanations.as_captum import Attribution
+from fastshap_vision.explanations.explanation import Explanation
 
 GRID, CLASSES = (2, 3), 4
 

@@ -19,8 +19,8 @@ import torch
 from test_training import assert_same_weights, timeless
 from torch.utils.data import Subset
 
-from fastshap_vision import SelfExplainingClassifier, ShapleyObjective, load_dataset, training
-from fastshap_vision.checkpoint import Checkpoints, whole_checkpoints
+from fastshap_vision import SelfExplainingClassifier, ShapleyObjective, fit, load_dataset
+from fastshap_vision.training.checkpoint import Checkpoints, whole_checkpoints
 
 KILLS, SEED, EPOCHS = 30, 0, 4
 
@@ -32,7 +32,7 @@ def run(folder):
     data = Subset(load_dataset("digits", "train", augment=True), range(24))
     options = {"epochs": EPOCHS, "batch_size": 8, "progress": False, "resume": None if folder is None else "auto"}
     objective = ShapleyObjective(2, masked_task_weight=0.5)
-    return model, training.fit(model, data, objective=objective, output=folder, **options)
+    return model, fit(model, data, objective=objective, output=folder, **options)
 
 
 def reporting_run(folder, pipe):

@@ -12,7 +12,7 @@ from vision_transformers import images
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
-from fastshap_vision.masked_attention import MaskedAttention
+from fastshap_vision.games.mask_attention import MaskedAttention
 
 PLAYERS = 16
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}

@@ -6,8 +6,8 @@ import numpy
 import pytest
 import torch
 
-from fastshap_vision.explanation import Explanation, ProbabilityExplanation
-from fastshap_vision.plotting import explanation_page
+from fastshap_vision.explanations.explanation import Explanation, ProbabilityExplanation
+from fastshap_vision.explanations.page import explanation_page
 
 matplotlib.use("agg")
 from matplotlib import pyplot

@@ -5,7 +5,7 @@ from vision_transformers import create, images
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
-from fastshap_vision.precision import lowered, quantise
+from fastshap_vision._runtime.precision import lowered, quantise
 
 LABELS = torch.tensor([0, 3, 6])
 #: Root mean square error of v(S) over its spread: bfloat16 keeps 8 bits of a number, e4m3 four.

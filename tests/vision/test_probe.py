@@ -10,7 +10,7 @@ from vision_transformers import images
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
-from fastshap_vision.probe import perturbed
+from fastshap_vision.games.probe import perturbed
 
 
 def trained(backbone, size, steps=3):

@@ -10,7 +10,7 @@ from vision_transformers import images
 import fastshap_kernels as fk
 import fastshap_vision as fv
 from fastshap_vision import _log
-from fastshap_vision.token_pixels import TokenPixelRemoval
+from fastshap_vision.games.mask_cells_tokens import TokenPixelRemoval
 
 VIT = {"img_size": 32, "patch_size": 8, "num_heads": 2, "depth": 2, "embed_dim": 32}
 AT_64 = {"img_size": 64, "depth": 2, "embed_dim": 32}

@@ -23,8 +23,10 @@ from torch.nn import functional
 from torch.utils.data import ChainDataset, DataLoader, Subset, TensorDataset
 
 from fastshap_vision import SelfExplainingClassifier, ShapleyObjective, TaskObjective, convert, load_dataset
-from fastshap_vision.checkpoint import CheckpointError
-from fastshap_vision.training import TrainingError, _check_game, evaluate, fit
+from fastshap_vision.training.evaluate import evaluate
+from fastshap_vision.training.fit import fit
+from fastshap_vision.training.monitor import TrainingError, check_not_lost
+from fastshap_vision.training.state import CheckpointError
 
 
 class NoisyNet(nn.Module):
@@ -626,9 +628,9 @@ def test_a_single_logit_is_trained_and_its_game_judged():
     result = fit(OneLogit(), data, data, objective=objective, epochs=4, batch_size=8, lr=0.1)
     assert 80 < result.accuracy <= 100
     history = [{"epoch": n, "spread": spread, "eval_accuracy": 98.0} for n, spread in enumerate([1, 1e-9, 1e-9, 1e-9])]
-    _check_game(history, 1)
+    check_not_lost(history, 1)
     with pytest.raises(TrainingError, match="collapsed"):
-        _check_game([row | {"eval_accuracy": 52.0} for row in history], 1)
+        check_not_lost([row | {"eval_accuracy": 52.0} for row in history], 1)
 
 
 def test_evaluate_refuses_what_it_cannot_take():

@@ -8,7 +8,7 @@ from vision_transformers import SMALL, VISION_TRANSFORMERS, VOTING, create, imag
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
-from fastshap_vision import packing
+from fastshap_vision.games import packing
 
 PLAYERS = 16
 

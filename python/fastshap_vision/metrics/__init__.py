@@ -7,8 +7,8 @@ Elsewhere: how close values are to the true Shapley values, `fastshap_vision.fid
 to the logits, `Explanation.efficiency_gap`.
 """
 
+from ..games.masked_image import PixelGame
 from .localization import Segmentation, pointing_game, segmentation
-from .pixel_game import PixelGame
 from .protocols import protocol_scores
 from .removal import (
     RemovalCurve,
@@ -19,7 +19,7 @@ from .removal import (
     perturbation_test,
     removal_curve,
 )
-from .scores import Score
+from .score import Score
 from .sensitivity import SensitivityN, sensitivity_n
 
 __all__ = [

@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from fastshap_kernels._checks import check_count, check_dense, check_tensor, fail
 
-from ..fidelity import ROUNDING
-from .scores import Score
+from .._checks import ROUNDING
+from .score import Score
 
 
 def pointing_game(maps: Tensor, masks: Tensor, tolerance: int = 15) -> Score:

@@ -10,9 +10,9 @@ from torch import Tensor
 from fastshap_kernels._checks import fail
 
 from .._checks import check_choice
-from .pixel_game import PixelGame
+from ..games.masked_image import PixelGame
 from .removal import deletion, insertion, perturbation_test
-from .scores import Score
+from .score import Score
 
 PROTOCOLS = ("rise", "chefer2021", "vit-shapley")
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from fastshap_kernels._checks import check_flag, fail
 
 from .._checks import check_choice
-from ..link import link_of, log_probabilities_of
-from ._game import Game, check_attributions, choose_target, values_with_full
-from .scores import Score
+from ..explanations.link import link_of, log_probabilities_of
+from ._arguments import Game, check_attributions, choose_target, values_with_full
+from .score import Score
 
 #: 10 … 90 % of the players: the levels of AOPC and LOdds.
 NINE_LEVELS = tuple(level / 10 for level in range(1, 10))

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fastshap_kernels._checks import check_count, fail
 
-from .._checks import check_choice
-from ..fidelity import ROUNDING, mean_and_error
-from ._game import Game, check_attributions, choose_target, values_with_full
-from .scores import Score
+from .._checks import ROUNDING, check_choice
+from ._arguments import Game, check_attributions, choose_target, values_with_full
+from ._statistics import mean_and_error
+from .score import Score
 
 FORMS = ("ancona", "vit-shapley")
 

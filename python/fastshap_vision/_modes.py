@@ -1,0 +1,29 @@
+"""Evaluation mode for the while, and every module in the mode it was in afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def evaluating(model: object) -> Iterator[None]:
+    """Evaluation mode, where there are modes, without gradients; afterwards every module is in the mode it was in."""
+    mode = evaluation_mode(model) if isinstance(model, nn.Module) else nullcontext()
+    with mode, torch.no_grad():
+        yield
+
+
+@contextmanager
+def evaluation_mode(backbone: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; each module gets its own mode back (a frozen batch norm stays frozen)."""
+    modes = [(module, module.training) for module in backbone.modules()]
+    backbone.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

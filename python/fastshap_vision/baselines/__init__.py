@@ -1,0 +1,1 @@
+"""Rivals, for comparison: how they are trained."""

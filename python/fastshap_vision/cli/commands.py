@@ -1,0 +1,331 @@
+"""The command line: fastshap train | train-explainer | explain | evaluate | info, with timm's flag names."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import logging
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate import PartialState
+from PIL import Image
+from torch import Tensor
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from .._runtime.allocator import keep_freed_memory
+from ..data import datasets
+from ..data.mirrored import WithMirrorImages
+from ..data.recorded import PlayedGames, play
+from ..explanations.explanation import Explanation
+from ..metrics.fidelity import fidelity
+from ..models.self_explaining import SelfExplainingClassifier, convert
+from ..objectives.explainer import ExplainerObjective
+from ..objectives.joint import ShapleyObjective
+from ..training import recipe
+from ..training.checkpoint import find_checkpoint, whole_checkpoints
+from ..training.evaluate import evaluate
+from ..training.fit import fit
+from ..training.run_folder import VISION_PACKAGES, Run, write_run
+from .arguments import DEFAULT_MODELS, EXACT_PLAYERS
+
+GAMES = "games.safetensors"
+
+#: Who wrote a picture: `explain` replaces its own and no other.
+MARK = "fastshap explain"
+
+
+def train(options: argparse.Namespace) -> None:
+    """Trains a model and writes the run's folder."""
+    _check_output(options.output)
+    _choose_model(options)
+    statistics = _statistics(options)
+    train_data = _dataset(options, "train", **statistics)
+    test_data = _dataset(options, "test", **statistics)
+    torch.manual_seed(options.seed)
+    model = _build(options, train_data)
+    objective = ShapleyObjective(
+        options.coalitions,
+        options.regression_weight,
+        options.masked_task_weight,
+        error=options.error,
+        target=options.target,
+        target_precision=options.target_precision,
+        regression_ramp=tuple(options.regression_ramp),
+        masked_task_ramp=tuple(options.masked_task_ramp),
+        seed=options.seed,
+    )
+    if PartialState().is_main_process and not whole_checkpoints(options.output):
+        write_run(options, train_data)
+    _fit(model, train_data, test_data, objective, options)
+
+
+def train_explainer(options: argparse.Namespace) -> None:
+    """Trains an explainer of a run's model, which stays as it is, and writes a run's folder."""
+    if options.output.resolve() == options.checkpoint.resolve():
+        raise ValueError("argument --output: the explainer's run needs a folder of its own, not that of --checkpoint.")
+    _check_output(options.output)
+    find_checkpoint(options.output, options.resume)  # before the games, which take longest
+    run = Run.read(options.checkpoint, PartialState().device)
+    if run.model.head != "shares":
+        raise ValueError(
+            "argument --checkpoint: the run's votes are its explanation already. Pass a run of --head shares."
+        )
+    options.data_dir = options.data_dir or run.data_dir
+    if options.mirror is None:
+        options.mirror = run.arguments["dataset"] != "digits"
+    train_data, test_data = run.dataset("train", options.data_dir), run.dataset("test", options.data_dir)
+    torch.manual_seed(options.seed)
+    model = convert(
+        run.model.backbone,
+        img_size=run.model.game.input_size[1:],
+        head_depth=options.head_depth,
+        intermediates=options.intermediates,
+        removal=run.model.removal,
+        preprocessing=run.preprocessing,
+    )
+    for name, value in recipe.training(model, options.mirror).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    if PartialState().is_main_process and not whole_checkpoints(options.output):
+        kept = {name: run.arguments[name] for name in ("dataset", "model")}
+        write_run(argparse.Namespace(**kept | vars(options)), train_data)
+    played = WithMirrorImages(train_data) if options.mirror else train_data
+    _fit(model, _games(model, played, options), test_data, ExplainerObjective(), options)
+
+
+def _games(model: SelfExplainingClassifier, data: Any, options: argparse.Namespace) -> PlayedGames:
+    """The games of the run: played, and kept in its folder for a run that is resumed."""
+    path = options.output / GAMES
+    if options.resume and path.exists():
+        games = PlayedGames.load(path, data)
+        if games.bits.shape[1] != options.coalitions:
+            raise ValueError(f"argument --coalitions: the games of this run, {path}, have {games.bits.shape[1]}.")
+        return games
+    games = play(model, data, options.coalitions, seed=options.seed, workers=options.workers)
+    if PartialState().is_main_process:
+        games.save(path)
+    return games
+
+
+def _fit(model: SelfExplainingClassifier, train_data: Any, test_data: Any, objective: Any, options: Any) -> None:
+    """`fit` as the flags say."""
+    keep_freed_memory()
+    with _epochs_logged():
+        result = fit(
+            model,
+            train_data,
+            test_data,
+            objective=objective,
+            epochs=options.epochs,
+            batch_size=options.batch_size,
+            opt=options.opt,
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            sched=options.sched,
+            warmup_epochs=options.warmup_epochs,
+            clip_grad=options.clip_grad,
+            seed=options.seed,
+            workers=options.workers,
+            mixed_precision={"float16": "fp16", "bfloat16": "bf16"}[options.amp_dtype] if options.amp else "no",
+            compile=getattr(options, "compile", False),
+            grad_checkpointing=getattr(options, "grad_checkpointing", False),
+            output=options.output,
+            resume=options.resume,
+        )
+    if PartialState().is_main_process:
+        print(
+            f"accuracy {result.accuracy:.2f} % (best {result.best_accuracy:.2f} %) after {options.epochs} epochs in "
+            f"{result.seconds:.0f} s; the run is in {options.output}"
+        )
+
+
+def explain(options: argparse.Namespace) -> None:
+    """Writes a picture and the Shapley values of each image."""
+    from matplotlib import pyplot
+
+    _check_output(options.output)
+    run = Run.read(options.checkpoint, options.device)
+    target = None if options.target_class is None else run.class_index(options.target_class)
+    if options.images:
+        names = _output_names(options.images)
+        images = torch.stack([run.preprocessing.load(path) for path in options.images])
+    else:
+        rows, images, _ = _examples(run.dataset("test", options.data_dir), options.num_images)
+        names = [f"test_{row:05d}" for row in rows]
+    _check_overwritten(options.output.resolve(), names, options.images)
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name, image in zip(names, images.split(1), strict=True):
+        explanation = run.model.explain(image.to(run.device), target="all")
+        explanation.save(options.output / f"{name}.safetensors")
+        pictured = run.preprocessing.restore(image)
+        figure, _ = explanation.plot(pictured, target=target, classes=run.classes)
+        figure.savefig(options.output / f"{name}.png", metadata={"Software": MARK})
+        pyplot.close(figure)
+        predicted = int(explanation.predicted)
+        share = float(explanation.probabilities[0, predicted])
+        print(f"{name}: {run.classes[predicted]} ({share:.0%})")
+    print(f"wrote {len(names)} pictures (.png) and Shapley values of every class (.safetensors) to {options.output}")
+
+
+def evaluate_run(options: argparse.Namespace) -> None:
+    """Prints accuracy, and how close the model's Shapley values are to exact or estimated ones."""
+    run = Run.read(options.checkpoint, options.device)
+    test_data = run.dataset("test", options.data_dir)
+    accuracy, loss = evaluate(run.model, test_data, options.batch_size, workers=options.workers)
+    _, images, _ = _examples(test_data, options.num_images)
+    reference = options.reference or ("exact" if run.model.players <= EXACT_PLAYERS else "kernel_shap")
+    found = fidelity(
+        run.model,
+        images.to(run.device),
+        reference,
+        coalitions=options.coalitions,
+        seed=options.seed,
+        progress=not options.json and sys.stderr.isatty(),
+    )
+    if options.json:
+        record = {"accuracy": accuracy, "loss": loss, "test_images": len(test_data), "fidelity": found.as_dict()}
+        print(json.dumps(record, indent=2))
+    else:
+        print(f"accuracy {accuracy:.2f} %, cross-entropy {loss:.4f} on {len(test_data)} test images\n\n{found}")
+
+
+def info(options: argparse.Namespace) -> None:
+    """Prints versions and which backends are available."""
+    from fastshap_kernels.info import report
+
+    print(report(), end="\n\n")
+    for name in VISION_PACKAGES:
+        print(f"{name:<16}  {version(name)}")
+
+
+def _check_output(output: Path) -> None:
+    """Before anything is computed: the folder is there, or can be made."""
+    nearest = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"argument --output: {str(nearest)!r} is no folder that can be written to. Choose another.")
+
+
+def _choose_model(options: argparse.Namespace) -> None:
+    """The model that was named, which timm must know, or one that suits the data."""
+    if options.model is None:
+        options.model, arguments = DEFAULT_MODELS["folder" if options.pretrained else options.dataset]
+        options.model_kwargs = arguments | options.model_kwargs
+    of_flags = sorted({"num_classes", "img_size", "in_chans", "pretrained"} & options.model_kwargs.keys())
+    if of_flags:
+        raise ValueError(f"argument --model-kwargs: {of_flags[0]} has a flag of its own. Use it instead.")
+    if not timm.is_model(options.model):
+        close = difflib.get_close_matches(options.model, timm.list_models(), 3)
+        hint = f"Did you mean {', '.join(close)}?" if close else "timm's documentation lists its models."
+        raise ValueError(f"argument --model: timm has no model {options.model!r}. {hint}")
+
+
+def _statistics(options: argparse.Namespace) -> dict[str, Any]:
+    """Mean, standard deviation and size as the pretrained weights expect them, where nothing else is asked."""
+    config = timm.get_pretrained_cfg(options.model)
+    found: dict[str, Any] = {"image_size": options.img_size}
+    if config is None:
+        return found
+    if options.pretrained:
+        found |= {"mean": config.mean, "std": config.std}
+    if options.img_size is None and (options.pretrained or options.dataset == "folder"):
+        found["image_size"] = config.input_size[-1]
+    return found
+
+
+def _dataset(options: argparse.Namespace, split: str, **statistics: Any) -> Any:
+    in_chans = options.in_chans or (3 if options.pretrained else None)
+    return datasets.load_dataset(
+        options.dataset, split, data_dir=options.data_dir, in_chans=in_chans, augment=options.aug, **statistics
+    )
+
+
+def _build(options: argparse.Namespace, data: Any) -> SelfExplainingClassifier:
+    channels, size, _ = data.input_size
+    try:
+        return SelfExplainingClassifier(
+            options.model,
+            options.num_classes or len(data.classes),
+            img_size=size,
+            head=options.head,
+            base=options.base,
+            head_depth=options.head_depth,
+            intermediates=options.intermediates,
+            backbone_gradient=options.backbone_gradient,
+            removal=options.removal,
+            pretrained=options.pretrained,
+            model_kwargs={"in_chans": channels} | options.model_kwargs,
+            preprocessing=data.preprocessing,
+        )
+    except ValueError:
+        raise
+    except Exception as error:  # timm's models raise errors of any kind for arguments that don't suit them
+        raise ValueError(
+            f"timm cannot build {options.model!r} for images {tuple(data.input_size)} with {options.model_kwargs}: "
+            f"{error}. Check --model-kwargs and --img-size."
+        ) from error
+
+
+def _examples(data: Any, count: int) -> tuple[list[int], Tensor, Tensor]:
+    """Images spread evenly over the data, which may be sorted by class: their rows, (B, C, H, W), labels (B,)."""
+    rows = torch.linspace(0, len(data) - 1, min(count, len(data))).long().tolist()
+    images, labels = zip(*(data[row] for row in rows), strict=True)
+    return rows, torch.stack(images), torch.tensor(labels)
+
+
+def _output_names(paths: Sequence[Path]) -> list[str]:
+    """A name for each image's files: its own, numbered where two images share it. No two are alike."""
+    stems = [path.stem for path in paths]
+    taken = Counter(stem.casefold() for stem in stems)  # some file systems tell no upper case from lower
+    names = []
+    for stem in stems:
+        name, number = stem, 0
+        while taken[stem.casefold()] > 1 and taken[name.casefold()]:
+            name, number = f"{stem}_{number}", number + 1
+        taken[name.casefold()] += name != stem
+        names.append(name)
+    return names
+
+
+def _check_overwritten(output: Path, names: Sequence[str], inputs: Sequence[Path]) -> None:
+    """Before anything is written: an earlier explanation may be replaced, an input or another's file may not."""
+    for path in (output / f"{name}{suffix}" for name in names for suffix in (".png", ".safetensors")):
+        if path.exists() and (any(path.samefile(image) for image in inputs) or not _is_explanation(path)):
+            raise ValueError(
+                f"argument --output: {str(path)!r} exists, and would be overwritten. Choose another folder."
+            )
+
+
+def _is_explanation(path: Path) -> bool:
+    """Whether an earlier `explain` wrote this file."""
+    try:
+        if path.suffix == ".safetensors":
+            return bool(Explanation.load(path))
+        with Image.open(path) as image:
+            return image.info.get("Software") == MARK
+    except (ValueError, OSError):
+        return False
+
+
+@contextmanager
+def _epochs_logged() -> Iterator[None]:
+    """Shows one line an epoch on stderr, above the progress bar where there is one."""
+    logger, handler = logging.getLogger("fastshap_vision"), logging.StreamHandler()
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        with logging_redirect_tqdm([logger]):
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

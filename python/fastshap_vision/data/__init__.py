@@ -1,0 +1,1 @@
+"""What a batch holds: data sets, mirror images, recorded coalitions."""

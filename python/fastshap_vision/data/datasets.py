@@ -1,0 +1,383 @@
+"""Data: the two built-in small sets and image folders, as datasets that know their classes, size and normalisation."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from fastshap_kernels._checks import check_count, fail
+
+from .._checks import check_choice
+from ..images.decode import decode, read_image, suffixes
+from ..images.preprocessing import LARGEST_SIZE, Preprocessing, of_channels
+
+_log = logging.getLogger(__name__)
+
+DATASETS = ("digits", "cifar10", "folder")
+SPLITS = ("train", "test")
+#: Height and width of the images where nothing else is asked for.
+SIZES = {"digits": 8, "cifar10": 32, "folder": 224}
+
+# Mean and standard deviation of a digit's pixels, each divided by the largest (16), over the training split.
+DIGITS_MEAN = (0.305,)
+DIGITS_STD = (0.376,)
+DIGITS_TEST_IMAGES = 360
+
+ARCHIVE_KEYS = ("jpeg", "offsets", "labels", "classes")
+
+FOLDER_NAMES = {"train": ("train", "training"), "test": ("test", "val", "validation")}
+
+
+class ArrayImages(Dataset):
+    """Images held in memory.
+
+    Args:
+        pixels (uint8): (N, C, h, w).
+        labels (int64): (N,) in [0, K).
+        classes: the K names.
+        preprocessing: the size and normalisation of what comes out.
+        largest: the pixel value that stands for 1.
+        augment: a random transform of one (C, h, w) image, or None.
+    """
+
+    def __init__(
+        self,
+        pixels: Tensor,
+        labels: Tensor,
+        classes: Sequence[str],
+        preprocessing: Preprocessing,
+        largest: int,
+        augment: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.pixels = pixels
+        self.labels = labels
+        self.classes = tuple(classes)
+        self.preprocessing = preprocessing
+        self.largest = largest
+        self.augment = augment
+        size = preprocessing.input_size[1:]
+        self.resize = transforms.Resize(size, antialias=True) if tuple(pixels.shape[2:]) != size else None
+        self._mean = torch.tensor(preprocessing.mean).view(-1, 1, 1)
+        self._std = torch.tensor(preprocessing.std).view(-1, 1, 1)
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        return self.preprocessing.input_size
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        return self.preprocessing.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        return self.preprocessing.std
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, rows: list[int]) -> list[tuple[Tensor, int]]:
+        """A batch at once, which is what torch's DataLoader asks for: tiny images one by one cost more than a step."""
+        pixels = self.pixels[rows]
+        if self.augment is not None:
+            pixels = torch.stack([self.augment(image) for image in pixels])
+        images = pixels.float() / self.largest
+        if self.resize is not None:
+            images = self.resize(images)
+        images = (images - self._mean) / self._std
+        return list(zip(images.unbind(), self.labels[rows].tolist(), strict=True))
+
+
+class FolderImages(ImageFolder):
+    """An image folder, one subfolder a class, read by torchvision.
+
+    Images in folders within a class's are of that class. A file that cannot be read stops the reading; what no image
+    ends like is left out, and the log names it. Hidden files and folders are none.
+
+    Args:
+        root: the folder of the class folders.
+        classes: their names; an image's label is the place of its class among them.
+        preprocessing: the size and normalisation of what comes out.
+        augment: whether timm's training transform changes the images at random.
+
+    Raises:
+        ValueError: for a class folder without an image; on reading, for a file that is no whole image.
+    """
+
+    def __init__(self, root: Path, classes: Sequence[str], preprocessing: Preprocessing, augment: bool) -> None:
+        self._names = classes
+        images, self._left_out = suffixes(), list[str]()
+
+        def is_image(path: str) -> bool:
+            within = Path(path).relative_to(root)
+            if any(part.startswith(".") for part in within.parts):
+                return False
+            if within.suffix.lower() not in images:
+                self._left_out.append(str(within))
+            return within.suffix.lower() in images
+
+        super().__init__(
+            str(root),
+            transform=preprocessing.transform(augment),
+            loader=partial(read_image, mode=preprocessing.mode),
+            is_valid_file=is_image,
+            allow_empty=True,
+        )
+        self._left_out += [path.name for path in root.iterdir() if path.is_file() and not path.name.startswith(".")]
+        self.classes = tuple(classes)
+        self.preprocessing = preprocessing
+        self.input_size = preprocessing.input_size
+        self.mean = preprocessing.mean
+        self.std = preprocessing.std
+        self._check()
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        """torchvision asks here which folder has which label."""
+        return list(self._names), {name: index for index, name in enumerate(self._names)}
+
+    def _check(self) -> None:
+        """Refuses a class folder without images; names what is left out, and classes that have no folder."""
+        counts: Counter[int] = Counter(self.targets)
+        without = [name for index, name in enumerate(self.classes) if not counts[index]]
+        for name in without:
+            if (Path(self.root) / name).is_dir():
+                raise ValueError(
+                    f"load_dataset: the class folder {str(Path(self.root) / name)!r} holds no images"
+                    f"{_named(self._left_out, '; left out by their names:')}. Put images into it, or remove it."
+                )
+        if self._left_out:
+            _log.warning(
+                "%d files below %r are no images by their names, and are left out: %s",
+                *(len(self._left_out), self.root, _named(self._left_out)),
+            )
+        if without:
+            _log.warning("%d classes have no folder in %r, so no images: %s", len(without), self.root, _named(without))
+
+
+def _named(names: Sequence[str], introduction: str = "") -> str:
+    """The first five, and that there are more."""
+    more = ", …" if len(names) > 5 else ""
+    return f"{introduction} {', '.join(names[:5])}{more}".strip() if names else ""
+
+
+def load_dataset(
+    name: str,
+    split: str,
+    *,
+    data_dir: str | Path | None = None,
+    image_size: int | None = None,
+    in_chans: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    augment: bool | None = None,
+) -> ArrayImages | FolderImages:
+    """One split of a dataset, with `.classes`, `.input_size` (C, H, W), `.mean`, `.std` and `.preprocessing`.
+
+    Args:
+        name: "digits" (scikit-learn's, 1437 + 360 images of 8 x 8), "cifar10" (archives cifar10_train.npz and
+            cifar10_test.npz) or "folder" (train/ and test/ or val/, one subfolder a class).
+        split: "train" or "test".
+        data_dir: the folder that holds the archives or the splits; for "cifar10" one archive's path will do.
+        image_size: height and width of the images that come out; the set's own where it has one, else 224.
+        in_chans: 1 (greyscale) or 3; the set's own by default.
+        mean, std: per channel, for pixels in [0, 1]; the set's own (digits) or ImageNet's by default.
+        augment: random changes of the training images: a shift by at most one pixel (digits; off by default), crop
+            with padding and flip (cifar10; on), timm's training transform (folder; on). Never on the test split.
+
+    Files are read as a viewer shows them: turned as their EXIF data say, transparency white, 16 bits as 8, floats from
+    0 to 1. In a folder, what is no image by its name is left out, and the log names it.
+
+    Raises:
+        ValueError: an unknown name or split, a value out of its range, a missing or unreadable file, a class folder
+            without images; it names the remedy.
+    """
+    check_choice("name", name, DATASETS)
+    check_choice("split", split, SPLITS)
+    check_choice("augment", augment, (None, True, False))
+    if image_size is not None:
+        check_count("load_dataset", "image_size", image_size, 1, LARGEST_SIZE)
+    if in_chans is not None and (isinstance(in_chans, bool) or in_chans not in (1, 3)):
+        fail("load_dataset", "in_chans", "1 (greyscale), 3 (RGB) or None", in_chans)
+    if augment is None:
+        augment = name != "digits"
+    augment = augment and split == "train"
+    default_mean, default_std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    if name == "digits":
+        default_mean, default_std = DIGITS_MEAN, DIGITS_STD
+    side = image_size or SIZES[name]
+    channels = int(in_chans or (1 if name == "digits" else 3))
+    preprocessing = Preprocessing(
+        (channels, side, side),
+        of_channels("mean", default_mean if mean is None else mean, channels),
+        of_channels("std", default_std if std is None else std, channels),
+        crop_pct=0.875 if name == "folder" else 1.0,
+    )
+    if name == "digits":
+        return _load_digits(split, preprocessing, augment)
+    if not isinstance(data_dir, (str, Path)):
+        raise ValueError(f"load_dataset: dataset {name!r} needs the folder that holds it. Pass data_dir.")
+    if name == "cifar10":
+        return _load_archive(_archive_path(Path(data_dir), split), preprocessing, augment)
+    return _load_folder(Path(data_dir), split, preprocessing, augment)
+
+
+def _load_digits(split: str, preprocessing: Preprocessing, augment: bool) -> ArrayImages:
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise ValueError(
+            "load_dataset: the digits come with scikit-learn, which is not installed. "
+            "Run: pip install 'fastshap-kernels[digits]'"
+        ) from error
+    bunch = load_digits()
+    rows = train_test_split(
+        np.arange(len(bunch.target)), test_size=DIGITS_TEST_IMAGES, stratify=bunch.target, random_state=0
+    )[SPLITS.index(split)]
+    pixels = torch.from_numpy(bunch.images[rows].astype(np.uint8))[:, None]
+    pixels = pixels.expand(-1, preprocessing.input_size[0], -1, -1).contiguous()
+    labels = torch.from_numpy(bunch.target[rows].astype(np.int64))
+    classes = [str(name) for name in bunch.target_names]
+    shift = transforms.RandomCrop(8, padding=1) if augment else None
+    return ArrayImages(pixels, labels, classes, preprocessing, largest=16, augment=shift)
+
+
+def _archive_path(data_dir: Path, split: str) -> Path:
+    path = data_dir / f"cifar10_{split}.npz" if data_dir.is_dir() else data_dir
+    if not path.is_file():
+        raise ValueError(
+            f"load_dataset: there is no archive {str(path)!r}. "
+            f"Pass as data_dir the folder that holds cifar10_train.npz and cifar10_test.npz."
+        )
+    return path
+
+
+def _load_archive(path: Path, preprocessing: Preprocessing, augment: bool) -> ArrayImages:
+    """Decodes every image once: a training run reads each of them many times."""
+    arrays = _read_archive(path)
+    missing = [key for key in ARCHIVE_KEYS if key not in arrays]
+    if missing:
+        raise ValueError(
+            f"load_dataset: the archive {str(path)!r} has no array {missing[0]!r}. "
+            f"It must hold {', '.join(ARCHIVE_KEYS)}."
+        )
+    jpeg, offsets, labels, classes = (arrays[key] for key in ARCHIVE_KEYS)
+    _check_archive(path, jpeg, offsets, labels, classes)
+    decoded = _decode_all(path, jpeg.tobytes(), offsets.tolist(), preprocessing.mode)
+    pixels = torch.from_numpy(np.stack(decoded))
+    pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
+    crop_and_flip = transforms.Compose(
+        [transforms.RandomCrop(tuple(pixels.shape[2:]), padding=4), transforms.RandomHorizontalFlip()]
+    )
+    return ArrayImages(
+        pixels,
+        torch.from_numpy(labels.astype(np.int64)),
+        [str(name) for name in classes],
+        preprocessing,
+        largest=255,
+        augment=crop_and_flip if augment else None,
+    )
+
+
+def _decode_all(path: Path, stream: bytes, offsets: list[int], mode: str) -> list[np.ndarray]:
+    """Images of one size, as arrays (h, w) or (h, w, 3)."""
+    decoded: list[np.ndarray] = []
+    for start, stop in pairwise(offsets):
+        try:
+            decoded.append(np.asarray(decode(io.BytesIO(stream[start:stop]), mode)))
+        except ValueError as error:
+            raise ValueError(
+                f"load_dataset: image {len(decoded)} of the archive {str(path)!r} cannot be read: {error}. Copy or "
+                "download the archive again."
+            ) from error
+        if decoded[-1].shape != decoded[0].shape:
+            raise ValueError(
+                f"load_dataset: image {len(decoded) - 1} of the archive {str(path)!r} has the shape "
+                f"{decoded[-1].shape}, but image 0 has {decoded[0].shape}. Make all images of one size."
+            )
+    return decoded
+
+
+def _read_archive(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            return {key: archive[key] for key in ARCHIVE_KEYS if key in archive.files}
+    except Exception as error:  # zipfile, zlib and numpy raise errors of many kinds on damaged files
+        raise ValueError(
+            f"load_dataset: the archive {str(path)!r} cannot be read as plain arrays ({type(error).__name__}). It must "
+            f"be an npz file of {', '.join(ARCHIVE_KEYS)}, without Python objects. Copy or download it again."
+        ) from error
+
+
+def _check_archive(path: Path, jpeg: np.ndarray, offsets: np.ndarray, labels: np.ndarray, classes: np.ndarray) -> None:
+    arrays = {"jpeg": (jpeg, "u"), "offsets": (offsets, "iu"), "labels": (labels, "iu"), "classes": (classes, "U")}
+    for name, (array, kinds) in arrays.items():
+        if array.ndim != 1 or array.dtype.kind not in kinds or (name == "jpeg" and array.dtype != np.uint8):
+            expected = {"jpeg": "bytes (uint8)", "classes": "names (str)"}.get(name, "whole numbers")
+            raise ValueError(
+                f"load_dataset: in the archive {str(path)!r} {name} must be one row of {expected}, but it is "
+                f"{array.dtype} {array.shape}."
+            )
+    if len(offsets) != len(labels) + 1 or len(labels) == 0 or offsets[0] != 0 or offsets[-1] != len(jpeg):
+        raise ValueError(
+            f"load_dataset: the archive {str(path)!r} holds {len(labels)} labels, {len(offsets)} offsets and "
+            f"{len(jpeg)} bytes of images, which do not fit together: offsets must be one more than labels, begin at 0 "
+            "and end at the number of bytes. Copy or download it again."
+        )
+    if not all(start < stop for start, stop in pairwise(offsets.tolist())):
+        raise ValueError(
+            f"load_dataset: the offsets of the archive {str(path)!r} do not rise. Copy or download it again."
+        )
+    if labels.min() < 0 or labels.max() >= len(classes):
+        raise ValueError(
+            f"load_dataset: the archive {str(path)!r} has labels from {labels.min()} to {labels.max()} but names "
+            f"{len(classes)} classes. Labels must lie in [0, {len(classes)})."
+        )
+
+
+def _load_folder(data_dir: Path, split: str, preprocessing: Preprocessing, augment: bool) -> FolderImages:
+    root = _split_folder(data_dir, split)
+    # Both splits number the classes of the training folder, so that a class without a test image shifts no label.
+    classes = _class_names(_split_folder(data_dir, "train"))
+    if not classes:
+        raise ValueError(
+            f"load_dataset: {str(data_dir)!r} has no class folders for training. Make one subfolder a class."
+        )
+    unknown = sorted(set(_class_names(root)) - set(classes))
+    if unknown:
+        raise ValueError(
+            f"load_dataset: the folder {str(root)!r} has the class {unknown[0]!r}, which the training folder has not "
+            f"({len(classes)} classes there). Make the class folders of both splits agree."
+        )
+    return FolderImages(root, classes, preprocessing, augment)
+
+
+def _split_folder(data_dir: Path, split: str) -> Path:
+    if not data_dir.is_dir():
+        raise ValueError(f"load_dataset: there is no folder {str(data_dir)!r}. Check data_dir.")
+    for name in FOLDER_NAMES[split]:
+        if (data_dir / name).is_dir():
+            return data_dir / name
+    raise ValueError(
+        f"load_dataset: {str(data_dir)!r} has no subfolder for the {split} split: "
+        f"make one named {' or '.join(FOLDER_NAMES[split])}, with one subfolder a class."
+    )
+
+
+def _class_names(root: Path) -> list[str]:
+    return sorted(folder.name for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))

@@ -1,0 +1,1 @@
+"""What is true: Shapley values computed one image at a time."""

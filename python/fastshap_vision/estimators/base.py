@@ -1,0 +1,43 @@
+"""Reference values, and the coalition values that every estimator asks for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .._checks import check_finite, check_values
+
+if TYPE_CHECKING:
+    from ..models.self_explaining import SelfExplainingClassifier
+
+
+class ReferenceValues(NamedTuple):
+    """Shapley values to compare with, float64: by exhaustion, or estimated with standard errors."""
+
+    phi: Tensor  # (B, P, K)
+    standard_error: Tensor | None  # (B, P, K), None where phi is exact
+    null: Tensor  # (B, K), v(∅)
+    grand: Tensor  # (B, K), v(N)
+    evaluations: int  # coalitions evaluated, over all images
+    seconds: float  # wall time
+    converged: Tensor | None = None  # bool (B,), of converged_values: whether the errors are as small as was asked
+
+
+def values_of(op: str, model: SelfExplainingClassifier, image: Tensor, bits: Tensor, batch: int, bar: tqdm) -> Tensor:
+    """float64 (M, K): v of the coalitions (1, M, W) of one image."""
+    parts = []
+    for part in bits.split(batch, 1):
+        values = model.coalition_values(image, part)
+        check_values(op, values, 1, part.shape[1])
+        parts.append(values[0].double())
+        bar.update(part.shape[1])
+    joined = torch.cat(parts)
+    check_finite(op, "v(S)", joined)
+    return joined
+
+
+def progress_bar(title: str, coalitions: int, progress: bool) -> tqdm:
+    return tqdm(total=coalitions, desc=title, unit=" coalitions", unit_scale=True, disable=not progress, leave=False)

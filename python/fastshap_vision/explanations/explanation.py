@@ -1,0 +1,354 @@
+"""What a self-explaining model says about a batch of images: Shapley values, logits, and how to look at them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastshap_kernels._checks import check_dense, describe, fail
+
+from .._checks import check_classes
+from .._files import write_whole
+from .as_shap import as_shap
+from .link import LINKS
+from .pixels import seen_pixels
+from .plotting import check_drawing, displayable, draw_heatmap, end_of_scale, label_bar, pyplot
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_FORMAT = "fastshap_vision.Explanation/1"
+_LISTED = 16  # targets that a line has room for
+
+
+@dataclass(eq=False, repr=False)
+class Explanation:
+    """Shapley values of a batch of images, one per patch: how much each patch moved the logit of a class.
+
+    values[b].sum() = logits[b, target[b]] − null[target[b]], for every image: the unit is the logit's.
+
+    Args:
+        values (floating point): (B, P) for one target per image, (B, P, K) for every class.
+        logits (floating point): (B, K).
+        target (int64): (B,) the class that `values` explain, or None when they explain all K.
+        grid: (h, w) patches per column and per row, P = h·w, row by row.
+        null (floating point): (K,) the logits with no patch present.
+        seen: the share of an image's height and of its width, from the top left, that the grid covers, in (0, 1]; the
+            model sees nothing of the rest.
+        untrained: whether the model had never been trained to explain.
+
+    Raises:
+        ValueError: when the shapes do not fit each other.
+    """
+
+    values: Tensor
+    logits: Tensor
+    target: Tensor | None
+    grid: tuple[int, int]
+    null: Tensor
+    seen: tuple[float, float] = (1.0, 1.0)
+    untrained: bool = False
+
+    unit: ClassVar[str] = "logits"
+
+    def __post_init__(self) -> None:
+        for name in ("values", "logits", "null", *(["target"] if self.target is not None else [])):
+            check_dense("Explanation", name, getattr(self, name), "a tensor")
+        sides = self.grid if isinstance(self.grid, tuple | list) else ()
+        if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) for side in sides):
+            fail("Explanation", "grid", "two whole numbers (h, w)", self.grid)
+        if self.logits.ndim != 2:
+            fail("Explanation", "logits", "(B, K)", self.logits)
+        batch, classes = self.logits.shape
+        players = self.grid[0] * self.grid[1]
+        expected = (batch, players, classes) if self.target is None else (batch, players)
+        if self.values.shape != expected:
+            each = "every class (target=None)" if self.target is None else "one target per image"
+            fail("Explanation", "values", f"{expected} for {each} on the grid {self.grid}", self.values)
+        if self.target is not None and (self.target.shape != (batch,) or self.target.dtype != torch.int64):
+            fail("Explanation", "target", f"int64 ({batch},)", self.target)
+        if self.null.shape != (classes,):
+            fail("Explanation", "null", f"({classes},)", self.null)
+        if len(self.seen) != 2 or not all(0 < share <= 1 for share in self.seen):
+            fail("Explanation", "seen", "two shares in (0, 1]", self.seen)
+
+    def __len__(self) -> int:
+        return self.logits.shape[0]
+
+    def __getitem__(self, index: Any) -> Explanation:
+        """The explanation of some of the images, a batch of one for a whole number."""
+        if isinstance(index, bool | float | str | None):
+            expected = "a whole number, a slice, or whole numbers or booleans for images"
+            raise TypeError(f"Explanation: an index must be {expected}, but it is {describe(index)}.")
+        if isinstance(index, Integral) or (isinstance(index, Tensor) and index.ndim == 0):
+            index = int(index)
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"Explanation: index {index} is out of range for {len(self)} images")
+            index = slice(index % len(self), index % len(self) + 1)
+        target = None if self.target is None else self.target[index]
+        return replace(self, values=self.values[index], logits=self.logits[index], target=target)
+
+    def __repr__(self) -> str:
+        target = "all" if self.target is None else self.target.tolist()
+        if len(self) > _LISTED and self.target is not None:
+            target = f"{len(self)} classes"
+        marked = ", of an untrained explainer" if self.untrained else ""
+        kind, classes = type(self).__name__, self.logits.shape[1]
+        return f"{kind}({len(self)} images, grid={self.grid}, {classes} classes, target={target}{marked})"
+
+    @property
+    def probabilities(self) -> Tensor:
+        """(B, K) softmax of the logits; of one logit alone, the sigmoid."""
+        return LINKS["probability"](self.logits)
+
+    @property
+    def predicted(self) -> Tensor:
+        """(B,) int64, the class with the largest logit."""
+        return self.logits.argmax(-1)
+
+    def targets(self, target: int | Tensor | None = None) -> Tensor:
+        """The class per image that `target` means, checked against what is explained.
+
+        Args:
+            target: a class, or (B,) classes; None for the target explained, or the predicted class where all are.
+
+        Returns:
+            int64 (B,).
+
+        Raises:
+            ValueError: for a class that does not exist or that this explanation does not hold.
+        """
+        batch, classes = self.logits.shape
+        if target is None:
+            return self.predicted if self.target is None else self.target
+        wanted = check_classes("Explanation", "target", target, batch, classes).to(self.logits.device)
+        if self.target is not None and not torch.equal(wanted, self.target.to(wanted.device)):
+            remedy = 'Explain every class with model.explain(images, target="all").'
+            fail("Explanation", "target", "the one that was explained", target, remedy)
+        return wanted
+
+    def values_for(self, target: int | Tensor | None = None) -> Tensor:
+        """(B, P) the Shapley values of one class per image; `target` as in `targets`."""
+        chosen = self.targets(target).to(self.values.device)
+        if self.target is not None:
+            return self.values
+        return self.values.gather(2, chosen.view(-1, 1, 1).expand(-1, self.values.shape[1], 1)).squeeze(2)
+
+    def heatmap(
+        self,
+        size: int | tuple[int, int] | None = None,
+        target: int | Tensor | None = None,
+        mode: str = "nearest",
+    ) -> Tensor:
+        """The Shapley values of one class per image, laid out as a picture.
+
+        Every entry is the Shapley value of a whole patch, in logits: on the grid they sum to
+        logits[target] − null[target]; resized they do not sum to anything. `Attribution` spreads each value over
+        its pixels instead, so that its sum is kept.
+
+        Args:
+            size: (H, W) of the result, one number for a square, for the whole image: 0 where the grid does not reach;
+                None for the grid itself.
+            target: a class, or (B,) classes; None for the target explained, or the predicted class where all are.
+            mode: "nearest" gives each pixel its patch's value, "bilinear" blends between the centres of patches.
+
+        Returns:
+            (B, h, w) where size is None, else (B, H, W).
+
+        Raises:
+            ValueError: for a target that is not explained, or an unknown size or mode.
+
+        Deterministic: yes.
+        """
+        if mode not in ("nearest", "bilinear"):
+            fail("Explanation.heatmap", "mode", '"nearest" or "bilinear"', mode)
+        maps = self.values_for(target).unflatten(1, self.grid)
+        if size is None:
+            return maps
+        shape: tuple[Any, ...] = (size, size) if isinstance(size, Integral) else tuple(size)  # type: ignore[arg-type]
+        if len(shape) != 2 or not all(isinstance(side, Integral) and int(side) > 0 for side in shape):
+            fail("Explanation.heatmap", "size", "a positive whole number, (H, W) or None", size)
+        height, width = self.seen_pixels(shape)
+        seen = functional.interpolate(maps.unsqueeze(1), size=(height, width), mode=mode).squeeze(1)
+        return functional.pad(seen, (0, shape[1] - width, 0, shape[0] - height))
+
+    def seen_pixels(self, size: Sequence[int]) -> tuple[int, int]:
+        """(height, width) of the part of an image of size (H, W), from the top left, that the grid covers."""
+        return seen_pixels(self.seen, size)
+
+    def efficiency_gap(self) -> float:
+        """The largest |Σ_p values + null − logit| over images and classes explained, relative.
+
+        Relative to the largest |logit| or |null| of the image over all classes; 0 for an empty batch.
+        """
+        return relative_efficiency_gap(self.values, self.logits, self.null, self.target)
+
+    def plot(
+        self,
+        images: Tensor | None = None,
+        index: int = 0,
+        target: int | None = None,
+        ax: Axes | None = None,
+        classes: Sequence[str] | None = None,
+        limit: float | None = None,
+    ) -> tuple[Figure, Axes]:
+        """Draws the heat map of one image, over the image where it is given, with a colour bar.
+
+        Args:
+            images: (B, C, H, W) the images explained, C = 1 or 3, in any unit: stretched to their own range.
+            index: which image of the batch.
+            target: a class; None for the target explained, or the predicted class where all are.
+            ax: where to draw; None makes a figure.
+            classes: K names for the title.
+            limit: the value at the ends of the colour scale, which is symmetric about 0; None for the largest drawn.
+
+        Returns:
+            (figure, axes).
+
+        Raises:
+            ModuleNotFoundError: where matplotlib is not installed.
+            ValueError: for an image, a target or names that do not fit the explanation.
+        """
+        figures = pyplot()
+        check_drawing("Explanation.plot", images, len(self), self.logits.shape[1], classes)
+        if limit is not None and not (isinstance(limit, Real) and 0 < float(limit) < float("inf")):
+            fail("Explanation.plot", "limit", "a finite number above 0, or None", limit)
+        one = self[index]
+        chosen = int(one.targets(target))
+        if ax is None:
+            _, ax = figures.subplots(figsize=(4.2, 3.6), dpi=150, layout="constrained")
+        picture = None if images is None else displayable(images[index])
+        heat = one.heatmap(target=chosen)[0]
+        shown = one.heatmap(None if picture is None else picture.shape[:2], chosen)[0]
+        drawn = draw_heatmap(ax, shown, picture, end_of_scale(heat) if limit is None else float(limit))
+        ax.set_title(one.title(chosen, classes), fontsize=10)
+        figure: Any = ax.get_figure()
+        label_bar(figure.colorbar(drawn, ax=ax, fraction=0.046, pad=0.03), f"Shapley value ({one.unit})")
+        return figure, ax
+
+    def title(self, target: int, classes: Sequence[str] | None = None) -> str:
+        """The name of a class and its probability, of the first image."""
+        name = str(target) if classes is None else str(classes[target])
+        probability = float(self.probabilities[0, target])
+        title = f"{name} · {'<1%' if probability < 0.01 else f'{probability:.0%}'}"
+        return f"{title}\n(untrained explainer)" if self.untrained else title
+
+    def as_shap(self, images: Tensor | None = None, classes: Sequence[str] | None = None) -> Any:
+        """As a `shap.Explanation`; see `fastshap_vision.explanations.as_shap`."""
+        return as_shap(self.values, self.null, self.target, self.grid, self.seen, images, classes)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file; the file at `path` is never half written.
+
+        Args:
+            path: the file; its folder must exist.
+        """
+        tensors = {"values": self.values, "logits": self.logits, "null": self.null}
+        if self.target is not None:
+            tensors["target"] = self.target
+        tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        metadata = {
+            "format": _FORMAT,
+            "grid": f"{self.grid[0]}x{self.grid[1]}",
+            "unit": self.unit,
+            "seen": f"{self.seen[0]!r} {self.seen[1]!r}",
+            "untrained": str(self.untrained),
+        }
+        write_whole(Path(path), safetensors.torch.save(tensors, metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Explanation:
+        """Reads what `save` wrote, onto the CPU, as an explanation of the unit that was saved.
+
+        Args:
+            path: the file.
+
+        Raises:
+            FileNotFoundError: when there is no such file.
+            ValueError: when the file is damaged, or is not an explanation.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"Explanation.load: there is no file {str(path)!r}")
+        try:
+            with safetensors.safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                names = list(file.keys())
+                tensors = {name: file.get_tensor(name) for name in names}
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
+            rows, columns = metadata["grid"].split("x")
+            grid = (int(rows), int(columns))
+            height, width = metadata.get("seen", "1.0 1.0").split()
+            return _BY_UNIT[metadata.get("unit", cls.unit)](
+                tensors["values"],
+                tensors["logits"],
+                tensors.get("target"),
+                grid,
+                tensors["null"],
+                seen=(float(height), float(width)),
+                untrained=metadata.get("untrained") == "True",
+            )
+        except (safetensors.SafetensorError, ValueError, KeyError, OSError) as error:
+            raise ValueError(
+                f"Explanation.load: argument `path` must name a file written by Explanation.save, "
+                f"but {str(path)!r} can't be read as one: {error}"
+            ) from error
+
+
+class ProbabilityExplanation(Explanation):
+    """An explanation whose `values`, `logits` and `null` are probabilities."""
+
+    unit = "probabilities"
+
+    @property
+    def probabilities(self) -> Tensor:
+        """(B, K) v(N)."""
+        return self.logits
+
+
+class LogProbabilityExplanation(Explanation):
+    """An explanation whose `values`, `logits` and `null` are log-probabilities."""
+
+    unit = "log-probabilities"
+
+    @property
+    def probabilities(self) -> Tensor:
+        """(B, K) exponential of v(N)."""
+        return self.logits.exp()
+
+
+_BY_UNIT = {kind.unit: kind for kind in (Explanation, ProbabilityExplanation, LogProbabilityExplanation)}
+
+
+def relative_efficiency_gap(values: Tensor, logits: Tensor, null: Tensor, target: Tensor | None = None) -> float:
+    """Largest |Σ_p φ + null − logit| of the classes explained, relative to the image's largest |logit| or |null|.
+
+    Args:
+        values: (B, P) of the classes in `target`, or (B, P, K) of all where `target` is None.
+        logits: (B, K).
+        null: (K,) or (B, K).
+        target (int64): (B,) or None.
+
+    Returns:
+        The gap, computed in float64; 0 for an empty batch.
+    """
+    if logits.numel() == 0:
+        return 0.0
+    logits, null = logits.detach().double(), null.detach().double()
+    scale = logits.abs().maximum(null.abs()).amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    expected = logits - null
+    if target is not None:
+        expected = expected.gather(1, target.unsqueeze(1))
+    sums = values.detach().double().sum(1).reshape(expected.shape)
+    return float(((sums - expected).abs() / scale).max())

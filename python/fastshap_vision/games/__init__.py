@@ -1,0 +1,1 @@
+"""What removing a patch means: one file a removal and family."""

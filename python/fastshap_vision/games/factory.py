@@ -1,0 +1,98 @@
+"""Which game a model plays: how the patches outside a coalition are removed from its input."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+
+from .._log import say_once
+from .base import Game, UnsupportedModelError
+from .drop_tokens_eva import EvaGame
+from .drop_tokens_vit import VisionTransformerGame
+from .mask_attention import MaskedAttention
+from .mask_cells_cnn import PixelRemoval
+from .mask_cells_tokens import TokenPixelRemoval
+from .mask_image import WholeImageCells, WholeImageTokens
+from .probe import probe_output
+
+#: "drop": the token is taken out of the sequence. "pixel": the patch's pixels become 0, and its cell is left out of the
+#: average. "feature": what a convolutional network's stem makes of the patch becomes 0, likewise. "image": its pixels
+#: become 0, and the model sees that image as any other.
+REMOVALS = ("drop", "pixel", "feature", "image")
+
+
+def make_game(backbone: Any, votes: bool, input_size: tuple[int, int, int], removal: str | None) -> tuple[Game, str]:
+    """The game of a timm model, and its removal, chosen where it is None: "drop" if the model can, else "pixel".
+
+    Within "drop", packed tokens come before attention masks. A choice slower than packed tokens is logged once.
+
+    Raises:
+        UnsupportedModelError: for a model that has no such game, or whose images are one patch.
+    """
+    if isinstance(backbone, VisionTransformer | Eva) and not len(backbone.blocks):
+        raise UnsupportedModelError(
+            f"This {type(backbone).__name__} has no block (depth 0), and the explaining layers are like its last one.",
+            "Create it with depth=1 or more.",
+        )
+    game, chosen = _choose_game(backbone, votes, input_size, removal)
+    if game.players < 2:
+        stages = getattr(backbone, "feature_info", [])
+        side = max((stage["reduction"] for stage in stages), default=max(input_size[1:]))  # of a patch, in pixels
+        raise UnsupportedModelError(
+            f"This {type(backbone).__name__} sees an image of {input_size[1:]} pixels as one patch, and two are needed "
+            "for shares.",
+            f"Pass img_size={2 * side}, or make the patches smaller (patch_size) where the model has such.",
+        )
+    return game, chosen
+
+
+def _choose_game(backbone: Any, votes: bool, input_size: tuple[int, int, int], removal: str | None) -> tuple[Game, str]:
+    if removal in (None, "drop"):
+        try:
+            return _drop_tokens(backbone, votes), "drop"
+        except UnsupportedModelError as error:
+            if removal == "drop":
+                raise UnsupportedModelError(
+                    str(error), "Or pass removal='pixel', or None for the best it can."
+                ) from error
+            reason = error.reason
+    output = probe_output(backbone, input_size)
+    is_map = output.ndim == 4 and output.shape[1] == backbone.num_features
+    if removal == "image":
+        return (WholeImageCells if is_map else WholeImageTokens)(backbone, votes, input_size), removal
+    if is_map:
+        if removal is None:
+            say_once(f"A {type(backbone).__name__} plays by pixel removal.", logging.INFO)
+        return PixelRemoval(backbone, votes, input_size, removal or "pixel"), removal or "pixel"
+    if removal == "feature":
+        raise UnsupportedModelError(
+            f"Argument `removal` can be 'feature' for convolutional networks, but the model is a "
+            f"{type(backbone).__name__}. Pass removal='pixel', or None for the best it can."
+        )
+    game = TokenPixelRemoval(backbone, votes, input_size)
+    if removal is None:
+        say_once(
+            f"{reason} It plays by pixel removal instead: another game, and all tokens are computed.", logging.WARNING
+        )
+    return game, "pixel"
+
+
+def _drop_tokens(backbone: Any, votes: bool) -> Game:
+    """Packed tokens, or attention masks where packing does not know the model's blocks."""
+    if not isinstance(backbone, VisionTransformer | Eva):
+        raise UnsupportedModelError(
+            f"A {type(backbone).__name__} can't play by token dropping, which needs timm's VisionTransformer or Eva."
+        )
+    try:
+        return EvaGame(backbone, votes) if isinstance(backbone, Eva) else VisionTransformerGame(backbone, votes)
+    except UnsupportedModelError as error:
+        game = MaskedAttention(backbone, votes)
+        game.check_blocks()
+        say_once(
+            f"{error.reason} It plays by attention masks instead: the same values, but all tokens are computed.",
+            logging.WARNING,
+        )
+        return game

@@ -1,0 +1,48 @@
+"""Any timm model on whole masked images: what RISE, FastSHAP and ViaSHAP play, and what grey patches mean to most."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .base import UnsupportedModelError
+from .mask_cells_cnn import PixelRemoval
+from .mask_cells_tokens import TokenPixelRemoval
+from .probe import empty_image_value
+
+
+class _WholeImage:
+    """v_x(S) is the model's output on the image with absent patches' pixels at 0, absent cells and all.
+
+    So v(∅) is its output on an image of zeros, and `metrics.PixelGame` with the mean colour is the same game. With
+    "pixel" the same image is masked, and what the model makes of the absent cells is left out.
+    """
+
+    backbone: Any
+    input_size: tuple[int, int, int]
+
+    def __init__(self, backbone: nn.Module, votes: bool, input_size: tuple[int, int, int]) -> None:
+        if votes:
+            raise UnsupportedModelError(
+                "Argument `head` can't be 'votes' with removal='image', where absent patches have their say too. Use "
+                "head='shares', or removal='pixel'."
+            )
+        super().__init__(backbone, votes, input_size)  # type: ignore[call-arg]
+        self.patches_vote = False
+
+    def null(self) -> Tensor:
+        """v(∅): (K,)."""
+        return empty_image_value(self.backbone, self.input_size)
+
+    def _read_values(self, output: Tensor, bits: Tensor) -> Tensor:
+        """What `forward_features` makes of B·M masked images → (B, M, K)."""
+        return self.backbone.forward_head(output).unflatten(0, bits.shape[:2])
+
+
+class WholeImageCells(_WholeImage, PixelRemoval):
+    """Of a convolutional network."""
+
+
+class WholeImageTokens(_WholeImage, TokenPixelRemoval):
+    """Of a model that ends in tokens."""

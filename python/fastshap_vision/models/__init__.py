@@ -1,0 +1,1 @@
+"""The self-explaining model, its heads and its backbone."""

@@ -1,0 +1,652 @@
+"""A timm model that explains itself: per-patch, per-class Shapley values from the same forward pass as the logits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fastshap_kernels import coalition_sum
+from fastshap_kernels._checks import check_bits, check_dense
+
+from .._checks import check_choice, check_classes, shortened
+from .._modes import evaluation_mode
+from .._runtime.onednn_linear import cpu_linears
+from .._runtime.packed_sdpa import cpu_attention
+from .._runtime.precision import at_least_float32, lowered
+from ..explanations.explanation import Explanation
+from ..games.base import JointPass, UnsupportedModelError
+from ..games.factory import make_game
+from ..games.features import probe_widths
+from ..games.hooks import check_backbone
+from ..games.probe import probe_images
+from ..images.batch import as_batch
+from ..images.preprocessing import Preprocessing
+from ..streaming.stream import stream
+from .arguments import check_choices, check_name, checked_gradient, checked_model_kwargs, checked_size
+from .backbone import (
+    create_backbone,
+    describe_model,
+    input_size_of,
+    other_size,
+    preprocessing_of,
+    settings_of,
+    timm_arguments,
+)
+from .file import (
+    CONFIG,
+    WEIGHTS,
+    Header,
+    Probe,
+    check_description,
+    check_probe,
+    check_size,
+    find_file,
+    read_config,
+    read_header,
+    read_weights,
+    write_weights,
+)
+from .head import MergedFeatures, loss_of_classes
+
+_HALF_OR_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
+
+_log = logging.getLogger(__name__)
+
+
+class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
+    """A timm classifier whose Shapley values add up to its logits: Σ_p Φ_p = f(x) − v(∅).
+
+    Heads (E are the features of the patches, (B, P, L)):
+
+    - "shares": the model's own classifier, untouched; Φ_p = base_p + δ_p with δ = G(E) W_sᵀ minus its mean over p
+      and G `head_depth` blocks of the model's own kind. `base` is "even", (f − v(∅))/P, or "votes", where patches
+      vote. Exact for every model.
+    - "votes": Φ_p = (W e_p + b)/P, and the logits are their sum. Exact where the model averages its patches before
+      a linear classifier; otherwise the logits change and need fine-tuning (see `is_exact_conversion`).
+
+    Args:
+        model_name: a timm model name.
+        num_classes: K, outputs explained.
+        img_size: image size in pixels, one number or (H, W); default the timm model's.
+        head: "shares" or "votes".
+        base: "even" or "votes"; default "votes" where patches vote. Of the shares head only.
+        head_depth: blocks between the features and the shares, 0, 1 or 2. Of the shares head only.
+        intermediates: whether these blocks read the features of every stage of the encoder (each block of a
+            transformer), added up by a linear layer, instead of the last ones alone. Of the shares head only.
+        backbone_gradient: γ in [0, 1], how much of the regression's gradient goes on into the encoder. Default 0 with
+            shares: the encoder trains as if nothing were explained (with μ = 0 in `fit`, to the same bits); 1 with
+            votes, which are the classifier's.
+        removal: how a patch that is not in a coalition is removed: "drop", its token is taken out of the sequence
+            (VisionTransformer and Eva models; where packing does not know their blocks, by attention masks);
+            "pixel", its pixels become 0, and where the model averages its patches, present ones alone count;
+            "feature", the same with what a convolutional network's stem makes of it; "image", its pixels become 0,
+            and the model sees the masked image as any other (of the shares head only).
+            Default "drop" where the model can, else "pixel"; the log says so once where that is slower.
+        pretrained: load timm's weights (needs the network or timm's cache).
+        model_kwargs: further JSON-able arguments of `timm.create_model`.
+        preprocessing: how `explain` makes pictures to inputs, a `Preprocessing` or its dict; default timm's mean, std
+            and crop for this model.
+        backbone: a timm model to convert instead of creating one; see `convert`.
+
+    Attributes:
+        grid, players: (h, w) and P = h·w; players count row by row.
+        seen: the share of an image's height and width, from the top left, that the grid covers.
+        removal: the removal in force, chosen where none was asked for.
+        preprocessing: what `explain` does with pictures; saved with the model. None for models of images that are
+            neither greyscale nor RGB.
+        is_exact_conversion: whether the logits are the timm model's; with "shares" they are bit-identical.
+
+    The head has the dtype and device of the backbone. Shapley values are float32 at least, also where the model
+    computes in half precision or under autocast: rounded to it, their sum would miss the logits.
+
+    Raises:
+        UnsupportedModelError: for a family that can't play; the message names what is supported.
+        ValueError: for arguments out of range, an image size that the backbone can't take, or `model_kwargs` that JSON
+            can't hold.
+
+    Source: Fan, Yang, Ma, AAAI 2026, arXiv 2512.14354 (the votes head); the shares head is this package's.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        num_classes: int = 1000,
+        *,
+        img_size: int | tuple[int, int] | None = None,
+        head: str = "shares",
+        base: str | None = None,
+        head_depth: int = 1,
+        intermediates: bool = False,
+        backbone_gradient: float | None = None,
+        removal: str | None = None,
+        pretrained: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+        preprocessing: dict[str, Any] | Preprocessing | None = None,
+        backbone: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        check_name(model_name, num_classes)
+        check_choices(head, base, head_depth, intermediates, removal)
+        backbone_gradient = checked_gradient(backbone_gradient, head)
+        size, arguments = checked_size(img_size), checked_model_kwargs(model_kwargs)
+        if backbone is None:
+            backbone = create_backbone(model_name, num_classes, size, arguments, pretrained)
+        self.backbone = backbone
+        self.head, self.backbone_gradient = head, backbone_gradient
+        self.game, self.removal = make_game(backbone, head == "votes", input_size_of(backbone, size), removal)
+        if size is not None and self.game.input_size[1:] != size:
+            raise other_size(backbone, self.game.input_size[1:], size)
+        if base == "votes" and not self.game.patches_vote:
+            raise ValueError(
+                "Argument `base` can be 'votes' where the model averages its patches before a linear classifier; this "
+                "one does not. Use base='even'."
+            )
+        self.base = base or ("votes" if self.game.patches_vote else "even")
+        self.num_classes: int = self.game.vote_weight()[0].shape[0]
+        if head == "shares":
+            self._add_shares(head_depth, intermediates)
+        self._converted = settings_of(backbone)
+        self._says_untrained = True
+        # What is saved beside the weights; they replace timm's own, which need not be fetched again. A checkpoint's
+        # game is the one that its weights were trained in, whatever is chosen elsewhere.
+        self._hub_mixin_config: dict[str, Any] = {
+            **(self._hub_mixin_config or {}),
+            "num_classes": self.num_classes,
+            "img_size": None if size is None else list(size),
+            "removal": self.removal,
+            "pretrained": False,
+            "model_kwargs": arguments,
+        }
+        self.preprocessing = preprocessing_of(backbone, self.game.input_size, preprocessing)
+
+    def _add_shares(self, head_depth: int, intermediates: bool) -> None:
+        """The layers that explain, in the dtype and on the device of the backbone."""
+        if intermediates and self.removal == "feature":
+            raise ValueError(
+                "Argument `intermediates` can't be True with removal='feature', which runs the network in parts. "
+                "Use removal='pixel'."
+            )
+        if intermediates:
+            self.game.intermediate_widths = probe_widths(self.game)
+        merged = [MergedFeatures(self.game.feature_width, self.game.intermediate_widths)] if intermediates else []
+        blocks = [self.game.explanation_block() for _ in range(head_depth)]
+        like = next(self.backbone.parameters())
+        self.explainer = nn.Sequential(*merged, *blocks).to(like)
+        self.shares = nn.Linear(self.game.feature_width, self.num_classes, bias=False).to(like)
+        nn.init.zeros_(self.shares.weight)  # δ = 0: training starts from the base
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The JSON-able constructor arguments, as saved beside the weights."""
+        return dict(self._hub_mixin_config)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.game.grid
+
+    @property
+    def players(self) -> int:
+        return self.game.players
+
+    @property
+    def seen(self) -> tuple[float, float]:
+        _, height, width = self.game.input_size
+        return self.game.view[0] / height, self.game.view[1] / width
+
+    @property
+    def is_exact_conversion(self) -> bool:
+        return self.game.is_exact_conversion
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        return self._preprocessing
+
+    @preprocessing.setter
+    def preprocessing(self, value: Preprocessing | None) -> None:
+        if value is not None and value.input_size != self.game.input_size:
+            raise ValueError(
+                f"Argument `preprocessing` must have the model's input_size {self.game.input_size}, but it has "
+                f"{value.input_size}. Change its input_size, or create the model for that size."
+            )
+        self._preprocessing = value
+        self._hub_mixin_config["preprocessing"] = None if value is None else value.as_dict()
+
+    @property
+    def is_untrained(self) -> bool:
+        """Whether the shares are still the zeros that they start from, so that no explanation was learnt.
+
+        Of a votes head it can't be known: its weights are the classifier's.
+        """
+        return self.head == "shares" and not self.shares.weight.is_meta and not bool(self.shares.weight.any())
+
+    # -- saving and loading ------------------------------------------------------------------------------
+
+    def check_saveable(self) -> None:
+        """Whether a saved model could be loaded again; saving makes sure of it, training may before it starts.
+
+        Raises:
+            ValueError: where the backbone is not what its arguments describe, such as one with replaced layers.
+        """
+        self._check_backbone()
+        name, size, kwargs = (self._hub_mixin_config[key] for key in ("model_name", "img_size", "model_kwargs"))
+        arguments = timm_arguments(name, self.num_classes, size, kwargs)
+        check_description(self.backbone, name, arguments, probe_images(self.backbone, self.game.input_size))
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Writes config.json and model.safetensors, which `from_pretrained` reads; options are the Hub's.
+
+        The answers of the model to two fixed images are kept with the weights, and compared on loading.
+
+        Raises:
+            ValueError: where the backbone is not what its arguments describe; nothing is written then.
+        """
+        self.check_saveable()
+        return super().save_pretrained(save_directory, **options)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        write_weights(self, save_directory, self._probe())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        map_location: str | torch.device = "cpu",
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **arguments: Any,
+    ) -> SelfExplainingClassifier:
+        """Loads what `save_pretrained` wrote, from a folder or the Hub, in evaluation mode.
+
+        It has the dtype that it was saved in. No pickle is ever read, and no backbone larger than the file is built.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or the name of a model on the Hub.
+            map_location: the device of the model.
+            revision, cache_dir, force_download, local_files_only, token: as in `huggingface_hub.hf_hub_download`.
+            arguments: of `SelfExplainingClassifier`, in place of those that were saved.
+
+        Raises:
+            ValueError: for what can't be found or read, or is another model than the one that was saved.
+        """
+        name = str(pretrained_model_name_or_path)
+        known = [key for key in cls._hub_mixin_init_parameters if key != "self"]
+        for argument in arguments:
+            if argument not in known:
+                raise TypeError(f"from_pretrained: there is no argument `{argument}`. Pass one of {', '.join(known)}.")
+        hub: dict[str, Any] = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+            "token": token,
+        }
+        try:
+            config = read_config(find_file(name, CONFIG, hub))
+            path = find_file(name, WEIGHTS, hub)
+            header = read_header(path)
+            model = cls._build({key: config[key] for key in config if key in known} | arguments, header)
+            read_weights(model, path, header, map_location)
+            if header.probe is not None:
+                check_probe(model._probe(), header.probe, next(model.parameters()).dtype)
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"The checkpoint {name!r} can't be read: {shortened(error).rstrip('.')}. It must be a folder written "
+                f"by save_pretrained ({CONFIG}, {WEIGHTS}), or the name of a model on the Hub."
+            ) from error
+        return model.eval()
+
+    @classmethod
+    def _build(cls, arguments: dict[str, Any], header: Header) -> SelfExplainingClassifier:
+        """The model of a configuration that comes from elsewhere: its types and size are checked first."""
+        if "model_name" not in arguments:
+            raise ValueError(f"{CONFIG} has no `model_name`")
+        try:
+            name, classes = arguments["model_name"], arguments.get("num_classes", 1000)
+            size, kwargs = checked_size(arguments.get("img_size")), checked_model_kwargs(arguments.get("model_kwargs"))
+            for key in ("backbone", "pretrained"):
+                if arguments.get(key):
+                    raise ValueError(f"`{key}` must be null or false, but it is {arguments[key]!r}")
+            check_name(name, classes)
+            check_size(name, timm_arguments(name, classes, size, kwargs), header)
+            return cls(**arguments)
+        except Exception as error:  # whatever a model raises that nobody would build
+            raise ValueError(f"{CONFIG} describes no model of these weights: {error}") from error
+
+    @torch.no_grad()
+    def _probe(self) -> Probe:
+        """What the model answers to two fixed images, whatever autocast is on."""
+        images = probe_images(self.backbone, self.game.input_size)
+        with evaluation_mode(self), torch.autocast(images.device.type, enabled=False):
+            features, logits = self.game.features_and_logits(images)
+            values = self._phi(features, logits, self.null_value())
+        return Probe(features.mean(1), logits, values[..., 0])
+
+    # -- the model ---------------------------------------------------------------------------------------
+
+    def no_weight_decay(self) -> set[str]:
+        """The backbone's parameters that timm's optimisers don't decay."""
+        names = getattr(self.backbone, "no_weight_decay", set)
+        return {f"backbone.{name}" for name in names()}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Computes the backbone's activations again in the backward pass instead of keeping them, as in timm."""
+        backbone: Any = self.backbone
+        backbone.set_grad_checkpointing(enable)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, K) of images (B, C, H, W)."""
+        self._check_backbone()
+        if self.is_exact_conversion:
+            logits = self.backbone(images)
+            if isinstance(logits, tuple):
+                check_backbone(self.backbone)  # of a distilled model in training; it says what to do
+            return logits
+        return self.game.features_and_logits(images)[1]
+
+    def shapley_values(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Shapley values (B, P, K) of every patch and class, and logits (B, K), from one forward pass."""
+        self._check_images(images)
+        return self._explained(images)[:2]
+
+    def _explained(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Shapley values (B, P, K), logits (B, K) and v(∅) (K,)."""
+        null = self.null_value()
+        if not len(images):  # which not every model takes
+            values = at_least_float32(null.new_zeros(0, self.players, self.num_classes))
+            return values, null.new_zeros(0, self.num_classes), null
+        features, logits = self.game.features_and_logits(images)
+        self._check_classes(logits)
+        return self._phi(features, logits, null), logits, null
+
+    def _phi(self, features: Tensor, logits: Tensor, null: Tensor) -> Tensor:
+        """Shapley values (B, P, K), float32 at least: what is learnt, and an equal part of what that leaves."""
+        if self.head == "votes":
+            found = at_least_float32(self._votes(features))
+        else:
+            with cpu_linears(features):
+                found = at_least_float32(self.shares(self.explainer(features)))
+            if self.base == "votes":
+                found = found + at_least_float32(self._votes(self._last(features)))
+        missing = at_least_float32(logits) - at_least_float32(null) - found.sum(1)
+        return found + (missing / self.players).unsqueeze(1)
+
+    def _votes(self, features: Tensor) -> Tensor:
+        """(W e_p + b)/P of features (B, P, L): (B, P, K)."""
+        return nn.functional.linear(features, *self.game.vote_weight()) / self.players
+
+    def preprocess(self, images: Any) -> Tensor:
+        """The input (B, C, H, W) that `explain` makes of images of any kind: for calls, plots and metrics.
+
+        Args:
+            images: as in `explain`.
+
+        Raises:
+            TypeError, ValueError: as `explain` does.
+        """
+        like = next(self.parameters())
+        batch = as_batch(images, self.game.input_size, self.preprocessing, like)
+        self._check_images(batch)
+        if not torch.isfinite(batch).all():
+            raise ValueError("Argument `images` must be finite, but it holds NaN or infinite pixels. Clean the input.")
+        return batch
+
+    @torch.no_grad()
+    def explain(self, images: Any, target: int | Sequence[int] | Tensor | str | None = None) -> Explanation:
+        """Explains images in one forward pass, in evaluation mode.
+
+        Where v(∅) is not 0 by construction, as it is where patches vote, it takes a pass of one empty image more; of
+        its class and register tokens alone where absent tokens are dropped.
+
+        Args:
+            images: (B, C, H, W) or one image (C, H, W), normalised as in training, finite: a tensor or an array; or
+                pictures, which are resized, cropped and normalised as `preprocessing` says: a PIL image, or uint8
+                pixels (channels first in a tensor, last in an array); or a list of single images of these kinds.
+            target: the class to explain: None for the predicted one, a class, (B,) classes, or "all".
+
+        Returns:
+            Explanation with values (B, P), or (B, P, K) for "all", in units of the logits. Values are float32 at least;
+            `logits` and `null` are as the model computes them, and the values sum to their difference.
+
+        Raises:
+            TypeError: for images of another type.
+            ValueError: for images of the wrong shape or with NaN or infinite pixels, or a target out of range.
+
+        Deterministic: yes.
+        """
+        images = self.preprocess(images)
+        with evaluation_mode(self):
+            phi, logits, null = self._explained(images)
+        chosen = self._target(target, logits)
+        if chosen is not None:
+            phi = phi.gather(2, chosen[:, None, None].expand(-1, self.players, 1))[..., 0]
+        return Explanation(phi, logits, chosen, self.grid, null, seen=self.seen, untrained=self._warn_if_untrained())
+
+    def _warn_if_untrained(self) -> bool:
+        """`is_untrained`, which the log says once."""
+        untrained = self.is_untrained
+        if untrained and self._says_untrained:
+            self._says_untrained = False
+            _log.warning(
+                "This model was never trained to explain: its Shapley values are %s. Train it with fit first.",
+                "an even split" if self.base == "even" else "the votes of the patches",
+            )
+        return untrained
+
+    def coalition_values(
+        self,
+        images: Tensor,
+        bits: Tensor,
+        *,
+        max_rows: int | str = "auto",
+        paired: bool = False,
+        precision: str = "same",
+        progress: bool = False,
+    ) -> Tensor:
+        """v(S) of every coalition, however many: they run in chunks whose size follows from the free memory.
+
+        Args:
+            images: (B, C, H, W), normalised as in training.
+            bits (int32): (B, M, W) coalitions; empty and full ones are allowed. On the images' device, or on the CPU,
+                where counting them waits for no GPU.
+            max_rows: rows computed at once: present tokens of a transformer that drops the absent ones, all patches
+                of other models; at least one coalition. "auto" takes half of the free memory at most, and no more
+                than makes a difference.
+            paired: promises that coalitions 2j and 2j + 1 of an image are complements (M even).
+            precision: "same" (the model's own), "bf16", "fp8" (without gradients only) or "auto"; see
+                `fastshap_vision.precision.lowered`.
+            progress: show a progress bar.
+
+        Returns:
+            values (B, M, K). Gradients flow to the model where grad mode is on; where there are several chunks, each
+            is computed again for its gradient, with the same dropout, so that memory does not grow with M. Batch
+            norms in training mode normalise each chunk by itself, and count it once.
+
+        Raises:
+            ValueError: for images or bits of the wrong shape, an odd M that is `paired`, or `max_rows` below 1.
+
+        Deterministic: yes, for equal `max_rows`; chunks of another size differ by rounding.
+        """
+        self._check_images(images)
+        is_on_cpu = isinstance(bits, Tensor) and bits.device.type == "cpu"  # which they may be, wherever images are
+        like = images.new_empty(len(images), device="cpu") if is_on_cpu else images
+        check_bits("coalition_values", bits, self.players, like)
+        with lowered(self, precision):
+            return stream(self.game, images, bits, max_rows, paired, progress, variant=precision)
+
+    def joint(self, images: Tensor, bits: Tensor, paired: bool = False, rows: int | None = None) -> JointPass:
+        """Full images and coalitions in one forward pass: features (B, P, L), logits (B, K), values (B, M, K).
+
+        `paired` promises that coalitions 2j and 2j + 1 of an image are complements: the packed batch then has a
+        static number of rows. Without it, `rows` pads a packed batch to that number, at least Σ|S| + B·M·Q; games
+        that don't pack ignore it.
+        """
+        self._check_images(images)
+        check_bits("joint", bits, self.players, images)
+        return self.game.joint(images, bits, paired, rows)
+
+    def null_value(self) -> Tensor:
+        """v(∅): (K,); exactly zero where patches vote."""
+        return self.game.null()
+
+    def regression_loss(
+        self,
+        features: Tensor,
+        logits: Tensor,
+        bits: Tensor,
+        values: Tensor,
+        null: Tensor,
+        classes: Tensor | None = None,
+    ) -> Tensor:
+        """Mean over B, M, K of (v(S) − v(∅) − Σ_{p∈S} Φ_p)², with no (B, P, K) tensor.
+
+        Features (B, P, L), with `intermediates` (B, P, L + ΣC), and logits (B, K) are those of the full images. With
+        the shares head, logits and base are detached: the regression moves the shares, and the encoder as far as
+        `backbone_gradient` says. `classes`, int64 (B, k), are those of each image that count; None for all.
+        """
+        if self.backbone_gradient == 0.0:
+            features = features.detach()
+        elif self.backbone_gradient < 1.0:
+            features = features.detach() + self.backbone_gradient * (features - features.detach())
+        if self.head == "votes":
+            weight, bias = self.game.vote_weight()
+            bias = None if bias is None else bias / self.players
+            return loss_of_classes(classes, features, weight / self.players, bias, bits, values, null)
+        if self.base == "even":
+            grand = logits.detach()
+        else:
+            # What the votes leave is a game whose grand value is 0.
+            values, null = values - self._votes_of(self._last(features.detach()), bits), null.detach() * 0
+            grand = torch.zeros_like(logits)
+        with cpu_linears(features), cpu_attention(features):
+            explained = self.explainer(features)
+        return loss_of_classes(classes, explained, self.shares.weight, None, bits, values, null, grand)
+
+    def _votes_of(self, features: Tensor, bits: Tensor) -> Tensor:
+        """Σ_{p∈S} (W e_p + b)/P without gradient: (B, M, K)."""
+        with torch.no_grad():
+            weight, bias = self.game.vote_weight()
+            votes = coalition_sum(features, bits) @ weight.T
+            if bias is not None:
+                votes = votes + coalition_sum(features.new_ones(*features.shape[:2], 1), bits) * bias
+            return votes / self.players
+
+    def _last(self, features: Tensor) -> Tensor:
+        """Of the features (B, P, L + ΣC) the encoder's last ones, (B, P, L)."""
+        return features[..., : self.game.feature_width]
+
+    def _check_backbone(self) -> None:
+        """The game was made for the backbone as it was converted."""
+        if torch.compiler.is_compiling():
+            return
+        now = settings_of(self.backbone)
+        if now != self._converted:
+            key = next(key for key in now if now[key] != self._converted[key])
+            raise self._was_reset(f"{key} was {self._converted[key]!r} and is {now[key]!r}")
+
+    def _check_classes(self, logits: Tensor) -> None:
+        if logits.shape[-1] != self.num_classes:
+            raise self._was_reset(f"it had {self.num_classes} classes and has {logits.shape[-1]}")
+
+    def _was_reset(self, what: str) -> ValueError:
+        return ValueError(
+            f"The backbone was changed after its conversion: {what}. Change it first and then convert it: "
+            "fastshap_vision.convert(model.backbone)."
+        )
+
+    def _check_images(self, images: Tensor) -> None:
+        self._check_backbone()
+        expected = self.game.input_size
+        form = f"(B, {', '.join(map(str, expected))})"
+        check_dense("SelfExplainingClassifier", "images", images, f"a tensor {form}", "Pass model.preprocess(images).")
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise ValueError(
+                f"Argument `images` must be a tensor {form}, but it is {tuple(images.shape)}. Resize the images, or "
+                "create the model with another img_size or in_chans."
+            )
+        weight = next(self.parameters())
+        if images.device != weight.device and weight.device.type != "meta":  # where accelerate keeps it elsewhere
+            raise ValueError(
+                f"Argument `images` must be on the model's device, {weight.device}, but it is on {images.device}. Pass "
+                f"images.to({str(weight.device)!r})."
+            )
+        if not images.is_floating_point():
+            raise ValueError(
+                f"Argument `images` must be normalised {weight.dtype}, but it is {images.dtype}. Pass uint8 pixels to "
+                "model.preprocess(images), which normalises them."
+            )
+        is_cast = torch.is_autocast_enabled(images.device.type) and images.dtype in _HALF_OR_SINGLE
+        if images.dtype != weight.dtype and not is_cast:
+            raise ValueError(
+                f"Argument `images` must be {weight.dtype} like the model's weights, but it is {images.dtype}. Pass "
+                f"images.to({weight.dtype})."
+            )
+
+    def _target(self, target: int | Sequence[int] | Tensor | str | None, logits: Tensor) -> Tensor | None:
+        batch, classes = logits.shape
+        if target is None:
+            return logits.argmax(1)
+        if isinstance(target, str):
+            check_choice("target", target, ("all",))
+            return None
+        return check_classes("explain", "target", target, batch, classes, "None, 'all', ").to(logits.device)
+
+
+def convert(
+    model: nn.Module,
+    *,
+    img_size: int | tuple[int, int] | None = None,
+    head: str = "shares",
+    base: str | None = None,
+    head_depth: int = 1,
+    intermediates: bool = False,
+    backbone_gradient: float | None = None,
+    removal: str | None = None,
+    preprocessing: dict[str, Any] | Preprocessing | None = None,
+) -> SelfExplainingClassifier:
+    """Makes a timm model, trained or not, self-explaining. The model itself becomes the backbone: no copy is made.
+
+    With head="shares" (the default) its logits stay bit-identical.
+
+    Args:
+        model: made by `timm.create_model`, from arguments that JSON can hold.
+        img_size: image size in pixels, one number or (H, W), of a model that takes any; default timm's. Others have
+            the size that they were created for.
+        head, base, head_depth, intermediates, backbone_gradient, removal, preprocessing: as in
+            `SelfExplainingClassifier`.
+
+    Raises:
+        UnsupportedModelError: for a model that timm did not make, or a family that can't play.
+        ValueError: for an image size that the model can't take, or a model made from arguments that can't be saved.
+    """
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    if not name:
+        raise UnsupportedModelError(
+            f"Argument `model` must be made by timm.create_model, but it is a {type(model).__name__} without timm's "
+            "configuration."
+        )
+    arguments = describe_model(model)
+    return SelfExplainingClassifier(
+        name,
+        arguments.pop("num_classes", 1000),
+        img_size=img_size,
+        head=head,
+        base=base,
+        head_depth=head_depth,
+        intermediates=intermediates,
+        backbone_gradient=backbone_gradient,
+        removal=removal,
+        model_kwargs=arguments,
+        preprocessing=preprocessing,
+        backbone=model,
+    )

@@ -1,0 +1,155 @@
+"""What the objectives that play on random coalitions share: the draw of each step, and the values of what was drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from fastshap_kernels import pack_bits, sample_coalitions, unpack_bits
+from fastshap_kernels._checks import check_count, check_flag
+
+from .._checks import check_choice
+from .._runtime.precision import lowered
+from ..games.drop_tokens import TokenDropping
+from ..models.self_explaining import SelfExplainingClassifier
+from .base import ObjectiveTerms
+
+SIZES = ("shapley", "uniform")
+#: The seed of the second draw, of the coalitions that become empty or full: another stream than the first's.
+_OF_ENDS = 2**64 - 1
+
+
+class Draw(NamedTuple):
+    """The coalitions of one step."""
+
+    bits: Tensor  # int32 (B, M, W)
+    rows: int | None = None  # that the packed batch is padded to; None where it is not
+
+
+class CoalitionObjective:
+    """An objective that draws coalitions anew each step; subclasses give its `terms`.
+
+    Args:
+        coalitions: M, coalitions per image and step.
+        paired: coalitions come as complements.
+        sizes: "shapley" for the Shapley kernel, or "uniform", 1 … P − 1 alike.
+        seed: of the sampler.
+        with_ends: sizes 0 and P too, each as likely as one of the P + 1 sizes. For uniform sizes.
+
+    Attributes:
+        progress: share of the training done, in [0, 1]; `fit` sets it each step.
+
+    Deterministic: yes, for one seed and sequence of calls. `state_dict` holds the sampler's counter.
+    """
+
+    def __init__(self, coalitions: int, *, paired: bool, sizes: str, seed: int, with_ends: bool = False) -> None:
+        name = type(self).__name__
+        check_choice("sizes", sizes, SIZES)
+        self.coalitions = check_count(name, "coalitions", coalitions, 1, 2**31 - 1)
+        self.paired, self.sizes = check_flag(name, "paired", paired), sizes
+        self.seed = check_count(name, "seed", seed, 0, _OF_ENDS)
+        self.with_ends = with_ends
+        self.progress = 1.0
+        self._drawn = 0  # coalitions so far: the counter of the sampler
+        self._compiled: Callable[..., ObjectiveTerms] | None = None
+
+    def terms(self, *arguments: Any, **options: Any) -> ObjectiveTerms:
+        """The loss of one batch and given coalitions: a pure function."""
+        raise NotImplementedError
+
+    def compile(self, **options: Any) -> None:
+        """Compiles the step in place, as `nn.Module.compile` does; `options` are those of `torch.compile`."""
+        self._compiled = torch.compile(self.terms, **options)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it was made with, as far as words and numbers say it: a resumed run must have the same."""
+        kinds = (bool, int, float, str, tuple, type(None))
+        own = {name: value for name, value in vars(self).items() if not name.startswith("_") and name != "progress"}
+        return {name: value for name, value in own.items() if isinstance(value, kinds)}
+
+    @property
+    def is_packed_in_pairs(self) -> bool:
+        return self.paired and self.coalitions % 2 == 0
+
+    def draw(self, model: SelfExplainingClassifier, images: Tensor) -> Draw:
+        """The next coalitions, on the device of `images`; no device is waited for.
+
+        The packed batch of unpaired coalitions has as many rows as tokens are present, which only the bits say: they
+        are drawn and counted on the CPU, and the batch is padded to one of few sizes.
+        """
+        device, batch = images.device, images.shape[0]
+        is_counted = model.game.packs and not self.is_packed_in_pairs
+        bits = self._sample(batch, model.players, torch.device("cpu") if is_counted else device)
+        self._drawn += batch * self.coalitions
+        # Without a device to wait for, and nothing compiled, the count can be left to the packing.
+        if not is_counted or (device.type == "cpu" and self._compiled is None):
+            return Draw(bits)
+        present = int(unpack_bits(bits, model.players).sum())
+        number = batch * self.coalitions
+        rows = _padded(present, number, model.players) + number * cast(TokenDropping, model.game).prefix
+        return Draw(bits.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else bits, rows)
+
+    def _sample(self, batch: int, players: int, device: torch.device) -> Tensor:
+        def sampled(players: int, seed: int) -> Tensor:
+            offset = _first_of_process() + self._drawn
+            return sample_coalitions(
+                batch,
+                self.coalitions,
+                players,
+                seed=seed,
+                offset=offset,
+                paired=self.paired,
+                sizes=self.sizes,
+                device=device,
+            )
+
+        bits = sampled(players, self.seed)
+        if not self.with_ends:
+            return bits
+        # Of P + 2 players, each of the P + 1 sizes is as likely: the first stands for 0, the last for P.
+        size = unpack_bits(sampled(players + 2, _OF_ENDS - self.seed), players + 2).sum(2, keepdim=True)
+        everyone = pack_bits(torch.ones(players, dtype=torch.bool, device=device))
+        return bits.where(size > 1, 0).where(size <= players, everyone)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sampler's counter."""
+        return {"drawn": self._drawn}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._drawn = int(state["drawn"])
+
+
+def evaluate_draw(
+    model: SelfExplainingClassifier, images: Tensor, draw: Draw, paired: bool, precision: str = "same"
+) -> Tensor:
+    """v(S) of a step's coalitions, (B, M, K): in chunks that bound the memory where they can be cut.
+
+    Cutting chunks reads the bits of unpaired coalitions, and is Python: neither for padded nor for compiled steps.
+    """
+    if draw.rows is None and not torch.compiler.is_compiling():
+        return model.coalition_values(images, draw.bits, paired=paired, precision=precision)
+    with lowered(model, precision):
+        return model.game.values(images, draw.bits, paired, draw.rows)
+
+
+def _first_of_process() -> int:
+    """Where this process's coalitions begin: each has 2^40 of its own, so that no two processes draw the same."""
+    distributed = torch.distributed
+    rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    return rank << 40
+
+
+def _padded(present: int, coalitions: int, players: int) -> int:
+    """The size that a batch of so many present patches is padded to.
+
+    The sizes lie two standard deviations of the number of present patches apart (|S| deviates by 0.41 P, so their sum
+    by 0.41 P √(B·M)): nearly every batch falls into one of four, each of which is compiled once, and padding adds
+    0.8 / √(B·M) to the work on average: 4 % for 64 images with 8 coalitions each.
+    """
+    step = max(1, math.ceil(0.82 * players * math.sqrt(coalitions)))
+    return min(-(-present // step) * step, coalitions * players)

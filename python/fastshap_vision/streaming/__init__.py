@@ -1,0 +1,1 @@
+"""v(S) of many coalitions: chunks, memory, CUDA graphs."""

@@ -1,0 +1,306 @@
+"""Checkpoints of a training run: whole or absent, never half; and the way back to the exact state.
+
+A run's folder holds
+
+    summary.csv                   one row an epoch
+    model.safetensors             the model after the last finished epoch (and config.json where the model has one)
+    checkpoints/epoch_0007/       everything that resuming needs, after 7 epochs; the last two are kept
+        model.safetensors         its weights and statistics
+        state.safetensors         the tensors of optimiser and objective
+        record.json               all else: settings, history, numbers of optimiser, objective and loss scaling, digests
+    .lock                         held by the run that writes here
+
+Nothing is pickled, so that reading a checkpoint never runs code. No state of a random generator is kept: `fit` seeds
+every epoch anew.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import Tensor, nn
+
+from .._checks import shortened
+from .state import MODEL, RECORD, STATE, CheckpointError, decode, digest_of_file, digest_of_record, encode, read_record
+
+FOLDER = "checkpoints"
+
+LOCK = ".lock"
+PARTIAL, REMOVED = ".partial", ".removed"
+KEPT = 2
+#: The workers of a killed run notice within five seconds that it is gone, and hold its lock until then.
+SECONDS_TO_WAIT = 10.0
+
+
+class Checkpoints:
+    """Writes and reads the checkpoints of one run.
+
+    Args:
+        output: the run's folder, or None to write nothing.
+        accelerator: of the run; it holds the loss scaling of fp16.
+        settings: what must be the same for a resumed run to be the same run; JSON-able.
+        model, optimizer, objective: what is saved and restored. The states of optimizer and objective are made of
+            tensors, numbers, words, None, lists, tuples and dicts.
+
+    Raises:
+        TypeError: the objective's state holds anything else.
+    """
+
+    def __init__(
+        self,
+        output: str | Path | None,
+        accelerator: Accelerator,
+        settings: Mapping[str, Any],
+        *,
+        model: nn.Module,
+        optimizer: Any,
+        objective: Any,
+    ) -> None:
+        self.output = None if output is None else Path(output)
+        self.accelerator = accelerator
+        self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings)))  # tuples become lists, as in the file
+        self.model, self.optimizer, self.objective = model, optimizer, objective
+        self.newest: Path | None = None
+        if output is not None:
+            encode(self._state(), {})
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps other runs out of the folder, once it is sure that it can be written to."""
+        if self.output is None or not self.accelerator.is_main_process:
+            yield
+            return
+        lock = self._lock(self.output)
+        try:
+            self._check_room(self.output)
+            yield
+        finally:
+            lock.release()
+
+    def _lock(self, output: Path) -> FileLock:
+        try:
+            (output / FOLDER).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=output / FOLDER) as file:
+                file.write(bytes(4096))
+            lock = FileLock(output / LOCK)
+            lock.acquire(timeout=SECONDS_TO_WAIT)
+        except Timeout as error:
+            raise CheckpointError(
+                f"fit: another run writes into {str(output)!r} now. Wait for its end, or pass another `output`."
+            ) from error
+        except OSError as error:
+            raise CheckpointError(
+                f"fit: argument `output` must be a folder that can be written to, but {str(output)!r} can't be: "
+                f"{error}. Pass another folder, or None to write nothing."
+            ) from error
+        return lock
+
+    def _check_room(self, output: Path) -> None:
+        """The least that an epoch writes is the model, twice; what the optimiser keeps comes on top."""
+        tensors = chain(self.model.parameters(), self.model.buffers())
+        needed = 2 * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        free = shutil.disk_usage(output).free
+        if free < needed:
+            raise CheckpointError(
+                f"fit: argument `output` must have room for checkpoints of at least {needed / 1e6:.1f} MB, but "
+                f"{str(output)!r} has {free / 1e6:.1f} MB left. Free some, or pass a folder on another disk."
+            )
+
+    def save(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Saves the state after len(history) epochs beside the last checkpoint, then renames it into place.
+
+        Checkpoints of later epochs, which are there where the run went back to an earlier one, are removed.
+
+        Raises:
+            CheckpointError: the state can't be written; the last checkpoint is whole.
+        """
+        if self.output is None:
+            return
+        self.accelerator.wait_for_everyone()
+        folder = self.output / FOLDER / f"epoch_{len(history):04d}"
+        if self.accelerator.is_main_process:
+            with self._writing(self.output):
+                self._write(folder, history)
+                _export(self.model, history, self.output)
+                for old in whole_checkpoints(self.output)[:-KEPT]:
+                    _remove(old)
+        self.newest = folder
+        self.accelerator.wait_for_everyone()
+
+    def _write(self, folder: Path, history: Sequence[Mapping[str, Any]]) -> None:
+        for leftover in folder.parent.glob("epoch_*.*"):  # of a run that was killed while it wrote or removed
+            shutil.rmtree(leftover)
+        partial = folder.with_name(folder.name + PARTIAL)
+        partial.mkdir(parents=True)
+        tensors: dict[str, Tensor] = {}
+        state = encode(self._state(), tensors)
+        save_model(self.model, str(partial / MODEL))
+        save_file(tensors, partial / STATE)
+        files = {name: digest_of_file(partial / name) for name in (MODEL, STATE)}
+        record = {"settings": self.settings, "history": list(history), "files": files, "state": state}
+        text = json.dumps({"digest": digest_of_record(record), "record": record}, indent=1)
+        (partial / RECORD).write_text(text)
+        for later in reversed(whole_checkpoints(folder.parent.parent)):
+            if _epochs(later) >= len(history):
+                _remove(later)
+        os.replace(partial, folder)
+
+    def _state(self) -> dict[str, Any]:
+        """What changes in training, beside the model."""
+        scaler = self.accelerator.scaler
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "objective": self.objective.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+
+    @contextmanager
+    def _writing(self, output: Path) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            whole = whole_checkpoints(output)
+            kept = f"The checkpoint {whole[-1].name} is whole" if whole else "No epoch was kept"
+            raise CheckpointError(
+                f"fit: the run can't be written to {str(output)!r}: {error}. {kept}. Make room there, and go on with "
+                "resume='auto'."
+            ) from error
+
+    def resume(self, resume: str | Path | None) -> list[dict[str, Any]]:
+        """Restores the state that `resume` names and returns its history; an empty one where the run starts anew.
+
+        The model and the summary in the run's folder are written again, as the run may have ended before it wrote them.
+        """
+        folder = find_checkpoint(self.output, resume)
+        if folder is None:
+            return []
+        record = read_record(folder)
+        self._check_settings(folder, record["settings"])
+        try:
+            load_model(self.model, folder / MODEL)
+            state = decode(record["state"], load_file(folder / STATE))
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.objective.load_state_dict(state["objective"])
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+        except Exception as error:  # whatever the many readers above raise
+            raise CheckpointError(
+                f"fit: the checkpoint {str(folder)!r} does not fit this model, optimiser and objective: "
+                f"{shortened(error).rstrip('.')}. "
+                "Build the model as the run did, or start another run in another folder."
+            ) from error
+        self.newest = folder
+        if self.output is not None and self.accelerator.is_main_process:
+            with self._writing(self.output):
+                _export(self.model, record["history"], self.output)
+        return record["history"]
+
+    def _check_settings(self, folder: Path, saved: Mapping[str, Any]) -> None:
+        changed = [
+            f"{name} was {saved.get(name)!r} and is {self.settings.get(name)!r}"
+            for name in sorted(saved.keys() | self.settings.keys())
+            if saved.get(name) != self.settings.get(name)
+        ]
+        if changed:
+            raise CheckpointError(
+                f"fit: the checkpoint {str(folder)!r} is of a run with other settings: {'; '.join(changed)}. "
+                "Resume with the same settings, or load its model and start another run in another folder."
+            )
+
+
+def _export(model: nn.Module, history: Sequence[Mapping[str, Any]], output: Path) -> None:
+    """Writes what users read: the model and the history."""
+    _write_model(model, output)
+    _write_summary(history, output)
+
+
+def _write_model(model: nn.Module, output: Path) -> None:
+    """Writes the model into the run's folder, each file whole or not at all."""
+    partial = output / f"model{PARTIAL}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_pretrained: Callable[[Path], Any] | None = getattr(model, "save_pretrained", None)
+    if save_pretrained is not None:
+        save_pretrained(partial)
+        (partial / "README.md").unlink(missing_ok=True)  # the Hub's model card says the model was pushed there
+    else:
+        save_model(model, str(partial / MODEL))
+    for path in partial.iterdir():
+        os.replace(path, output / path.name)
+    partial.rmdir()
+
+
+def _write_summary(history: Sequence[Mapping[str, Any]], output: Path) -> None:
+    """Writes the whole history as summary.csv, so that a resumed run leaves no row twice."""
+    partial = output / f"summary.csv{PARTIAL}"
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(history[-1]))
+        writer.writeheader()
+        writer.writerows(history)
+    os.replace(partial, output / "summary.csv")
+
+
+def find_checkpoint(output: Path | None, resume: str | Path | None) -> Path | None:
+    """The checkpoint that `resume` names; None where the run starts anew, which an output that holds one forbids."""
+    if not isinstance(resume, (str, os.PathLike, type(None))):
+        raise ValueError(
+            "fit: argument `resume` must be None, 'auto', or the path of a run or one of its checkpoints, but it is "
+            f"{resume!r}."
+        )
+    own = [] if output is None else whole_checkpoints(output)
+    if resume is None:
+        if own:
+            raise CheckpointError(
+                f"fit: {str(output)!r} already holds a run ({own[-1].name}). "
+                "Pass resume='auto' to go on with it, or another output folder."
+            )
+        return None
+    if resume == "auto":
+        return own[-1] if own else None
+    folder = Path(resume)
+    if not (folder / RECORD).is_file():
+        inner = whole_checkpoints(folder)
+        if not inner:
+            raise CheckpointError(
+                f"fit: there is no checkpoint in {str(folder)!r}. Pass a run's folder, one of its "
+                f"{FOLDER}/epoch_* folders, or resume=None to start anew."
+            )
+        folder = inner[-1]
+    if own and folder.parent.resolve() != own[-1].parent.resolve():
+        raise CheckpointError(
+            f"fit: {str(output)!r} already holds a run, and {str(folder)!r} is of another one. Pass another output "
+            "folder to go on with that one."
+        )
+    return folder
+
+
+def whole_checkpoints(output: Path) -> list[Path]:
+    """Oldest first. A folder gets its name only when it is whole."""
+    found = (output / FOLDER).glob("epoch_*")
+    return sorted((path for path in found if re.fullmatch(r"epoch_\d+", path.name)), key=_epochs)
+
+
+def _epochs(checkpoint: Path) -> int:
+    """By number: the names of ten thousand epochs and more are longer."""
+    return int(checkpoint.name.removeprefix("epoch_"))
+
+
+def _remove(checkpoint: Path) -> None:
+    """Takes the name away first: what is half removed is no checkpoint."""
+    removed = checkpoint.with_name(checkpoint.name + REMOVED)
+    os.replace(checkpoint, removed)
+    shutil.rmtree(removed)

@@ -1,0 +1,48 @@
+"""What a run changes beyond its arguments, and how that becomes what it was."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch import nn
+
+from ..objectives.sampling import CoalitionObjective
+from ..objectives.task import TaskObjective
+
+
+@contextmanager
+def as_found(model: nn.Module, objective: Any) -> Iterator[None]:
+    """What a run changes beyond its arguments becomes what it was.
+
+    accelerate keeps precision and gradient accumulation for the whole process: a run has its own, and the caller's
+    come back after it. So do the random generators, whether blocks checkpoint their activations, and whether the
+    objective's step is compiled.
+    """
+    states = (GradientState, AcceleratorState, PartialState)
+    contents = [dict(state._shared_state) for state in states]
+    for state in states[:2]:
+        state._shared_state.clear()
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    name = "grad_checkpointing"
+    checkpointing = [(module, getattr(module, name)) for module in model.modules() if hasattr(module, name)]
+    parts = [objective, *getattr(objective, "__dict__", {}).values()]  # an objective may hold another one
+    compiled = [(part, part._compiled) for part in parts if isinstance(part, TaskObjective | CoalitionObjective)]
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        for module, enabled in checkpointing:
+            setattr(module, name, enabled)
+        for part, step in compiled:
+            part._compiled = step
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+        for state, content in zip(states, contents, strict=True):
+            state._shared_state.clear()
+            state._shared_state.update(content)

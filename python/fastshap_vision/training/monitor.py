@@ -1,0 +1,105 @@
+"""The terms of the objective, epoch by epoch, and what stops a run that can't come to a good end."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+TERMS = ("loss", "task", "regression", "masked_task", "r2", "spread")
+
+# The host reads the terms this often: seldom enough that the device never waits, often enough to stop a lost run.
+STEPS_BETWEEN_READS = 100
+
+# A game whose values vary this much less than in the run's best epoch, for so many epochs, is played no more.
+COLLAPSED_SPREAD = 0.01
+COLLAPSED_EPOCHS = 3
+# Values that still differ by under a thousandth of a logit after this many epochs leave nothing to explain.
+STILLBORN_SPREAD = 1e-3
+STILLBORN_EPOCHS = 10
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot come to a good end: values that are not finite, or a collapsed game."""
+
+
+class TermReader:
+    """Collects the terms on the device and reads them now and then, so that no step waits for the one before it."""
+
+    def __init__(self, epoch: int, bar: tqdm) -> None:
+        self.epoch = epoch
+        self.bar = bar
+        self.waiting: list[Tensor] = []
+        self.read: list[Tensor] = []
+
+    def add(self, images: Tensor, terms: dict[str, Tensor]) -> None:
+        loss = terms["loss"].detach().float()
+        absent = torch.full_like(loss, math.nan)
+        values = [terms[name].detach().float() if name in terms else absent for name in TERMS]
+        self.waiting.append(torch.stack([images.isfinite().all().float(), *values]))
+        if len(self.waiting) == STEPS_BETWEEN_READS:
+            self._read()
+        self.bar.update()
+
+    def means(self, accelerator: Accelerator) -> dict[str, float | None]:
+        """The mean of each term over the epoch and the processes, None for a term the objective has not."""
+        if self.waiting:
+            self._read()
+        means = torch.cat(self.read).nanmean(dim=0)[1:].to(accelerator.device)
+        values = accelerator.reduce(means, reduction="mean").tolist()
+        return {name: None if math.isnan(value) else value for name, value in zip(TERMS, values, strict=True)}
+
+    def _read(self) -> None:
+        rows = torch.stack(self.waiting).cpu()
+        steps_before = sum(len(block) for block in self.read)
+        self.waiting.clear()
+        self.read.append(rows)
+        self.bar.set_description(f"epoch {self.epoch + 1}, loss {rows[-1, 1]:.3g}")
+        bad = (rows[:, 0] == 0) | ~rows[:, 1].isfinite()
+        if not bad.any():
+            return
+        first = int(bad.nonzero()[0])
+        where = f"in epoch {self.epoch + 1}, step {steps_before + first + 1}"
+        if rows[first, 0] == 0:
+            raise TrainingError(
+                f"fit: the images hold NaN or infinity {where}. Check the data and its normalisation. "
+                "The last checkpoint is whole."
+            )
+        raise TrainingError(
+            f"fit: the loss is {rows[first, 1].item()} {where}. Lower lr or the objective's regression_weight, or pass "
+            "clip_grad=1.0. The last checkpoint is whole."
+        )
+
+
+def epoch_line(row: dict[str, Any], epochs: int) -> str:
+    """One epoch in a log."""
+    shown = {"loss": ".4f", "r2": ".3f", "eval_r2": ".3f", "eval_loss": ".4f", "eval_accuracy": ".2f", "seconds": ".1f"}
+    values = [f"{name} {row[name]:{form}}" for name, form in shown.items() if row[name] is not None]
+    return f"epoch {row['epoch']}/{epochs}: {', '.join(values)}"
+
+
+def check_not_lost(history: list[dict[str, Any]], num_classes: int | None) -> None:
+    """Stops a run whose coalitions have all come to the same value, and whose accuracy (if known) is chance."""
+    spreads = [row["spread"] for row in history if row["spread"] is not None]
+    chance = 0.0 if num_classes is None else 100 / max(num_classes, 2)  # a single logit says yes or no
+    lately = history[-COLLAPSED_EPOCHS:]
+    # A game that never came to life has no larger spread behind it.
+    smallest = max(COLLAPSED_SPREAD * max(spreads, default=0.0), STILLBORN_SPREAD * (len(spreads) > STILLBORN_EPOCHS))
+    if len(spreads) <= COLLAPSED_EPOCHS or any(
+        row["spread"] is None
+        or row["spread"] >= smallest
+        or (row["eval_accuracy"] is not None and chance > 0 and row["eval_accuracy"] > chance + (100 - chance) / 10)
+        for row in lately
+    ):
+        return
+    accuracy = history[-1]["eval_accuracy"]
+    raise TrainingError(
+        f"fit: the game collapsed in epoch {lately[0]['epoch']}: the values of the coalitions spread over "
+        f"{spreads[-1]:.3g}, against {max(spreads):.3g} before"
+        + ("" if accuracy is None else f", and accuracy is {accuracy:.1f} %")
+        + ". Lower the objective's regression_weight. The last checkpoint is whole."
+    )

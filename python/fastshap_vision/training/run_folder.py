@@ -1,0 +1,124 @@
+"""A run's folder: how the command line trained a model, and what it needs to use it again."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..data import datasets
+from ..models.self_explaining import SelfExplainingClassifier
+
+RUN = "run.json"
+
+VISION_PACKAGES = ("accelerate", "safetensors", "torchvision", "huggingface_hub")
+VERSIONS = ("fastshap-kernels", "torch", "timm", *VISION_PACKAGES)
+
+
+class Run(NamedTuple):
+    """A finished or running training run, read from its folder."""
+
+    model: SelfExplainingClassifier
+    device: torch.device
+    preprocessing: datasets.Preprocessing
+    classes: tuple[str, ...]
+    arguments: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path, device: torch.device | None) -> Run:
+        path = folder / RUN
+        try:
+            preprocessing, classes, arguments = _checked(json.loads(path.read_text()))
+        except (FileNotFoundError, NotADirectoryError):
+            raise ValueError(
+                f"argument --checkpoint: there is no run in {str(folder)!r} (no {RUN}). Pass the folder that "
+                "fastshap train --output wrote."
+            ) from None
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"{str(path)!r} is no record of fastshap train ({what}). Train again, or restore the file."
+            ) from error
+        if not (folder / "model.safetensors").is_file():
+            raise ValueError(f"the run in {str(folder)!r} has not finished its first epoch. Wait, or train again.")
+        chosen = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = SelfExplainingClassifier.from_pretrained(str(folder)).to(chosen).eval()
+        return cls(model, chosen, preprocessing, classes, arguments)
+
+    @property
+    def data_dir(self) -> Path | None:
+        found = self.arguments["data_dir"]
+        return None if found is None else Path(found)
+
+    def dataset(self, split: str, data_dir: Path | None = None) -> datasets.ArrayImages | datasets.FolderImages:
+        """The run's own data as they are, not augmented, or the same kind of data from another folder."""
+        channels, size, _ = self.preprocessing.input_size
+        found = datasets.load_dataset(
+            self.arguments["dataset"],
+            split,
+            data_dir=data_dir or self.data_dir,
+            augment=False,
+            image_size=size,
+            in_chans=channels,
+            mean=self.preprocessing.mean,
+            std=self.preprocessing.std,
+        )
+        if found.classes != self.classes:
+            raise ValueError(
+                f"the data has the classes {', '.join(found.classes[:5])}… ({len(found.classes)}), but the model was "
+                f"trained for {', '.join(self.classes[:5])}… ({len(self.classes)}). Pass the data it was trained on."
+            )
+        return found
+
+    def class_index(self, name: str) -> int:
+        """A class by its name, or by its number."""
+        if name in self.classes:
+            return self.classes.index(name)
+        if name.isdecimal() and int(name) < len(self.classes):
+            return int(name)
+        close = difflib.get_close_matches(name, self.classes, 3) or self.classes[:5]
+        raise ValueError(
+            f"argument --target-class: there is no class {name!r} among {len(self.classes)}. Try {', '.join(close)}."
+        )
+
+
+def _checked(record: Any) -> tuple[datasets.Preprocessing, tuple[str, ...], dict[str, Any]]:
+    """Preprocessing, classes and arguments of a run's record."""
+    classes, arguments = record["classes"], record["arguments"]
+    if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
+        raise ValueError("its classes are no list of names")
+    if arguments["dataset"] not in datasets.DATASETS or not isinstance(arguments["model"], str):
+        raise ValueError("its dataset or model is unknown")
+    if not isinstance(arguments["data_dir"], (str, type(None))):
+        raise ValueError("its data folder is no path")
+    return datasets.Preprocessing.from_dict(record["preprocessing"]), tuple(classes), arguments
+
+
+def write_run(options: argparse.Namespace, data: Any) -> None:
+    """What explain and evaluate need to know, and what a reader wants to know."""
+    hidden = ("command", "name", "parser")
+    arguments = {name: value for name, value in vars(options).items() if name not in hidden}
+    if options.data_dir is not None:
+        arguments["data_dir"] = options.data_dir.resolve()
+    record = {
+        "arguments": arguments,
+        "classes": data.classes,
+        "preprocessing": data.preprocessing.as_dict(),
+        "versions": {name: version(name) for name in VERSIONS},
+    }
+    path = options.output / RUN
+    options.output.mkdir(parents=True, exist_ok=True)
+    try:
+        _checked(json.loads(path.read_text()))
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(
+            f"argument --output: {str(path)!r} exists, and fastshap train did not write it. Choose another folder."
+        ) from None
+    path.write_text(json.dumps(record, indent=2, default=str) + "\n")
