@@ -102,7 +102,7 @@ def row_of(family: str, name: str, size: int) -> dict[str, Any]:
     check_saving(model, x)
     again = fv.convert(backbone, img_size=size).eval()
     assert (again.removal, again.base) == (model.removal, model.base), "training changes what the model is taken for"
-    packs = {True: "packed", False: "masked"}[model.game.packs] if model.removal == "drop" else None
+    packs = {True: "packed", False: "masked"}[model.game.packs] if model.removal == "token" else None
     return row | {"removal": model.removal, "base": model.base, "attention": packs}
 
 

@@ -129,13 +129,13 @@ def train_classifier(run: Run, train: Any, classes: int, options: argparse.Names
     return model, [result]
 
 
-def played(run: Run, model: fv.SelfExplainingClassifier, train: Any, options: argparse.Namespace) -> fv.PlayedGames:
+def played(run: Run, model: fv.SelfExplainingClassifier, train: Any, options: argparse.Namespace) -> fv.RecordedCoalitions:
     """The games of the training images, which all settings that share an encoder play once."""
     coalitions = fidelity_runs.objective_of(run)["coalitions"]
     path = options.runs / "games" / f"{game_key(model, len(train), coalitions, run.seed)}.safetensors"
     if path.exists():
-        return fv.PlayedGames.load(path, train)
-    games = fv.play(model, train, coalitions, seed=run.seed, precision=PLAYED, progress=False)
+        return fv.RecordedCoalitions.load(path, train)
+    games = fv.record_coalitions(model, train, coalitions, seed=run.seed, precision=PLAYED, progress=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     games.save(path)
     return games
@@ -147,18 +147,18 @@ def train_explainer(run: Run, train: Any, classes: int, options: argparse.Namesp
     plain = load_classifier(Run(run.network, "plain", run.seed), options)
     epochs = fidelity_runs.explainer_epochs(run, budget)
     surrogate = deepcopy(plain)
-    first = fv.SurrogateObjective(plain.backbone, seed=run.seed)
+    first = fv.baselines.SurrogateObjective(plain.backbone, seed=run.seed)
     fits = [fit(surrogate, train, first, run, epochs, folder / "surrogate", options)]
     explainer = make_explainer(surrogate, plain)
-    second = fv.AmortizedObjective(fidelity_runs.EXPLAINER_COALITIONS, seed=run.seed)
+    second = fv.baselines.FastSHAPObjective(fidelity_runs.EXPLAINER_COALITIONS, seed=run.seed)
     fits.append(fit(explainer, train, second, run, epochs, folder / "explainer", options))
     save_model(explainer, str(folder / "explainer.safetensors"))
     return explainer, fits
 
 
-def make_explainer(surrogate: fv.SelfExplainingClassifier, plain: fv.SelfExplainingClassifier) -> fv.AmortizedExplainer:
+def make_explainer(surrogate: fv.SelfExplainingClassifier, plain: fv.SelfExplainingClassifier) -> fv.baselines.FastSHAPExplainer:
     """The network that explains begins as the plain model, as the surrogate did, and as in the papers."""
-    return fv.AmortizedExplainer(surrogate, deepcopy(plain.backbone))
+    return fv.baselines.FastSHAPExplainer(surrogate, deepcopy(plain.backbone))
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -243,7 +243,7 @@ def load_classifier(run: Run, options: argparse.Namespace) -> fv.SelfExplainingC
     return fv.SelfExplainingClassifier.from_pretrained(folder).to(options.device).eval()
 
 
-def load_explainer(run: Run, options: argparse.Namespace) -> fv.AmortizedExplainer:
+def load_explainer(run: Run, options: argparse.Namespace) -> fv.baselines.FastSHAPExplainer:
     plain = load_classifier(Run(run.network, "plain", run.seed), options)
     explainer = make_explainer(deepcopy(plain), plain)
     load_model(explainer, folder_of(run, options) / "explainer.safetensors")

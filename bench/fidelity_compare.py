@@ -54,7 +54,7 @@ class Remembered:
 def compare_methods(
     network: str,
     models: dict[str, fv.SelfExplainingClassifier],
-    explainers: dict[str, fv.AmortizedExplainer],
+    explainers: dict[str, fv.baselines.FastSHAPExplainer],
     images: Tensor,
 ) -> list[dict[str, Any]]:
     """A row for each model, method and game.
@@ -110,8 +110,8 @@ def _judge(
     setting: str, ways: dict[str, Explain], model: fv.SelfExplainingClassifier, images: Tensor
 ) -> list[dict[str, Any]]:
     """A row for each way and game; the class explained is the one that the model predicts."""
-    games = {"pixel": Remembered(metrics.PixelGame(model, model.grid, "mean"))}
-    if model.removal != "image":  # else they are one
+    games = {"pixel": Remembered(fv.MaskedImageGame(model, model.grid, "mean"))}
+    if model.removal != "pixel":  # else they are one
         games["own"] = Remembered(model)
     with torch.no_grad():
         target = model(images).argmax(1)

@@ -10,14 +10,14 @@ import torch
 import fastshap_vision as fv
 from fastshap_vision import recipe
 
-#: Of `fv.play`.
+#: Of `fv.record_coalitions`.
 RECIPE: dict[str, Any] = {"coalitions": recipe.COALITIONS}
 #: Of `fv.SelfExplainingClassifier`.
 RECIPE_MODEL: dict[str, Any] = {"head": "shares", **recipe.MODEL, "backbone_gradient": 0.0}
 _OPTIMIZER = {name: recipe.TRAINING[name] for name in ("opt", "lr")}
 #: Of `fv.fit`, by network: for the explainer, where it is not as the classifier's.
 RECIPE_TRAINING: dict[str, dict[str, Any]] = {"vit": _OPTIMIZER, "cnn": _OPTIMIZER | recipe.CONVOLUTIONAL}
-#: Of `fv.ShapleyObjective`, for training the classifier and its explanation together: its defaults.
+#: Of `fv.JointObjective`, for training the classifier and its explanation together: its defaults.
 TOGETHER: dict[str, Any] = {
     "coalitions": 8,
     "regression_weight": 1.0,
@@ -50,7 +50,7 @@ class Setting:
         kind: "task" trains the task alone; "played" the explainer of a model that another setting trained, on games
             played once; "shapley" the task and the regression together; "viashap" with ViaSHAP's objective;
             "amortized" FastSHAP's surrogate and explainer, for a model that another setting trained.
-        objective: arguments of the objective, of "played" those of `fv.play`; of "played" and "shapley" those that
+        objective: arguments of the objective, of "played" those of `fv.record_coalitions`; of "played" and "shapley" those that
             differ from `RECIPE` and `TOGETHER`.
         model: arguments of `fv.SelfExplainingClassifier`.
         training: arguments of `fv.fit`, by network, that differ from the budget's.
@@ -108,7 +108,7 @@ SETTINGS: dict[str, Setting] = {
     "depth-0": _adamw("no block before the shares", head_depth=0),
     "depth-1": _adamw("one block before the shares", head_depth=1),
     "last-features": _adamw("the shares read the last features alone", intermediates=False),
-    "grey-pixels": _adamw("the game of grey pixels to explain", removal="image"),
+    "grey-pixels": _adamw("the game of grey pixels to explain", removal="pixel"),
     "together": _together("no gradient of the regression in the encoder"),
     "M-2": _together("2 coalitions an image and step", coalitions=2),
     "M-4": _together("4 coalitions an image and step", coalitions=4),
@@ -273,7 +273,7 @@ def make_model(run: Run, budget: Budget, classes: int) -> fv.SelfExplainingClass
 
 
 def objective_of(run: Run) -> dict[str, Any]:
-    """Arguments of the run's objective, of a "played" one those of `fv.play`."""
+    """Arguments of the run's objective, of a "played" one those of `fv.record_coalitions`."""
     setting = SETTINGS[run.setting]
     return {"played": RECIPE, "shapley": TOGETHER}.get(setting.kind, {}) | setting.objective
 
@@ -284,7 +284,7 @@ def make_objective(run: Run) -> Any:
         return fv.TaskObjective()
     if setting.kind == "played":
         return fv.ExplainerObjective()
-    make = fv.ShapleyObjective.viashap if setting.kind == "viashap" else fv.ShapleyObjective
+    make = fv.baselines.viashap_objective if setting.kind == "viashap" else fv.JointObjective
     return make(**objective_of(run), seed=run.seed)
 
 

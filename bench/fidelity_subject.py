@@ -19,7 +19,7 @@ AT_ONCE = 256
 
 
 class Game(Protocol):
-    """What plays for leave-one-out and KernelSHAP: a `SelfExplainingClassifier`, a `PixelGame`, or the like."""
+    """What plays for leave-one-out and KernelSHAP: a `SelfExplainingClassifier`, a `MaskedImageGame`, or the like."""
 
     players: int  # P
     grid: tuple[int, int]  # (h, w)

@@ -90,7 +90,7 @@ def build(commands: Commands, until: float) -> dict[str, Any]:
 def test(commands: Commands, until: float) -> dict[str, Any]:
     """The tests by op and backend, then those of whole paths and of large tensors; counts, and what failed."""
     served = [f"{op}-{backend}" for op in op_cases.MAKERS for backend in op_cases.backends(op, "triton", "cuda")]
-    vision = "test_vision_step or test_families or test_convolutional_values or test_coalition_stream"
+    vision = "test_vision_step or test_families or test_convolutional_values or test_streaming"
     paths = {"compiles": "compiles", "large": "large", "vision": vision}
     shards = {name: f"[{name} and not large" for name in served} | paths
 

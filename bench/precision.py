@@ -35,7 +35,7 @@ PRECISIONS = ("same", "bf16", "fp8")
 def train(precision: str, epochs: int, device: torch.device) -> tuple[fv.SelfExplainingClassifier, dict[str, Any]]:
     """A model whose targets have this precision, and its accuracy in percent."""
     model = digits.build("vit", "shares", seed=0)
-    objective = fv.ShapleyObjective(4, 3.0, masked_task_weight=0.0, target_precision=precision, seed=0)
+    objective = fv.JointObjective(4, 3.0, masked_task_weight=0.0, target_precision=precision, seed=0)
     data, test = fv.load_dataset("digits", "train"), fv.load_dataset("digits", "test")
     recipe = digits.TRAINING | {"epochs": epochs}
     result = fv.fit(model, data, test, objective=objective, seed=0, progress=False, **recipe)

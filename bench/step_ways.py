@@ -5,7 +5,7 @@ dense-pixel           images repeated, absent patches' pixels set to 0: what Fas
 dense-mask            images repeated, absent keys at −∞ in every block: what ViT-Shapley does. The same loss as packed.
 dense-compiled        dense-mask under torch.compile; of a convolutional network dense-pixel. The same loss as packed.
 dense-pixel-compiled  dense-pixel of a vision transformer under torch.compile.
-packed                this package: `coalition_values`, or `ShapleyObjective`.
+packed                this package: `coalition_values`, or `JointObjective`.
 packed-compiled       the same under torch.compile.
 plain, plain-compiled a training step without explanation, on the same images.
 
@@ -146,7 +146,7 @@ def _loss(kind: str, setting: Setting, options: dict[str, Any] | None) -> Call:
 def _packed_loss(setting: Setting, options: dict[str, Any] | None) -> Call:
     weights = {"regression_weight": REGRESSION_WEIGHT, "masked_task_weight": MASKED_TASK_WEIGHT}
     target = setting.step.mode
-    objective = fv.ShapleyObjective(setting.step.coalitions, **weights, target=target, regression_ramp=(0, 0), seed=0)
+    objective = fv.JointObjective(setting.step.coalitions, **weights, target=target, regression_ramp=(0, 0), seed=0)
     if options is not None:
         objective.compile(**options)
 

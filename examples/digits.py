@@ -81,7 +81,7 @@ def train(kind: str, head: str | None, seed: int, data: Any, test: Any) -> tuple
     model = build(kind, head or "shares", seed)
     objective: Any = fv.TaskObjective()
     if head:
-        objective = fv.ShapleyObjective(**OBJECTIVE, regression_weight=REGRESSION_WEIGHT[kind][head], seed=seed)
+        objective = fv.JointObjective(**OBJECTIVE, regression_weight=REGRESSION_WEIGHT[kind][head], seed=seed)
     print(f"training the {'plain' if head is None else head} {kind}, seed {seed}", flush=True)
     result = fv.fit(
         model if head else model.backbone, data, test, objective=objective, seed=seed, progress=False, **TRAINING

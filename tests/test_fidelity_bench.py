@@ -160,7 +160,7 @@ def test_another_recipe_is_another_run(monkeypatch, tmp_path):
 
 def test_together_is_the_default_of_the_objective():
     found = vars(fidelity_runs.make_objective(fidelity_runs.Run("vit", "together", 0)))
-    default = vars(fidelity_runs.fv.ShapleyObjective())
+    default = vars(fidelity_runs.fv.JointObjective())
     compared = [name for name, value in default.items() if not callable(value) and not name.startswith("_")]
     assert "regression_ramp" in compared
     for name in compared:

@@ -30,7 +30,7 @@ POOLS = {
 }
 
 
-class PixelGame(nn.Module):
+class MaskedImageGame(nn.Module):
     """Absent patches' pixels are 0."""
 
     def __init__(self, model, grid):
@@ -78,7 +78,7 @@ def make_images(count, size, seed=4):
 def linear():
     """Subject, images, target and the exact w·x of every patch; rows and columns differ."""
     model = LinearClassifier((2, 8, 9))
-    subject = Subject(model, PixelGame(model, (4, 3)))
+    subject = Subject(model, MaskedImageGame(model, (4, 3)))
     images, target = make_images(3, (2, 8, 9)), torch.tensor([0, 2, 1])
     return subject, images, target, patches(images * model.weight.detach()[target], (4, 3))
 
@@ -147,7 +147,7 @@ def test_noise_of_smoothgrad_is_a_share_of_each_image_s_range():
 
     seen = []
     images = make_images(2, (1, 20, 20)) * torch.tensor([1.0, 30.0]).view(2, 1, 1, 1)
-    game = PixelGame(Square(), (2, 2))
+    game = MaskedImageGame(Square(), (2, 2))
     METHODS["smoothgrad"](Subject(game.model, game), images, torch.zeros(2, dtype=torch.int64))
     noisy = torch.cat(seen).unflatten(0, (2, 50))
     deviation = (noisy - images.unsqueeze(1)).std((1, 2, 3, 4))
@@ -397,7 +397,7 @@ def test_no_more_masked_images_at_once_than_promised():
 
     sizes = []
     model = Watched((1, 20, 15))
-    subject = Subject(model, PixelGame(model, (20, 15)))  # 300 players
+    subject = Subject(model, MaskedImageGame(model, (20, 15)))  # 300 players
     images, target = make_images(7, (1, 20, 15)), torch.zeros(7, dtype=torch.int64)
     for key in ("occlusion", "integrated_gradients", "smoothgrad", "captum_kernel_shap_512"):
         METHODS[key](subject, images, target)
@@ -443,7 +443,7 @@ def test_bad_input_is_named(key, subject, images, message):
 @pytest.mark.parametrize("key", ["grad_cam", "attention_rollout", "chefer"])
 def test_another_grid_is_named(key):
     subject, images, target = vit_and_inputs()
-    coarse = Subject(subject.model, PixelGame(subject.model, (1, 3)))
+    coarse = Subject(subject.model, MaskedImageGame(subject.model, (1, 3)))
     with pytest.raises(ValueError, match=r"model's own grid \(2, 3\)"):
         METHODS[key](coarse, images, target)
 
@@ -457,7 +457,7 @@ def test_another_grid_is_named(key):
 )
 def test_an_attention_that_can_not_be_read_is_named(options, message):
     model = timm.create_model("vit_tiny_patch16_224", num_classes=CLASSES, img_size=(16, 24), **VIT, **options)
-    subject = Subject(model, PixelGame(model, (2, 3)))
+    subject = Subject(model, MaskedImageGame(model, (2, 3)))
     with pytest.raises(ValueError, match=message):
         METHODS["attention_rollout"](subject, make_images(1, (3, 16, 24)), torch.tensor([0]))
 

@@ -34,7 +34,7 @@ def calls(source):
 
 def differing(source, shown=()):
     """Where the calls of a snippet are not the recipe's, but for what it shows otherwise."""
-    expected = {"convert": recipe.MODEL, "play": {"coalitions": recipe.COALITIONS}, "fit": recipe.TRAINING}
+    expected = {"convert": recipe.MODEL, "record_coalitions": {"coalitions": recipe.COALITIONS}, "fit": recipe.TRAINING}
     found = []
     for function, values, is_explainer in calls(source):
         if function in expected and (function != "fit" or is_explainer):
@@ -93,7 +93,7 @@ def test_the_command_line_follows_the_recipe():
 
 
 def test_play_follows_the_recipe():
-    assert inspect.signature(fv.play).parameters["coalitions"].default == recipe.COALITIONS
+    assert inspect.signature(fv.record_coalitions).parameters["coalitions"].default == recipe.COALITIONS
 
 
 def test_the_comparison_sees_a_difference():

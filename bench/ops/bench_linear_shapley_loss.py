@@ -70,7 +70,7 @@ def test_linear_shapley_loss(compare):
     compare("linear_shapley_loss", SHAPE, ours, plain, against=AGAINST, bar=3.0)
 
 
-def test_memory(record):
+def test_allocator(record):
     ours, plain, inputs = make_sides()
     ours_temporary, ours_total = measure_memory(ours, inputs)
     plain_temporary, plain_total = measure_memory(plain, inputs)

@@ -6,7 +6,7 @@ from fastshap_vision._runtime.packed_sdpa import cpu_attention
 
 
 @pytest.mark.parametrize(("batch", "length", "heads", "head_dim"), [(64, 64, 3, 32), (8, 196, 6, 64)])
-def test_cpu_attention(compare, batch, length, heads, head_dim):
+def test_packed_sdpa(compare, batch, length, heads, head_dim):
     shape = (batch, heads, length, head_dim)
     leaves = [torch.randn(shape).bfloat16().requires_grad_() for _ in range(3)]
     cotangent = torch.randn(shape).bfloat16()

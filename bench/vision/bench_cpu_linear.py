@@ -10,7 +10,7 @@ WIDTH = 384
 @pytest.mark.parametrize(
     ("inputs", "outputs"), [(WIDTH, 3 * WIDTH), (WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH)]
 )
-def test_cpu_linear(compare, inputs, outputs):
+def test_onednn_linear(compare, inputs, outputs):
     rows = torch.randn(2376, inputs, requires_grad=True)  # a packed joint batch of ViT-S/16: B 4, M 4
     weight, bias = torch.randn(outputs, inputs, requires_grad=True), torch.randn(outputs, requires_grad=True)
     cotangent = torch.randn(2376, outputs)

@@ -1,25 +1,23 @@
 """The thin training API: timm models that explain themselves with Shapley values."""
 
-from . import metrics
+from . import baselines, metrics
 from ._runtime.allocator import keep_freed_memory
-from .baselines.fastshap import AmortizedExplainer, AmortizedObjective, SurrogateObjective
 from .data.datasets import load_dataset
 from .data.mirrored import WithMirrorImages
-from .data.recorded import PlayedGames, play
+from .data.recorded import RecordedCoalitions, record_coalitions
 from .estimators.base import ReferenceValues
-from .estimators.converged import converged_values
 from .estimators.exact import exact_values
 from .estimators.kernel_shap import kernel_shap_values
 from .explanations.as_captum import Attribution
 from .explanations.explanation import Explanation
 from .games.base import UnsupportedModelError
-from .games.masked_image import PixelGame
+from .games.masked_image import MaskedImageGame
 from .images.preprocessing import Preprocessing
 from .metrics.fidelity import Fidelity, fidelity
 from .models.self_explaining import SelfExplainingClassifier, convert
 from .objectives.base import ObjectiveTerms
 from .objectives.explainer import ExplainerObjective
-from .objectives.joint import ShapleyObjective
+from .objectives.joint import JointObjective
 from .objectives.task import TaskObjective
 from .training import recipe
 from .training.evaluate import Evaluation, evaluate
@@ -28,8 +26,6 @@ from .training.monitor import TrainingError
 from .training.state import CheckpointError
 
 __all__ = [
-    "AmortizedExplainer",
-    "AmortizedObjective",
     "Attribution",
     "CheckpointError",
     "Evaluation",
@@ -37,19 +33,18 @@ __all__ = [
     "Explanation",
     "Fidelity",
     "FitResult",
+    "JointObjective",
+    "MaskedImageGame",
     "ObjectiveTerms",
-    "PixelGame",
-    "PlayedGames",
     "Preprocessing",
+    "RecordedCoalitions",
     "ReferenceValues",
     "SelfExplainingClassifier",
-    "ShapleyObjective",
-    "SurrogateObjective",
     "TaskObjective",
     "TrainingError",
     "UnsupportedModelError",
     "WithMirrorImages",
-    "converged_values",
+    "baselines",
     "convert",
     "evaluate",
     "exact_values",
@@ -59,6 +54,6 @@ __all__ = [
     "kernel_shap_values",
     "load_dataset",
     "metrics",
-    "play",
     "recipe",
+    "record_coalitions",
 ]

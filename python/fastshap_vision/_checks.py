@@ -60,7 +60,7 @@ def check_game(op: str, argument: str, game: Any, *methods: str) -> int:
     if missing or isinstance(players, bool) or not isinstance(players, int) or players < 1:
         expected = f"a game, with the number of its `players` and `{'` and `'.join(methods)}`"
         remedy = "Convert a timm model with fv.convert(model); for coalition values alone any classifier will do, in "
-        fail(op, argument, expected, type(game), remedy + "fv.metrics.PixelGame(classifier, grid).")
+        fail(op, argument, expected, type(game), remedy + "fv.MaskedImageGame(classifier, grid).")
     return players
 
 

@@ -158,7 +158,7 @@ def test_malformed_calls_of_the_vision_api_name_their_argument():
     spoiled += [
         ("convert", "preprocessing", [0, 1]),
         ("convert", "preprocessing", {}),
-        ("PixelGame", "mean", 1j),
+        ("MaskedImageGame", "mean", 1j),
         ("fidelity", "coalitions", b"cpu"),
     ]
     spoiled += [("kernel_shap_values", "coalitions", 3), ("evaluate", "data", torch.tensor(0.5))]

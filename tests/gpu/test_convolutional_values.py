@@ -12,18 +12,18 @@ pytest.importorskip("timm")
 from torch._dynamo.testing import CompileCounterWithBackend
 from vision_transformers import create, images
 
-from fastshap_vision.games.mask_cells_cnn import PixelRemoval
+from fastshap_vision.games.mask_cells_cnn import CellRemoval
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("removal", ["pixel", "feature"])
+@pytest.mark.parametrize("removal", ["cell", "stem"])
 @torch.no_grad()
 def test_the_convolutional_path_compiles_whole(removal):
     """Under mixed precision: one compilation, near the CPU's float32 values, and nothing waits for the device."""
     backbone, x = create("resnet18"), images(size=64)
-    expected = PixelRemoval(backbone, False, (3, 64, 64), removal)
-    ours = PixelRemoval(copy.deepcopy(backbone).cuda(), False, (3, 64, 64), removal)
+    expected = CellRemoval(backbone, False, (3, 64, 64), removal)
+    ours = CellRemoval(copy.deepcopy(backbone).cuda(), False, (3, 64, 64), removal)
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(ours.values, fullgraph=True, backend=counter)
     x_device = x.cuda()

@@ -6,9 +6,9 @@ import torch
 
 pytest.importorskip("timm")
 
-import test_eva
-import test_masked_attention
-import test_token_pixels
+import test_drop_tokens_eva
+import test_mask_attention
+import test_mask_cells_tokens
 from vision_transformers import images
 
 import fastshap_kernels as fk
@@ -17,9 +17,9 @@ import fastshap_vision as fv
 pytestmark = pytest.mark.gpu
 
 KINDS = [
-    *((test_eva, kind) for kind in test_eva.EVAS),
-    *((test_masked_attention, kind) for kind in test_masked_attention.MASKED),
-    *((test_token_pixels, kind) for kind in ("swin_tiny_patch4_window7_224", "cait_xxs24_224")),
+    *((test_drop_tokens_eva, kind) for kind in test_drop_tokens_eva.EVAS),
+    *((test_mask_attention, kind) for kind in test_mask_attention.MASKED),
+    *((test_mask_cells_tokens, kind) for kind in ("swin_tiny_patch4_window7_224", "cait_xxs24_224")),
 ]
 
 
@@ -33,7 +33,7 @@ def _plain_pytorch(monkeypatch):
 
 @pytest.mark.parametrize(("family", "kind"), KINDS, ids=[kind for _, kind in KINDS])
 def test_joint_pass_is_that_of_the_cpu_and_never_waits(family, kind):
-    size = test_token_pixels.FAMILIES[kind][1] if family is test_token_pixels else 32
+    size = test_mask_cells_tokens.FAMILIES[kind][1] if family is test_mask_cells_tokens else 32
     model, x = fv.convert(family.create(kind), img_size=size).eval(), images(size=size)
     bits = fk.sample_coalitions(3, 4, model.players, seed=0)
     with torch.no_grad():

@@ -47,7 +47,7 @@ def batch(seed=0):
 
 def objective_for(paired, **options):
     arguments = {"paired": paired, "masked_task_weight": 0.5, "masked_task_ramp": (0.0, 1.0)} | options
-    objective = fv.ShapleyObjective(4, 2.0, **arguments)
+    objective = fv.JointObjective(4, 2.0, **arguments)
     objective.progress = 0.4
     return objective
 

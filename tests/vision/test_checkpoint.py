@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_training import (
     CountingObjective,
     NoisyNet,
@@ -29,9 +29,9 @@ from test_training import (
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 
-from fastshap_vision.training import checkpoint, state
+from fastshap_vision.training import checkpoint
 from fastshap_vision.training.checkpoint import find_checkpoint, whole_checkpoints
-from fastshap_vision.training.state import CheckpointError
+from fastshap_vision.training.state import CheckpointError, decode, encode
 
 OF_ACCELERATE = (
     "optimizer.bin",
@@ -274,9 +274,9 @@ def test_a_state_is_read_as_it_was_written(tmp_path):
         "half": torch.tensor(1.5, dtype=torch.bfloat16),
     }
     tensors = {}
-    node = json.loads(json.dumps(state.encode(state, tensors)))
-    checkpoint.save_file(tensors, tmp_path / "state")
-    assert same(state, state.decode(node, load_file(tmp_path / "state")))
+    node = json.loads(json.dumps(encode(state, tensors)))
+    save_file(tensors, tmp_path / "state")
+    assert same(state, decode(node, load_file(tmp_path / "state")))
 
 
 def timms_optimizers():
@@ -300,9 +300,9 @@ def test_the_states_of_timms_optimizers_can_be_written(tmp_path, opt):
         model(torch.randn(2, 3, 4, 4)).square().sum().backward(create_graph=opt == "adahessian")
         optimizer.step()
     tensors = {}
-    node = json.loads(json.dumps(state.encode(optimizer.state_dict(), tensors)))
-    checkpoint.save_file(tensors, tmp_path / "state")
-    assert same(optimizer.state_dict(), state.decode(node, load_file(tmp_path / "state")))
+    node = json.loads(json.dumps(encode(optimizer.state_dict(), tensors)))
+    save_file(tensors, tmp_path / "state")
+    assert same(optimizer.state_dict(), decode(node, load_file(tmp_path / "state")))
 
 
 @pytest.fixture(scope="module")

@@ -128,29 +128,29 @@ def test_the_explainer_of_a_run_is_trained_and_all_else_stays(run, tmp_path, cap
     assert record["arguments"]["coalitions"] == 6
     assert "regression_weight" not in record["arguments"]
     assert record["arguments"]["mirror"] is True
-    images = len(load_file(output / "games.safetensors")["bits"])
+    images = len(load_file(output / "coalitions.safetensors")["bits"])
     assert main([*arguments, "--epochs", "1", "--no-mirror", "--output", str(tmp_path / "less")]) == 0
-    assert images == 2 * len(load_file(tmp_path / "less" / "games.safetensors")["bits"])
+    assert images == 2 * len(load_file(tmp_path / "less" / "coalitions.safetensors")["bits"])
     config = json.loads((output / "config.json").read_text())
     assert config["preprocessing"] == record["preprocessing"]
     assert (config["head_depth"], config["intermediates"]) == (2, True)
     assert main(["evaluate", "--checkpoint", str(output), "--num-images", "2"]) == 0
 
 
-def test_the_explainers_games_are_played_once(run, tmp_path, capsys, monkeypatch):
+def test_the_explainers_coalitions_are_recorded_once(run, tmp_path, capsys, monkeypatch):
     output = tmp_path / "explained"
     arguments = ["train-explainer", "--checkpoint", str(run), "--coalitions", "6", "--epochs", "1", "--batch-size", "4"]
     arguments += ["--no-intermediates", "--head-depth", "0", "--output", str(output)]
     assert main(arguments) == 0
-    assert (output / "games.safetensors").is_file()
+    assert (output / "coalitions.safetensors").is_file()
 
-    def play(*_, **__):
-        raise AssertionError("played again")
+    def record_coalitions(*_, **__):
+        raise AssertionError("recorded again")
 
-    monkeypatch.setattr("fastshap_vision.cli.commands.play", play)
+    monkeypatch.setattr("fastshap_vision.cli.commands.record_coalitions", record_coalitions)
     assert main([*arguments, "--resume"]) == 0
     assert "accuracy" in capsys.readouterr().out
-    assert "have 6" in fails(capsys, [*arguments, "--resume", "--coalitions", "8"])
+    assert "has recorded 6" in fails(capsys, [*arguments, "--resume", "--coalitions", "8"])
     assert "already holds a run" in fails(capsys, arguments)
     assert "folder of its own" in fails(capsys, [*arguments, "--output", str(run)])
 
@@ -182,10 +182,10 @@ def test_explain_image_files(run, pictures, tmp_path, capsys):
 
 
 def test_train_with_another_removal(pictures, tmp_path):
-    command = [*TRAIN, "--data-dir", str(pictures), "--output", str(tmp_path), "--removal", "pixel"]
+    command = [*TRAIN, "--data-dir", str(pictures), "--output", str(tmp_path), "--removal", "cell"]
     assert main(command) == 0
-    assert SelfExplainingClassifier.from_pretrained(tmp_path).removal == "pixel"
-    assert json.loads((tmp_path / "run.json").read_text())["arguments"]["removal"] == "pixel"
+    assert SelfExplainingClassifier.from_pretrained(tmp_path).removal == "cell"
+    assert json.loads((tmp_path / "run.json").read_text())["arguments"]["removal"] == "cell"
 
 
 def test_explain_test_images(run, tmp_path, capsys):
@@ -289,14 +289,14 @@ EXPLAINER = ("train-explainer", "--checkpoint", "x", "--output", "y")
         ((*OUTPUT, "--model", "vit_tiny_patch16_224"), "Pass --img-size 32, or make the patches smaller"),
         ((*OUTPUT, "--model", "resnet18"), "Pass --img-size 64"),
         ((*OUTPUT, "--model", "mixer_s32_224", "--img-size", "32"), "Supported: timm"),
-        ((*OUTPUT, "--model", "resnet18", "--removal", "drop"), "Or pass --removal pixel, or leave --removal out"),
-        ((*OUTPUT, "--removal", "feature"), "Argument --removal can be 'feature' for convolutional networks"),
+        ((*OUTPUT, "--model", "resnet18", "--removal", "token"), "Or pass --removal cell, or leave --removal out"),
+        ((*OUTPUT, "--removal", "stem"), "Argument --removal can be 'stem' for convolutional networks"),
         (
-            (*OUTPUT, "--model", "resnet18", "--img-size", "64", "--base", "votes", "--removal", "image"),
+            (*OUTPUT, "--model", "resnet18", "--img-size", "64", "--base", "votes", "--removal", "pixel"),
             "Use --base even",
         ),
         ((*OUTPUT, "--head", "nose"), "--head: invalid choice"),
-        ((*OUTPUT, "--head", "votes", "--removal", "image"), "Use --head shares, or --removal pixel"),
+        ((*OUTPUT, "--head", "votes", "--removal", "pixel"), "Use --head shares, or --removal cell"),
         ((*OUTPUT, "--removal", "blur"), "--removal: invalid choice"),
         ((*OUTPUT, "--resume", "absent"), "or leave --resume out to start anew"),
         (("train", "--output", "/dev/null/run"), "argument --output: '/dev/null' is no folder that can be written to"),
@@ -354,7 +354,7 @@ def test_wrong_values_reach_the_user(pictures, run, tmp_path, capsys):
     assert "argument --coalitions must be a number of coalitions that determine 4 Shapley values" in fails(capsys, few)
     explainer = ["train-explainer", "--checkpoint", run, "--output", tmp_path / "explained"]
     assert "argument --coalitions must be even" in fails(capsys, [*explainer, "--coalitions", "7"])
-    assert not (tmp_path / "explained" / "games.safetensors").exists()
+    assert not (tmp_path / "explained" / "coalitions.safetensors").exists()
 
 
 def test_an_unreadable_image_stops_a_run_with_workers(pictures, tmp_path, capsys):

@@ -49,13 +49,13 @@ def steps(model, objective, number):
 def test_fifty_steps_compile_once():
     """Coalitions and both weights change in every step."""
     model, options = tiny(), {"masked_task_weight": 0.5, "masked_task_ramp": (0.0, 1.0), "regression_ramp": (0.0, 0.9)}
-    objective = fv.ShapleyObjective(4, 2.0, **options)
+    objective = fv.JointObjective(4, 2.0, **options)
     counter = compiled(objective)
     ours = list(steps(model, objective, 50))
     # The first step has neither a regression nor a masked task: a program of its own.
     assert counter.frame_count == 2
     assert len({float(loss) for loss, _ in ours}) == 50
-    uncompiled = steps(model, fv.ShapleyObjective(4, 2.0, **options), 50)
+    uncompiled = steps(model, fv.JointObjective(4, 2.0, **options), 50)
     for (loss, gradient), (plain_loss, plain) in zip(ours[:5], uncompiled, strict=False):
         torch.testing.assert_close(loss, plain_loss, rtol=1e-5, atol=1e-6)
         assert (gradient - plain).norm() <= 1e-4 * plain.norm()
@@ -63,9 +63,9 @@ def test_fifty_steps_compile_once():
 
 def test_values_that_nothing_flows_back_through_compile_too():
     model, options = tiny(head_depth=0, depth=1), {"masked_task_weight": 0.0, "regression_ramp": (0.0, 0.0)}
-    objective = fv.ShapleyObjective(2, **options)
+    objective = fv.JointObjective(2, **options)
     counter = compiled(objective)
-    expected = list(steps(model, fv.ShapleyObjective(2, **options), 3))
+    expected = list(steps(model, fv.JointObjective(2, **options), 3))
     for (loss, gradient), (plain_loss, plain) in zip(steps(model, objective, 3), expected, strict=True):
         torch.testing.assert_close(loss, plain_loss, rtol=1e-5, atol=1e-6)
         assert (gradient - plain).norm() <= 1e-4 * plain.norm()
@@ -74,9 +74,9 @@ def test_values_that_nothing_flows_back_through_compile_too():
 
 def test_checkpointed_joint_passes_compile_too():
     model, options = tiny(head_depth=0, depth=1), {"target": "live", "regression_ramp": (0.0, 0.0)}
-    objective = fv.ShapleyObjective(2, **options)
+    objective = fv.JointObjective(2, **options)
     compiled(objective)
-    expected = list(steps(model, fv.ShapleyObjective(2, **options), 1))
+    expected = list(steps(model, fv.JointObjective(2, **options), 1))
     model.set_grad_checkpointing(True)
     for (loss, gradient), (plain_loss, plain) in zip(steps(model, objective, 1), expected, strict=True):
         torch.testing.assert_close(loss, plain_loss, rtol=1e-5, atol=1e-6)
@@ -85,10 +85,10 @@ def test_checkpointed_joint_passes_compile_too():
 
 def test_unpaired_coalitions_compile_once_for_each_of_few_sizes():
     model, options = tiny(head_depth=0), {"paired": False, "regression_ramp": (0.0, 0.0)}
-    objective, uncompiled = fv.ShapleyObjective(3, **options), fv.ShapleyObjective(3, **options)
+    objective, uncompiled = fv.JointObjective(3, **options), fv.JointObjective(3, **options)
     counter = compiled(objective)
     ours = list(steps(model, objective, 8))
-    replayed = fv.ShapleyObjective(3, **options)
+    replayed = fv.JointObjective(3, **options)
     compiled(replayed)
     sizes = {replayed.draw(model, images()).rows for _ in range(8)}
     assert counter.frame_count == len(sizes) == 2
@@ -116,7 +116,7 @@ def test_training_compiles_its_step(monkeypatch):
 
     def weights(compiles):
         model = tiny(head_depth=0)
-        objective = fv.ShapleyObjective(2, masked_task_weight=0.5)
+        objective = fv.JointObjective(2, masked_task_weight=0.5)
         fit(model, data, objective=objective, epochs=2, batch_size=4, progress=False, compile=compiles)
         assert objective._compiled is objective._without_coalitions._compiled is None  # as it was given
         return torch.cat([p.detach().flatten() for p in model.parameters()])

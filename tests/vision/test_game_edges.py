@@ -21,8 +21,8 @@ KINDS = {
         {},
     ),
     "cells": ("efficientvit_m0", {"img_size": 96}, {}),
-    "stem": ("test_resnet", {}, {"img_size": 64, "removal": "feature"}),
-    "whole image": ("test_convnext", {}, {"img_size": 64, "removal": "image"}),
+    "stem": ("test_resnet", {}, {"img_size": 64, "removal": "stem"}),
+    "whole image": ("test_convnext", {}, {"img_size": 64, "removal": "pixel"}),
 }
 
 

@@ -31,12 +31,12 @@ KINDS = {
     ),
     "average pooling": ("vit_tiny_patch16_224", SMALL | {"global_pool": "avg", "class_token": False}, {}),
     "attention pooling": ("vit_base_patch16_siglip_224", SMALL, {}),
-    "masked images": ("vit_tiny_patch16_224", SMALL, {"removal": "image"}),
+    "masked images": ("vit_tiny_patch16_224", SMALL, {"removal": "pixel"}),
     "Eva": ("eva02_tiny_patch14_224", SMALL, {}),
     "Eva, average pooling": ("eva02_tiny_patch14_224", SMALL | {"global_pool": "avg"}, {}),
     "Swin": ("swin_tiny_patch4_window7_224", SWIN, {}),
     "ResNet": ("test_resnet", {}, {"img_size": 64}),
-    "ResNet, masked features": ("test_resnet", {}, {"img_size": 64, "removal": "feature"}),
+    "ResNet, masked features": ("test_resnet", {}, {"img_size": 64, "removal": "stem"}),
     "ConvNeXt": ("test_convnext", {}, {"img_size": 64}),
 }
 ATTEND = tuple(name for name in KINDS if not name.startswith(("ResNet", "ConvNeXt")))

@@ -252,10 +252,10 @@ def test_what_neither_packing_nor_masks_know_is_refused():
         backbone = create(kind)
         model = fv.convert(backbone).eval()
         change(backbone, name, hooked)
-        with pytest.raises(fv.UnsupportedModelError, match=r"removal='pixel'"):
+        with pytest.raises(fv.UnsupportedModelError, match=r"removal='cell'"):
             model.coalition_values(x, fk.sample_coalitions(2, 2, model.players, seed=0))
         pixel = fv.convert(backbone).eval()
-        assert pixel.removal == "pixel"
+        assert pixel.removal == "cell"
         everybody = fk.pack_bits(torch.ones(2, 1, pixel.players, dtype=torch.bool))
         assert (pixel.coalition_values(x, everybody)[:, 0] - backbone(x)).abs().max() <= 1e-5
 
@@ -321,6 +321,6 @@ def test_blocks_that_mix_tokens_outside_of_attention():
     with pytest.raises(fv.UnsupportedModelError, match="mix tokens outside of their attention"):
         model.coalition_values(images(2), fk.sample_coalitions(2, 2, model.players, seed=0))
     with pytest.raises(fv.UnsupportedModelError, match="mix tokens outside of their attention"):
-        fv.convert(backbone, removal="drop")
-    assert fv.convert(backbone).removal == "pixel"
+        fv.convert(backbone, removal="token")
+    assert fv.convert(backbone).removal == "cell"
     assert not backbone.blocks[1].mlp.scale.any()

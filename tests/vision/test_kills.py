@@ -19,7 +19,7 @@ import torch
 from test_training import assert_same_weights, timeless
 from torch.utils.data import Subset
 
-from fastshap_vision import SelfExplainingClassifier, ShapleyObjective, fit, load_dataset
+from fastshap_vision import JointObjective, SelfExplainingClassifier, fit, load_dataset
 from fastshap_vision.training.checkpoint import Checkpoints, whole_checkpoints
 
 KILLS, SEED, EPOCHS = 30, 0, 4
@@ -31,7 +31,7 @@ def run(folder):
     model = SelfExplainingClassifier("vit_tiny_patch16_224", 10, img_size=8, model_kwargs=arguments)
     data = Subset(load_dataset("digits", "train", augment=True), range(24))
     options = {"epochs": EPOCHS, "batch_size": 8, "progress": False, "resume": None if folder is None else "auto"}
-    objective = ShapleyObjective(2, masked_task_weight=0.5)
+    objective = JointObjective(2, masked_task_weight=0.5)
     return model, fit(model, data, objective=objective, output=folder, **options)
 
 

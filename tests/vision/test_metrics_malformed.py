@@ -107,17 +107,19 @@ def calls():
     yield from ((metrics.sensitivity_n, "sizes", good, value) for value in NOT_SIZES)
     yield from ((metrics.sensitivity_n, "subsets", good, value) for value in NOT_COUNTS)
     yield from ((metrics.sensitivity_n, "seed", good, value) for value in NOT_SEEDS)
-    for function in (fv.exact_values, fv.kernel_shap_values, fv.converged_values, fv.fidelity):
+    for function in (fv.exact_values, fv.kernel_shap_values, fv.fidelity):
         good = {"images": images()}
         yield from ((function, "images", good, change(images())) for change in NOT_TENSORS.values())
         yield from ((function, "model", good, value) for value in NOT_GAMES)
         yield from ((function, "batch", good, value) for value in NOT_COUNTS)
-    for function in (fv.kernel_shap_values, fv.converged_values):
+    for function in (fv.kernel_shap_values,):
         yield from ((function, "coalitions", {"images": images()}, value) for value in NOT_COUNTS)
         yield from ((function, "seed", {"images": images()}, value) for value in NOT_SEEDS)
-    bad = [0, -1.0, math.nan, math.inf, "0.1", None, True, [0.1], BIG, 1j]
-    yield from ((fv.converged_values, "relative_error", {"images": images()}, value) for value in bad)
-    yield from ((fv.converged_values, "most", {"images": images()}, value) for value in NOT_COUNTS)
+    bad = [0, -1.0, math.nan, math.inf, "0.1", True, [0.1], BIG, 1j]
+    yield from ((fv.kernel_shap_values, "relative_error", {"images": images()}, value) for value in bad)
+    yield from (
+        (fv.kernel_shap_values, "most", {"images": images(), "relative_error": 0.1}, value) for value in NOT_COUNTS
+    )
     yield from ((fv.fidelity, "reference", {"images": images()}, value) for value in ["all", None, 1, BIG, (1, 2)])
     maps, masks = torch.rand(BATCH, 4, 5), torch.rand(BATCH, 4, 5) > 0.5
     for function in (metrics.pointing_game, metrics.segmentation):
@@ -140,7 +142,7 @@ def calls():
 
 
 def pixel_games():
-    """As `calls`, of PixelGame's constructor."""
+    """As `calls`, of MaskedImageGame's constructor."""
     flat = nn.Flatten()
     for argument, values in {
         "model": [None, 3, "vit"],
@@ -154,7 +156,7 @@ def pixel_games():
         good = {"model": flat, "grid": (1, 2), "mean": [0.5], "std": [0.2]}
         if argument in ("mean", "std"):
             good["baseline"] = "black"
-        yield from ((metrics.PixelGame, argument, good, value) for value in values)
+        yield from ((fv.MaskedImageGame, argument, good, value) for value in values)
 
 
 def test_every_malformed_call_names_its_argument_in_a_short_message(game):
@@ -162,9 +164,9 @@ def test_every_malformed_call_names_its_argument_in_a_short_message(game):
     number = 0
     for function, argument, good, value in (*calls(), *pixel_games()):
         arguments = dict(good)
-        if function in (fv.exact_values, fv.kernel_shap_values, fv.converged_values, fv.fidelity):
+        if function in (fv.exact_values, fv.kernel_shap_values, fv.fidelity):
             arguments = {"model": game} | arguments
-        elif function not in (metrics.PixelGame, metrics.pointing_game, metrics.segmentation):
+        elif function not in (fv.MaskedImageGame, metrics.pointing_game, metrics.segmentation):
             arguments = {"game": game} | arguments
         what = f"{function.__name__}({argument}={str(value)[:40]} {type(value).__name__})"
         # `labels` are another's `target`; of `mean` and `std` either may be the one that does not fit the other.
@@ -188,7 +190,7 @@ def test_every_malformed_call_names_its_argument_in_a_short_message(game):
 
 @pytest.mark.parametrize("seed", [2**32, 2**63, 2**64 - 1])
 def test_large_seeds_are_seeds_like_any_other(game, seed):
-    for function in (fv.kernel_shap_values, fv.converged_values):
+    for function in (fv.kernel_shap_values,):
         function(game, images(), coalitions=40, seed=0)
         small = game.asked[-1]
         function(game, images(), coalitions=40, seed=seed)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from metric_games import SetGame, linear_game, two_class_game
 
-from fastshap_vision import PixelGame, SelfExplainingClassifier, exact_values, metrics
+from fastshap_vision import MaskedImageGame, SelfExplainingClassifier, exact_values, metrics
 from fastshap_vision.metrics.removal import NINE_LEVELS, TEN_LEVELS, removal_curve
 
 # Of the number of players present, not of who they are: P = 10.
@@ -381,13 +381,13 @@ def test_a_real_model_and_its_protocols(transformer):
     assert torch.allclose(own["deletion"].curve.probability[:, 0], probability, atol=1e-5)
 
     rise = metrics.protocol_scores(transformer, images, attributions, protocol="rise")
-    removed, inserted = PixelGame(transformer, (3, 3), "mean"), PixelGame(transformer, (3, 3), "blur")
+    removed, inserted = MaskedImageGame(transformer, (3, 3), "mean"), MaskedImageGame(transformer, (3, 3), "blur")
     assert rise["deletion"].mean == metrics.deletion(removed, images, attributions).mean
     assert rise["insertion"].mean == metrics.insertion(inserted, images, attributions).mean
     assert rise["insertion"].mean != own["insertion"].mean
 
     labels = torch.tensor([0, 1, 2, 0])
-    black = PixelGame(transformer, (3, 3), "black", mean=[0.4], std=[0.2])
+    black = MaskedImageGame(transformer, (3, 3), "black", mean=[0.4], std=[0.2])
     chefer = metrics.protocol_scores(
         transformer.backbone, images, attributions, labels, protocol="chefer2021", grid=(3, 3), mean=[0.4], std=[0.2]
     )

@@ -46,7 +46,7 @@ def explicit_terms(model, x, bits, error, top=None):
 )
 def test_terms_follow_their_formulas(kind, options, error, top):
     model, x = model_and_images(kind, **options)
-    objective = fv.ShapleyObjective(
+    objective = fv.JointObjective(
         4,
         regression_weight=2.0,
         masked_task_weight=0.5,
@@ -72,7 +72,7 @@ def test_the_top_of_all_classes_is_all_of_them(kind, options):
     gradients, losses = [], []
     for top in (None, 1000):
         model.zero_grad()
-        loss = fv.ShapleyObjective(4, regression_ramp=(0, 0), top_classes=top)(model, x, LABELS).loss
+        loss = fv.JointObjective(4, regression_ramp=(0, 0), top_classes=top)(model, x, LABELS).loss
         loss.backward()
         losses.append(loss.detach())
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
@@ -86,7 +86,7 @@ def test_top_classes_keep_double_precision():
     model, x = model_and_images()
     model, x = model.double(), x.double()
     losses = [
-        fv.ShapleyObjective(4, regression_ramp=(0, 0), top_classes=top)(model, x, LABELS).loss for top in (None, 1000)
+        fv.JointObjective(4, regression_ramp=(0, 0), top_classes=top)(model, x, LABELS).loss for top in (None, 1000)
     ]
     assert torch.allclose(*losses, rtol=1e-12)
 
@@ -94,7 +94,7 @@ def test_top_classes_keep_double_precision():
 def encoder_gradient(model, x, **options):
     """Gradient of the regression alone in the encoder's first layer."""
     model.zero_grad()
-    fv.ShapleyObjective(4, regression_ramp=(0, 0), task_loss=lambda logits, labels: logits.sum() * 0, **options)(
+    fv.JointObjective(4, regression_ramp=(0, 0), task_loss=lambda logits, labels: logits.sum() * 0, **options)(
         model, x, LABELS
     ).loss.backward()
     return model.backbone.patch_embed.proj.weight.grad.clone()
@@ -129,7 +129,7 @@ def test_masked_images_leave_the_batch_norms_alone_when_nothing_flows_back():
         return inner(features, logits, bits, values, *others)
 
     model.regression_loss = watch
-    fv.ShapleyObjective(4, seed=0)(model.train(), x, LABELS).loss.backward()
+    fv.JointObjective(4, seed=0)(model.train(), x, LABELS).loss.backward()
     assert torch.allclose(seen[0], expected, atol=1e-5)
     assert all(module.training for module in model.modules())
     for (name, ours), theirs in zip(model.named_buffers(), plain.buffers(), strict=True):
@@ -138,7 +138,7 @@ def test_masked_images_leave_the_batch_norms_alone_when_nothing_flows_back():
 
 def test_ramps():
     model, x = model_and_images()
-    objective = fv.ShapleyObjective(2, 2.0, 3.0, regression_ramp=(0.25, 0.75), masked_task_ramp=(0.5, 0.5))
+    objective = fv.JointObjective(2, 2.0, 3.0, regression_ramp=(0.25, 0.75), masked_task_ramp=(0.5, 0.5))
     objective.progress = 0.0
     plain = objective(model, x, LABELS)
     assert plain.regression is None
@@ -159,11 +159,11 @@ def test_each_step_draws_anew_and_resumes_exactly():
     def losses(objective, steps):
         return [objective(model, x, LABELS).loss.item() for _ in range(steps)]
 
-    whole = losses(fv.ShapleyObjective(2, seed=3), 4)
+    whole = losses(fv.JointObjective(2, seed=3), 4)
     assert len(set(whole)) == 4
-    first = fv.ShapleyObjective(2, seed=3)
+    first = fv.JointObjective(2, seed=3)
     start = losses(first, 2)
-    second = fv.ShapleyObjective(2, seed=3)
+    second = fv.JointObjective(2, seed=3)
     second.load_state_dict(first.state_dict())
     assert start + losses(second, 2) == whole
 
@@ -172,7 +172,7 @@ def test_each_step_draws_anew_and_resumes_exactly():
 def test_unpaired_coalitions_fall_into_few_sizes(coalitions, batch):
     """All of them hold the tokens that are present, and none pads by more than two standard deviations."""
     model = fv.convert(create("class token"))
-    objective = fv.ShapleyObjective(coalitions, paired=False)
+    objective = fv.JointObjective(coalitions, paired=False)
     objective.compile()  # nothing is padded for plain steps on the CPU
     sizes = set()
     for _ in range(200):
@@ -188,7 +188,7 @@ def test_unpaired_coalitions_fall_into_few_sizes(coalitions, batch):
 @pytest.mark.parametrize("paired", [True, False])
 def test_any_number_of_coalitions(coalitions, paired):
     model, x = model_and_images()
-    terms = fv.ShapleyObjective(coalitions, paired=paired)(model, x, LABELS)
+    terms = fv.JointObjective(coalitions, paired=paired)(model, x, LABELS)
     assert torch.isfinite(terms.loss)
 
 
@@ -197,9 +197,9 @@ def test_perfect_explanations_leave_no_regression():
     model, x = model_and_images("average pooling", head="votes")
     for block in model.backbone.blocks:
         torch.nn.init.zeros_(block.attn.proj.weight)
-    terms = fv.ShapleyObjective(4)(model, x, LABELS)
+    terms = fv.JointObjective(4)(model, x, LABELS)
     assert terms.regression <= 1e-9
-    assert terms.r2 >= 1 - 1e-9
+    assert terms.value_r2 >= 1 - 1e-9
 
 
 def constant_game(kind):
@@ -218,14 +218,14 @@ def constant_game(kind):
 @pytest.mark.parametrize("error", ["uniform", "variance"])
 @pytest.mark.parametrize("kind", ["zero", "bias", "unseen patches"])
 def test_a_constant_game_leaves_nothing_to_explain(kind, error):
-    """R is what the shares miss, in logits²; steps of SGD shrink it; r2, a share of nothing, is no number."""
+    """R is what the shares miss, in logits²; steps of SGD shrink it; value_r2, a share of nothing, is no number."""
     model, x = constant_game(kind)
     shares = [*model.explainer.parameters(), model.shares.weight]
     losses = []
     for _ in range(10):
-        objective = fv.ShapleyObjective(4, error=error, regression_ramp=(0, 0), task_loss=lambda f, y: f.sum() * 0)
+        objective = fv.JointObjective(4, error=error, regression_ramp=(0, 0), task_loss=lambda f, y: f.sum() * 0)
         terms = objective(model, x, LABELS)  # the same coalitions in each step
-        assert terms.r2.isnan()
+        assert terms.value_r2.isnan()
         losses.append(float(terms.regression))
         model.zero_grad()
         terms.loss.backward()
@@ -240,12 +240,12 @@ def test_a_game_of_any_size_is_explained_in_its_own_unit(scale):
     """Only what is no more than rounding beside the values themselves counts as constant."""
     model, x = model_and_images()
     options = {"regression_ramp": (0, 0), "seed": 1}
-    expected = fv.ShapleyObjective(4, **options)(model, x, LABELS)
+    expected = fv.JointObjective(4, **options)(model, x, LABELS)
     for weight in (*model.backbone.head.parameters(), model.shares.weight):
         weight.data *= scale
-    found = fv.ShapleyObjective(4, **options)(model, x, LABELS)
+    found = fv.JointObjective(4, **options)(model, x, LABELS)
     torch.testing.assert_close(found.regression, expected.regression, rtol=1e-3, atol=0)
-    torch.testing.assert_close(found.r2, expected.r2, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.value_r2, expected.value_r2, rtol=1e-3, atol=1e-3)
 
 
 def test_no_values_per_patch_and_class_exist_in_training():
@@ -262,7 +262,7 @@ def test_no_values_per_patch_and_class_exist_in_training():
             return out
 
     with Watch():
-        fv.ShapleyObjective(2, masked_task_weight=1.0)(model, images(batch), LABELS.repeat(4)).loss.backward()
+        fv.JointObjective(2, masked_task_weight=1.0)(model, images(batch), LABELS.repeat(4)).loss.backward()
     assert not [shape for shape in biggest if shape.numel() >= batch * players * classes]
 
 
@@ -296,19 +296,19 @@ def test_no_values_per_patch_and_class_exist_in_training():
 )
 def test_bad_input_is_named(options, message):
     with pytest.raises(ValueError, match=message):
-        fv.ShapleyObjective(**options)
+        fv.JointObjective(**options)
 
 
 @pytest.mark.parametrize("name", ["alpha", "beta"])
 @pytest.mark.parametrize("value", [float("nan"), -1.0, "a", None])
 def test_bad_weights_of_viashap_are_named(name, value):
-    with pytest.raises(ValueError, match=f"viashap: argument `{name}` must be a finite number ≥ 0"):
-        fv.ShapleyObjective.viashap(**{name: value})
+    with pytest.raises(ValueError, match=f"ViaSHAPObjective: argument `{name}` must be a finite number ≥ 0"):
+        fv.baselines.ViaSHAPObjective(**{name: value})
 
 
 def test_numbers_may_be_numpys():
     """And are kept as Python's: a run's settings name them."""
-    objective = fv.ShapleyObjective(np.int64(4), np.float32(0.5), seed=np.int32(3))
+    objective = fv.JointObjective(np.int64(4), np.float32(0.5), seed=np.int32(3))
     assert (objective.coalitions, objective.regression_weight, objective.seed) == (4, 0.5, 3)
     kinds = {name: type(objective.settings[name]) for name in ("coalitions", "regression_weight", "seed")}
     assert kinds == {"coalitions": int, "regression_weight": float, "seed": int}

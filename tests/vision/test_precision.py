@@ -5,7 +5,7 @@ from vision_transformers import create, images
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
-from fastshap_vision._runtime.precision import lowered, quantise
+from fastshap_vision._runtime.precision import _check_float8, lowered, quantise
 
 LABELS = torch.tensor([0, 3, 6])
 #: Root mean square error of v(S) over its spread: bfloat16 keeps 8 bits of a number, e4m3 four.
@@ -103,7 +103,7 @@ def test_detached_targets_run_lower(precision, monkeypatch):
         return inner(features, logits, bits, values, *others)
 
     monkeypatch.setattr(model, "regression_loss", watch)
-    objective = fv.ShapleyObjective(8, target_precision=precision, seed=0)
+    objective = fv.JointObjective(8, target_precision=precision, seed=0)
     terms = objective(model, x, LABELS)
     exact = model.coalition_values(x, fk.sample_coalitions(3, 8, model.players, seed=0)).detach()
     assert targets["values"].dtype == targets["features"].dtype == torch.float32
@@ -116,7 +116,7 @@ def test_detached_targets_run_lower(precision, monkeypatch):
 def test_values_that_carry_gradient_keep_the_precision_of_the_task():
     model, x, _ = model_images_bits()
     losses = [
-        fv.ShapleyObjective(4, masked_task_weight=1, target_precision=precision)(model, x, LABELS).loss
+        fv.JointObjective(4, masked_task_weight=1, target_precision=precision)(model, x, LABELS).loss
         for precision in ("same", "fp8")
     ]
     assert torch.equal(*losses)
@@ -167,11 +167,11 @@ def test_errors_name_the_remedy(monkeypatch):
     with pytest.raises(ValueError, match="`precision`"):
         lowered(model, "fp4")
     with pytest.raises(ValueError, match="`target_precision`"):
-        fv.ShapleyObjective(target_precision="fp4")
+        fv.JointObjective(target_precision="fp4")
     convolutional, x, bits = model_images_bits("resnet18")
     with torch.no_grad(), pytest.raises(ValueError, match=r"transformers.*bf16"):
         convolutional.coalition_values(x, bits, precision="fp8")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     with torch.no_grad(), pytest.raises(ValueError, match=r"8\.9.*A100.*8\.0.*bf16"):
-        fv.precision._check_float8(torch.device("cuda", 0))
+        _check_float8(torch.device("cuda", 0))

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import ChainDataset, DataLoader, Subset, TensorDataset
 
-from fastshap_vision import SelfExplainingClassifier, ShapleyObjective, TaskObjective, convert, load_dataset
+from fastshap_vision import JointObjective, SelfExplainingClassifier, TaskObjective, convert, load_dataset
 from fastshap_vision.training.evaluate import evaluate
 from fastshap_vision.training.fit import fit
 from fastshap_vision.training.monitor import TrainingError, check_not_lost
@@ -74,7 +74,7 @@ class CountingObjective:
             loss=task * (1 + 0.01 * self.counter),
             task=task.detach(),
             regression=None,
-            r2=torch.tensor(0.5),
+            value_r2=torch.tensor(0.5),
             spread=torch.tensor(self.spread(self.progress)),
         )
 
@@ -142,7 +142,7 @@ def test_fit_learns_and_logs(tmp_path):
     assert result.best_accuracy == max(row["eval_accuracy"] for row in result.history)
     assert result.history[-1]["loss"] < result.history[0]["loss"]
     assert result.history[0]["regression"] is None
-    assert result.history[0]["r2"] == 0.5
+    assert result.history[0]["value_r2"] == 0.5
     assert result.seconds == sum(row["seconds"] for row in result.history) > 0
     assert result.checkpoint == tmp_path / "run" / "checkpoints" / "epoch_0004"
     rows = rows_of(tmp_path / "run" / "summary.csv")
@@ -207,13 +207,13 @@ def test_resumed_run_ends_in_the_same_bits(tmp_path, workers):
 
 @pytest.mark.parametrize(("head", "opt"), [("shares", "adamw"), ("shares", "muon"), ("votes", "adamw")])
 def test_resumed_self_explaining_run_ends_in_the_same_bits(tmp_path, head, opt):
-    class Interrupted(ShapleyObjective):
+    class Interrupted(JointObjective):
         def __call__(self, model, images, labels):
             if self.progress > 0.6:
                 raise KeyboardInterrupt
             return super().__call__(model, images, labels)
 
-    def run(kind=ShapleyObjective, **options):
+    def run(kind=JointObjective, **options):
         torch.manual_seed(0)
         arguments = {"patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 2}
         model = SelfExplainingClassifier("vit_tiny_patch16_224", 10, img_size=8, head=head, model_kwargs=arguments)
@@ -254,7 +254,7 @@ def test_without_gradient_from_the_regression_the_encoder_trains_as_if_alone(nam
         data = (
             Subset(digits, range(24)) if arguments else TensorDataset(torch.randn(24, 1, 64, 64), torch.arange(24) % 10)
         )
-        trained, objective = model, ShapleyObjective(2, masked_task_weight=0.0)
+        trained, objective = model, JointObjective(2, masked_task_weight=0.0)
         if kind == "plain":
             trained, objective = model.backbone, TaskObjective()
         result = fit(trained, data, objective=objective, epochs=3, batch_size=8, lr=0.01, clip_grad=0.1, progress=False)
@@ -460,9 +460,9 @@ def test_a_frozen_backbone_beside_a_ramp_is_told_what_to_do():
     )
     model.backbone.requires_grad_(False)
     with pytest.raises(ValueError, match=r"depends on none.*regression_ramp=\(0, 0\)"):
-        train(model=model, objective=ShapleyObjective(2))
+        train(model=model, objective=JointObjective(2))
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    train(model=model, objective=ShapleyObjective(2, regression_ramp=(0, 0)), epochs=1)
+    train(model=model, objective=JointObjective(2, regression_ramp=(0, 0)), epochs=1)
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert "shares.weight" in changed
     assert not any(name.startswith("backbone.") for name in changed)
@@ -500,8 +500,8 @@ def test_an_objective_without_a_loss_is_refused():
         ({"clip_grad": True}, "`clip_grad` must be a finite number"),
         ({"opt": None}, "`opt` must be a name"),
         ({"mixed_precision": "fp8"}, "`mixed_precision` must be one of 'no', 'bf16', 'fp16'"),
-        ({"objective": "shapley"}, r"`objective` must be an objective.*'shapley'.*Use fv\.ShapleyObjective\(\)"),
-        ({"objective": ShapleyObjective}, r"`objective` must be an objective.*Use fv\.ShapleyObjective\(\)"),
+        ({"objective": "shapley"}, r"`objective` must be an objective.*'shapley'.*Use fv\.JointObjective\(\)"),
+        ({"objective": JointObjective}, r"`objective` must be an objective.*Use fv\.JointObjective\(\)"),
         ({"objective": lambda model, images, labels: 0}, "`objective` must be .* with state_dict and load_state_dict"),
         ({"model": "resnet18"}, r"`model` must be a torch\.nn\.Module.*'resnet18'.*timm\.create_model"),
         ({"output": 5}, "`output` must be the path of a folder"),
@@ -760,11 +760,11 @@ def test_a_run_of_another_objective_is_not_resumed(tmp_path):
     data = TensorDataset(images, torch.arange(8) % 3)
     options = {"epochs": 1, "batch_size": 4, "progress": False, "output": tmp_path}
     ramp = {"regression_ramp": (0.0, 0.25)}
-    fit(model, data, objective=ShapleyObjective(2, **ramp), **options)
-    assert fit(model, data, objective=ShapleyObjective(2, **ramp), resume="auto", **options).history
+    fit(model, data, objective=JointObjective(2, **ramp), **options)
+    assert fit(model, data, objective=JointObjective(2, **ramp), resume="auto", **options).history
     for other, words in (
-        (ShapleyObjective(4, **ramp), "objective.coalitions was 2 and is 4"),
-        (ShapleyObjective(2), r"objective.regression_ramp was \[0.0, 0.25\] and is \[0.0, 0.5\]"),
+        (JointObjective(4, **ramp), "objective.coalitions was 2 and is 4"),
+        (JointObjective(2), r"objective.regression_ramp was \[0.0, 0.25\] and is \[0.0, 0.5\]"),
         (TaskObjective(), "objective.coalitions was 2 and is None"),
     ):
         with pytest.raises(CheckpointError, match=words):

@@ -2,9 +2,9 @@
 that learns the surrogate's Shapley values. Two networks beside the classifier, where a self-explaining model has none.
 
     surrogate = fv.convert(copy.deepcopy(classifier), head_depth=0)
-    fv.fit(surrogate, data, objective=fv.SurrogateObjective(classifier), ...)
-    model = fv.AmortizedExplainer(surrogate, copy.deepcopy(classifier))
-    fv.fit(model, data, objective=fv.AmortizedObjective(), ...)
+    fv.fit(surrogate, data, objective=fv.baselines.SurrogateObjective(classifier), ...)
+    model = fv.baselines.FastSHAPExplainer(surrogate, copy.deepcopy(classifier))
+    fv.fit(model, data, objective=fv.baselines.FastSHAPObjective(), ...)
 
 Sources: Jethani et al., FastSHAP, ICLR 2022; Covert, Kim, Lee, ViT-Shapley, ICLR 2023.
 """
@@ -55,7 +55,7 @@ class SurrogateObjective(CoalitionObjective):
         progress: share of the training done, in [0, 1]; `fit` sets it each step.
 
     Raises:
-        ValueError: for arguments out of range, and when called: for a model that plays no game, or a teacher that
+        ValueError: for arguments out of range, and when called: for a model without a game, or a teacher that
             shares its weights or has other classes.
 
     Deterministic: yes, for one seed and sequence of calls. `state_dict` holds the sampler's counter.
@@ -83,7 +83,7 @@ class SurrogateObjective(CoalitionObjective):
     def terms(
         self, model: SelfExplainingClassifier, images: Tensor, bits: Tensor, rows: int | None = None
     ) -> ObjectiveTerms:
-        """The loss of one batch and given coalitions: bits int32 (B, M, W), rows as in `ShapleyObjective.terms`."""
+        """The loss of one batch and given coalitions: bits int32 (B, M, W), rows as in `JointObjective.terms`."""
         with torch.no_grad():
             logits = self.teacher(images)
         values = evaluate_draw(model, images, Draw(bits, rows), paired=False)
@@ -105,18 +105,18 @@ class SurrogateObjective(CoalitionObjective):
             )
 
 
-class AmortizedExplainer(nn.Module):
-    """A network that gives the Shapley values of a frozen game, trained with `AmortizedObjective`.
+class FastSHAPExplainer(nn.Module):
+    """A network that gives the Shapley values of a frozen game, trained with `FastSHAPObjective`.
 
     The game is v_x(S) = link(surrogate's logits with only S present). The network's patch features E go through one
     block of its own kind and a linear layer, δ = G(E) W_sᵀ, and are normalised additively:
     Φ_p = δ_p + (v(N) − v(∅) − Σ_q δ_q)/P, so that Σ_p Φ_p = v(N) − v(∅). Before training δ = 0, the even split.
 
-    Saving: `state_dict` holds both networks; load it into an AmortizedExplainer built in the same way.
+    Saving: `state_dict` holds both networks; load it into an FastSHAPExplainer built in the same way.
 
     Args:
-        surrogate: plays the game; trained with `SurrogateObjective`, or any SelfExplainingClassifier. It becomes part
-            of this module, in evaluation mode for good and without gradients.
+        surrogate: whose values are explained; trained with `SurrogateObjective`, or any SelfExplainingClassifier. It
+            becomes part of this module, in evaluation mode for good and without gradients.
         explainer_backbone: a timm model, which becomes the network (no copy is made), or the name of one to create. It
             must have the surrogate's image size, grid and classes, and weights of its own. ViT-Shapley starts from a
             copy of the classifier.
@@ -140,7 +140,7 @@ class AmortizedExplainer(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("link", link, tuple(LINKS))
-        _check_kind("AmortizedExplainer", surrogate, SelfExplainingClassifier, "fv.convert(timm_model)")
+        _check_kind("FastSHAPExplainer", surrogate, SelfExplainingClassifier, "fv.convert(timm_model)")
         self.link = link
         self.network = _network(surrogate, explainer_backbone)
         self.surrogate = surrogate.requires_grad_(False)
@@ -158,7 +158,7 @@ class AmortizedExplainer(nn.Module):
     def num_classes(self) -> int:
         return self.surrogate.num_classes
 
-    def train(self, mode: bool = True) -> AmortizedExplainer:
+    def train(self, mode: bool = True) -> FastSHAPExplainer:
         """Sets the mode of the network; the surrogate stays in evaluation mode."""
         super().train(mode)
         self.surrogate.eval()
@@ -231,7 +231,7 @@ class AmortizedExplainer(nn.Module):
         return _EXPLANATIONS[self.link](phi, grand, chosen, self.grid, null, seen=seen, untrained=untrained)
 
 
-class AmortizedObjective(CoalitionObjective):
+class FastSHAPObjective(CoalitionObjective):
     """Mean over B, M, K of (v(S) − v(∅) − Σ_{p∈S} Φ_p)², S from the Shapley kernel: least where Φ is Shapley's.
 
     v is the explainer's frozen game under its link. The papers multiply the mean by P, which changes no minimum. No
@@ -247,7 +247,7 @@ class AmortizedObjective(CoalitionObjective):
         progress: share of the training done, in [0, 1]; `fit` sets it each step.
 
     Raises:
-        ValueError: for arguments out of range, and when called: for a model that is no AmortizedExplainer.
+        ValueError: for arguments out of range, and when called: for a model that is no FastSHAPExplainer.
 
     Deterministic: yes, for one seed and sequence of calls. `state_dict` holds the sampler's counter.
 
@@ -258,21 +258,23 @@ class AmortizedObjective(CoalitionObjective):
         check_choice("sizes", sizes, SIZES)
         super().__init__(coalitions, paired=paired, sizes=sizes, seed=seed)
 
-    def __call__(self, model: AmortizedExplainer, images: Tensor, labels: Tensor) -> ObjectiveTerms:
+    def __call__(self, model: FastSHAPExplainer, images: Tensor, labels: Tensor) -> ObjectiveTerms:
         """The loss of one batch: images (B, C, H, W); the labels have no part in it."""
-        _check_kind("AmortizedObjective", model, AmortizedExplainer, "fv.AmortizedExplainer(surrogate, backbone)")
+        _check_kind(
+            "FastSHAPObjective", model, FastSHAPExplainer, "fv.baselines.FastSHAPExplainer(surrogate, backbone)"
+        )
         bits, rows = self.draw(model.surrogate, images)
         return (self._compiled or self.terms)(model, images, bits, rows)
 
-    def terms(self, model: AmortizedExplainer, images: Tensor, bits: Tensor, rows: int | None = None) -> ObjectiveTerms:
-        """The loss of one batch and given coalitions: bits int32 (B, M, W), rows as in `ShapleyObjective.terms`."""
+    def terms(self, model: FastSHAPExplainer, images: Tensor, bits: Tensor, rows: int | None = None) -> ObjectiveTerms:
+        """The loss of one batch and given coalitions: bits int32 (B, M, W), rows as in `JointObjective.terms`."""
         link = LINKS[model.link]
         with torch.no_grad():
             values = link(evaluate_draw(model.surrogate, images, Draw(bits, rows), self.is_packed_in_pairs))
             grand, null = link(model.surrogate(images)), model.null_value()
         features, _ = model.network.game.features_and_logits(images)
         loss = model.network.regression_loss(features, grand, bits, values, null)
-        return ObjectiveTerms(loss, regression=loss.detach(), r2=explained_share(loss.detach(), values))
+        return ObjectiveTerms(loss, regression=loss.detach(), value_r2=explained_share(loss.detach(), values))
 
 
 def _network(surrogate: SelfExplainingClassifier, backbone: nn.Module | str) -> SelfExplainingClassifier:
@@ -285,14 +287,14 @@ def _network(surrogate: SelfExplainingClassifier, backbone: nn.Module | str) -> 
         "backbone_gradient": 1.0,
     }
     if not isinstance(backbone, str | nn.Module):
-        fail("AmortizedExplainer", "explainer_backbone", "a timm model or the name of one", backbone)
+        fail("FastSHAPExplainer", "explainer_backbone", "a timm model or the name of one", backbone)
     if isinstance(backbone, str):
         kwargs = {"in_chans": channels}
         network = SelfExplainingClassifier(backbone, surrogate.num_classes, model_kwargs=kwargs, **options)
     else:
         if _share_weights(backbone, surrogate):
             raise ValueError(
-                "AmortizedExplainer: argument `explainer_backbone` must have weights of its own, but it shares some "
+                "FastSHAPExplainer: argument `explainer_backbone` must have weights of its own, but it shares some "
                 "with the surrogate, which is frozen. Pass a copy: copy.deepcopy(backbone)."
             )
         if get_model_input_config(backbone)["fixed_input_size"]:
@@ -305,7 +307,7 @@ def _network(surrogate: SelfExplainingClassifier, backbone: nn.Module | str) -> 
     ):
         if got != expected:
             raise ValueError(
-                f"AmortizedExplainer: argument `explainer_backbone` must have {what} of the surrogate, {expected}, "
+                f"FastSHAPExplainer: argument `explainer_backbone` must have {what} of the surrogate, {expected}, "
                 f"but it has {got}. Create it with the surrogate's img_size, patch size, in_chans and num_classes."
             )
     return network

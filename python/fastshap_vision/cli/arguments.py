@@ -135,7 +135,7 @@ def add_train_explainer(parser: argparse.ArgumentParser) -> None:
         "--coalitions", type=_whole(2), default=recipe.COALITIONS, help="coalitions of each image, even"
     )
     parser.add_argument(
-        "--mirror", action=argparse.BooleanOptionalAction, help="play mirror images too (default: not for digits)"
+        "--mirror", action=argparse.BooleanOptionalAction, help="record mirror images too (default: not for digits)"
     )
     parser.add_argument("--head-depth", type=int, choices=HEAD_DEPTHS, help="blocks before the shares")
     parser.add_argument(

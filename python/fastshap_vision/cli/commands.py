@@ -25,12 +25,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from .._runtime.allocator import keep_freed_memory
 from ..data import datasets
 from ..data.mirrored import WithMirrorImages
-from ..data.recorded import PlayedGames, play
+from ..data.recorded import RecordedCoalitions, record_coalitions
 from ..explanations.explanation import Explanation
 from ..metrics.fidelity import fidelity
 from ..models.self_explaining import SelfExplainingClassifier, convert
 from ..objectives.explainer import ExplainerObjective
-from ..objectives.joint import ShapleyObjective
+from ..objectives.joint import JointObjective
 from ..training import recipe
 from ..training.checkpoint import find_checkpoint, whole_checkpoints
 from ..training.evaluate import evaluate
@@ -38,7 +38,7 @@ from ..training.fit import fit
 from ..training.run_folder import VISION_PACKAGES, Run, write_run
 from .arguments import DEFAULT_MODELS, EXACT_PLAYERS
 
-GAMES = "games.safetensors"
+RECORDED = "coalitions.safetensors"
 
 #: Who wrote a picture: `explain` replaces its own and no other.
 MARK = "fastshap explain"
@@ -53,7 +53,7 @@ def train(options: argparse.Namespace) -> None:
     test_data = _dataset(options, "test", **statistics)
     torch.manual_seed(options.seed)
     model = _build(options, train_data)
-    objective = ShapleyObjective(
+    objective = JointObjective(
         options.coalitions,
         options.regression_weight,
         options.masked_task_weight,
@@ -74,7 +74,7 @@ def train_explainer(options: argparse.Namespace) -> None:
     if options.output.resolve() == options.checkpoint.resolve():
         raise ValueError("argument --output: the explainer's run needs a folder of its own, not that of --checkpoint.")
     _check_output(options.output)
-    find_checkpoint(options.output, options.resume)  # before the games, which take longest
+    find_checkpoint(options.output, options.resume)  # before the coalitions, which take longest
     run = Run.read(options.checkpoint, PartialState().device)
     if run.model.head != "shares":
         raise ValueError(
@@ -99,22 +99,23 @@ def train_explainer(options: argparse.Namespace) -> None:
     if PartialState().is_main_process and not whole_checkpoints(options.output):
         kept = {name: run.arguments[name] for name in ("dataset", "model")}
         write_run(argparse.Namespace(**kept | vars(options)), train_data)
-    played = WithMirrorImages(train_data) if options.mirror else train_data
-    _fit(model, _games(model, played, options), test_data, ExplainerObjective(), options)
+    images = WithMirrorImages(train_data) if options.mirror else train_data
+    _fit(model, _recorded(model, images, options), test_data, ExplainerObjective(), options)
 
 
-def _games(model: SelfExplainingClassifier, data: Any, options: argparse.Namespace) -> PlayedGames:
-    """The games of the run: played, and kept in its folder for a run that is resumed."""
-    path = options.output / GAMES
+def _recorded(model: SelfExplainingClassifier, data: Any, options: argparse.Namespace) -> RecordedCoalitions:
+    """The coalitions of the run: recorded, and kept in its folder for a run that is resumed."""
+    path = options.output / RECORDED
     if options.resume and path.exists():
-        games = PlayedGames.load(path, data)
-        if games.bits.shape[1] != options.coalitions:
-            raise ValueError(f"argument --coalitions: the games of this run, {path}, have {games.bits.shape[1]}.")
-        return games
-    games = play(model, data, options.coalitions, seed=options.seed, workers=options.workers)
+        recorded = RecordedCoalitions.load(path, data)
+        kept = recorded.bits.shape[1]
+        if kept != options.coalitions:
+            raise ValueError(f"argument --coalitions: this run has recorded {kept} of each image, in {path}.")
+        return recorded
+    recorded = record_coalitions(model, data, options.coalitions, seed=options.seed, workers=options.workers)
     if PartialState().is_main_process:
-        games.save(path)
-    return games
+        recorded.save(path)
+    return recorded
 
 
 def _fit(model: SelfExplainingClassifier, train_data: Any, test_data: Any, objective: Any, options: Any) -> None:

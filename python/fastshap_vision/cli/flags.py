@@ -22,11 +22,11 @@ _REMEDIES = {
     "or resume=None to start anew": "or leave --resume out to start anew",
     "or another output folder": "or another --output folder",
     ", or None for the best it can": ", or leave --removal out for the best it can",
-    "Call fv.play(model, data) again": "Choose another --output, so that they are played again",
+    "Call fv.record_coalitions(model, data) again": "Choose another --output, so that they are recorded again",
     "See timm.list_models()": "timm's documentation lists its models",
 }
 _WORDS = re.compile(
-    r"\b(?P<name>[a-z]\w*)=(?P<value>'[^']*'|\w+(?:\.\w+)?)"  # removal='pixel'
+    r"\b(?P<name>[a-z]\w*)=(?P<value>'[^']*'|\w+(?:\.\w+)?)"  # removal='cell'
     r"|(?<!\w)'[^']*'(?!\w)"  # quoted: a name or a path, which stays
     r"|(?:\bargument )?`(?P<ticked>\w+)`"
     r"|(?<![\w./-])(?P<bare>[a-z]+(?:_[a-z]+)+)(?![\w/(]|\.\w)"  # batch_size

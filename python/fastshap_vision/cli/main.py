@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         dest="name", required=True, metavar="train | train-explainer | explain | evaluate | info"
     )
     add_train(_command(commands, "train", train, "train a self-explaining model"))
-    text = "train the explainer of a trained model, which stays as it is, on games that are played once"
+    text = "train the explainer of a trained model, which stays as it is, on coalitions that are evaluated once"
     add_train_explainer(_command(commands, "train-explainer", train_explainer, text))
     add_explain(_command(commands, "explain", explain, "explain images with a trained model"))
     add_evaluate(_command(commands, "evaluate", evaluate_run, "measure accuracy and fidelity of a trained model"))

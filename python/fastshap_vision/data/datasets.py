@@ -92,7 +92,7 @@ class ArrayImages(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, rows: list[int]) -> list[tuple[Tensor, int]]:
-        """A batch at once, which is what torch's DataLoader asks for: tiny images one by one cost more than a step."""
+        """A batch at once, as torch's DataLoader takes it: tiny images one by one cost more than a step."""
         pixels = self.pixels[rows]
         if self.augment is not None:
             pixels = torch.stack([self.augment(image) for image in pixels])

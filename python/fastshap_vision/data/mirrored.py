@@ -11,8 +11,8 @@ from torch.utils.data import Dataset, Subset
 class WithMirrorImages(Dataset):
     """Every image of a dataset and then, as many again, its mirror image.
 
-    It makes more of the images that `play` takes, which may not change from one reading to the next. Not for images
-    that are never seen mirrored, such as writing.
+    It makes more of the images that `record_coalitions` takes, which may not change from one reading to the next. Not
+    for images that are never seen mirrored, such as writing.
 
     Args:
         data: a dataset of (image, label), images (C, H, W).
@@ -40,7 +40,7 @@ class WithMirrorImages(Dataset):
         return self.__getitems__([range(len(self))[row]])[0]
 
     def __getitems__(self, rows: list[int]) -> list[tuple[Tensor, Any]]:
-        """A batch at once, which is what torch's DataLoader asks for."""
+        """A batch at once, as torch's DataLoader takes it."""
         count = len(self.data)
         items = Subset(self.data, [row % count for row in rows]).__getitems__(list(range(len(rows))))
         wrong = [item for item in items if not (isinstance(item, (tuple, list)) and len(item) == 2)]

@@ -1,7 +1,7 @@
-"""Explaining a model that is trained already: its games are played once, and its explainer learns from the record.
+"""Explaining a model that is trained already: its coalitions are evaluated once, and its explainer learns from them.
 
-    games = fv.play(model, data)
-    fv.fit(model, games, objective=fv.ExplainerObjective(), **fv.recipe.training(model, mirrored=False))
+    recorded = fv.record_coalitions(model, data)
+    fv.fit(model, recorded, objective=fv.ExplainerObjective(), **fv.recipe.training(model, mirrored=False))
 
 The encoder and the classifier stay as they are, to the bit.
 """
@@ -31,15 +31,15 @@ from ..objectives.base import variance_of
 
 #: Images that are read twice, to see that they are the same.
 _READ_TWICE = 32
-#: Played again, values may differ so much: of their spread, as lower precision differs, and of their size, by rounding.
+#: Evaluated again, values may differ by so much of their spread, as lower precision does, and of their size.
 _OF_SPREAD, _OF_SIZE = 0.1, 0.01
 #: Another version of an image library may decode a picture a little differently: of mean and deviation, so much.
 _OF_PIXELS = 0.02
-_FORMAT = "fastshap_vision.PlayedGames/1"
+_FORMAT = "fastshap_vision.RecordedCoalitions/1"
 
 
-class PlayedGames(Dataset):
-    """Images with coalitions of their patches and what these are worth: (image, (label, bits, values)).
+class RecordedCoalitions(Dataset):
+    """Images with coalitions of their patches and the values of these: (image, (label, bits, values)).
 
     Args:
         data: the dataset of (image, label), N of them.
@@ -51,18 +51,19 @@ class PlayedGames(Dataset):
     """
 
     def __init__(self, data: Any, bits: Tensor, values: Tensor) -> None:
-        bits = check_dense("PlayedGames", "bits", bits, "int32 (N, M, W)", "Make it with fv.play.")
-        values = check_dense("PlayedGames", "values", values, "floating-point (N, M, K)", "Make it with fv.play.")
+        bits = check_dense("RecordedCoalitions", "bits", bits, "int32 (N, M, W)", "Make it with fv.record_coalitions.")
+        remedy = "Make it with fv.record_coalitions."
+        values = check_dense("RecordedCoalitions", "values", values, "floating-point (N, M, K)", remedy)
         if bits.dtype != torch.int32 or bits.ndim != 3:
-            fail("PlayedGames", "bits", "int32 (N, M, W)", bits)
+            fail("RecordedCoalitions", "bits", "int32 (N, M, W)", bits)
         if not values.is_floating_point() or values.ndim != 3:
-            fail("PlayedGames", "values", "floating-point (N, M, K)", values)
+            fail("RecordedCoalitions", "values", "floating-point (N, M, K)", values)
         if not values.isfinite().all():
-            fail("PlayedGames", "values", "finite", "NaN or infinite in some places", "Check the model's weights.")
+            fail("RecordedCoalitions", "values", "finite", "NaN or infinite in places", "Check the model's weights.")
         if bits.shape[:2] != values.shape[:2]:
-            fail("PlayedGames", "values", f"(N, M, K) of bits {tuple(bits.shape)}", values)
+            fail("RecordedCoalitions", "values", f"(N, M, K) of bits {tuple(bits.shape)}", values)
         if len(data) != len(bits):
-            fail("PlayedGames", "data", f"the {len(bits)} images that were played", f"{len(data)} images")
+            fail("RecordedCoalitions", "data", f"the {len(bits)} recorded images", f"{len(data)} images")
         self.data, self.bits, self.values = data, bits, values
 
     def save(self, path: str | Path) -> None:
@@ -79,18 +80,22 @@ class PlayedGames(Dataset):
             unfinished.replace(path)
         except (OSError, SafetensorError) as error:
             unfinished.unlink(missing_ok=True)
-            raise OSError(f"PlayedGames.save: argument `path`, {str(path)!r}, can't be written: {error}") from error
+            raise OSError(
+                f"RecordedCoalitions.save: argument `path`, {str(path)!r}, can't be written: {error}"
+            ) from error
 
     @classmethod
-    def load(cls, path: str | Path, data: Any) -> PlayedGames:
-        """The games that `save` wrote, of the same images.
+    def load(cls, path: str | Path, data: Any) -> RecordedCoalitions:
+        """What `save` wrote, of the same images.
 
         Raises:
             FileNotFoundError: when there is no such file.
-            ValueError: when the file is damaged or not one of games, or `data` holds other images.
+            ValueError: when the file is damaged or holds no coalitions, or `data` holds other images.
         """
         if not Path(path).is_file():
-            raise FileNotFoundError(f"PlayedGames.load: there is no file {str(path)!r}. Make the games with fv.play.")
+            raise FileNotFoundError(
+                f"RecordedCoalitions.load: there is no file {str(path)!r}. Write it with RecordedCoalitions.save."
+            )
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -99,19 +104,20 @@ class PlayedGames(Dataset):
                 raise ValueError("it is not what was written")
         except (OSError, SafetensorError, ValueError) as error:
             raise ValueError(
-                f"PlayedGames.load: the file {str(path)!r} is damaged, or holds no games: {error}. Call "
-                "fv.play(model, data) again."
+                f"RecordedCoalitions.load: the file {str(path)!r} is damaged, or holds no coalitions: {error}. Call "
+                "fv.record_coalitions(model, data) again."
             ) from error
-        games = cls(data, tensors["bits"], tensors["values"])
-        found = games._fingerprint()
+        recorded = cls(data, tensors["bits"], tensors["values"])
+        found = recorded._fingerprint()
         if found.shape != tensors["images"].shape or not torch.allclose(
             found, tensors["images"], rtol=_OF_PIXELS, atol=_OF_PIXELS
         ):
             raise ValueError(
-                f"PlayedGames.load: argument `data` must hold the images that the games in {str(path)!r} were played "
-                "on, in their order, but these are others. Pass that dataset, or call fv.play(model, data) again."
+                f"RecordedCoalitions.load: argument `data` must hold the images that {str(path)!r} was recorded from, "
+                "in their order, but these are others. Pass that dataset, or call fv.record_coalitions(model, data) "
+                "again."
             )
-        return games
+        return recorded
 
     def _fingerprint(self) -> Tensor:
         """Mean and standard deviation of some images, evenly spread over all: float32 (R, 2)."""
@@ -121,11 +127,11 @@ class PlayedGames(Dataset):
 
     @property
     def digest(self) -> str:
-        """Of coalitions and values: by it `fit` knows on resuming whether the games are the same."""
+        """Of coalitions and values: by it `fit` knows on resuming whether they are the same."""
         return _digest({"bits": self.bits, "values": self.values})[:16]
 
     def check(self, model: SelfExplainingClassifier) -> None:
-        """Raises a ValueError where coalitions of the first images are not worth to `model` what the record says.
+        """Raises a ValueError where `model` gives coalitions of the first images other values than the record.
 
         `fit` calls it before the first step.
         """
@@ -141,8 +147,8 @@ class PlayedGames(Dataset):
             if error <= _OF_SPREAD * variance_of(values).sqrt() + _OF_SIZE * values.square().mean().sqrt():
                 return
         raise ValueError(
-            "fit: these games were played by another model, by this one before it was trained further, or with another "
-            "removal of patches: their values are not this model's. Call fv.play(model, data) again."
+            "fit: these coalitions were recorded with another model, with this one before it was trained further, or "
+            "with another removal: their values are not this model's. Call fv.record_coalitions(model, data) again."
         )
 
     @property
@@ -156,16 +162,16 @@ class PlayedGames(Dataset):
         return self.__getitems__([row])[0]
 
     def __getitems__(self, rows: list[int]) -> list[tuple[Tensor, tuple[Any, Tensor, Tensor]]]:
-        """A batch at once, which is what torch's DataLoader asks for."""
+        """A batch at once, as torch's DataLoader takes it."""
         items = Subset(self.data, rows).__getitems__(list(range(len(rows))))
         return [
-            # No label becomes a number, so that items can be stacked: labels have no part in a game.
+            # No label becomes a number, so that items can be stacked: labels have no part in v(S).
             (image, (-1 if label is None else label, self.bits[row], self.values[row]))
             for row, (image, label) in zip(rows, items, strict=True)
         ]
 
 
-def play(
+def record_coalitions(
     model: SelfExplainingClassifier,
     data: Dataset,
     coalitions: int = 64,
@@ -175,63 +181,64 @@ def play(
     precision: str = "auto",
     workers: int = 0,
     progress: bool = True,
-) -> PlayedGames:
+) -> RecordedCoalitions:
     """Evaluates paired coalitions of every image once, in evaluation mode and without gradients.
 
-    A model that is not trained further plays the same game in every epoch: values that are kept cost nothing the
+    A model that is not trained further gives the same values in every epoch: those that are kept cost nothing the
     next time, so that each step can learn from all of an image's coalitions at once.
 
     Args:
-        model: trained already; only its game matters here.
+        model: trained already; its heads don't matter here.
         data: a dataset of (image, label); images (C, H, W) that are the same whenever they are read: no augmentation.
             `WithMirrorImages` makes more of them.
         coalitions: M of each image, even, drawn from the Shapley kernel.
         seed: of the coalitions, below 2⁶⁴.
         batch_size: images evaluated at once; the model cuts their coalitions to what memory holds.
         precision: of v(S): "auto", bfloat16 autocast for a float32 model on a GPU, else "same", the model's own;
-            "bf16"; "fp8"; see `fastshap_vision.precision`.
+            "bf16"; "fp8"; see `_runtime.precision.lowered`.
         workers: processes that load data.
         progress: shows a bar on a terminal.
 
     Returns:
-        `PlayedGames`, for `fit` with an `ExplainerObjective`. It holds N·M·(4·K + 4·⌈P/32⌉) bytes on the CPU: for many
-        classes, play on a part of the data. Each process of several plays all of it.
+        `RecordedCoalitions`, for `fit` with an `ExplainerObjective`. It holds
+        N·M·(4·K + 4·⌈P/32⌉) bytes on the CPU: for many classes, record a part of the data. Each process of several
+        records all of it.
 
     Raises:
         ValueError: for an odd or too small number of coalitions, no image, or images that change as they are read.
 
     Deterministic: as the model is; the coalitions follow from `seed` and an image's place in the data.
     """
-    coalitions = check_count("play", "coalitions", coalitions, 2, 2**31 - 2)
+    coalitions = check_count("record_coalitions", "coalitions", coalitions, 2, 2**31 - 2)
     if coalitions % 2:
-        fail("play", "coalitions", "even, as coalitions come in pairs", coalitions)
+        fail("record_coalitions", "coalitions", "even, as coalitions come in pairs", coalitions)
     check_choice("precision", precision, PRECISIONS)
-    batch_size = check_count("play", "batch_size", batch_size, 1, 2**31 - 1)
-    workers = check_count("play", "workers", workers, 0, 2**31 - 1)
-    seed = check_count("play", "seed", seed, 0, 2**64 - 1)
+    batch_size = check_count("record_coalitions", "batch_size", batch_size, 1, 2**31 - 1)
+    workers = check_count("record_coalitions", "workers", workers, 0, 2**31 - 1)
+    seed = check_count("record_coalitions", "seed", seed, 0, 2**64 - 1)
     _check_data(model, data)
     # A generator of its own: the loader draws a seed for its workers, and the process's generator stays as it was.
     generator = torch.Generator()
     loader = DataLoader(data, batch_size, num_workers=workers, collate_fn=_images_of, generator=generator)
     all_bits, all_values = [], []
-    played = 0
+    done = 0
     total, hidden = len(data), None if progress else True  # type: ignore[arg-type]
-    with evaluating(model), tqdm(total=total, desc="games", unit=" images", disable=hidden, leave=False) as bar:
+    with evaluating(model), tqdm(total=total, desc="recording", unit=" images", disable=hidden, leave=False) as bar:
         for images in loader:
             images = _as_weights(model, images)
             bits = sample_coalitions(
-                len(images), coalitions, model.players, seed=seed, offset=played * coalitions, device=images.device
+                len(images), coalitions, model.players, seed=seed, offset=done * coalitions, device=images.device
             )
             values = model.coalition_values(images, bits, paired=True, precision=precision)
             all_bits.append(bits.cpu())
             all_values.append(values.float().cpu())
-            played += len(images)
+            done += len(images)
             bar.update(len(images))
-    return PlayedGames(data, torch.cat(all_bits), torch.cat(all_values))
+    return RecordedCoalitions(data, torch.cat(all_bits), torch.cat(all_values))
 
 
 def _images_of(items: list[Any]) -> Tensor:
-    """A batch without labels, which have no part in a game."""
+    """A batch without labels, which have no part in v(S)."""
     return torch.stack([item[0] for item in items])
 
 
@@ -253,27 +260,33 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 def _check_data(model: Any, data: Any) -> None:
     if not isinstance(model, SelfExplainingClassifier):
-        fail("play", "model", "a SelfExplainingClassifier", type(model), "Use fv.convert(timm_model).")
+        fail("record_coalitions", "model", "a SelfExplainingClassifier", type(model), "Use fv.convert(timm_model).")
     if isinstance(data, DataLoader):
         remedy = "Pass its dataset (loader.dataset) and `batch_size`."
-        fail("play", "data", "a dataset of (image, label)", type(data), remedy)
+        fail("record_coalitions", "data", "a dataset of (image, label)", type(data), remedy)
     if isinstance(data, IterableDataset) or not all(hasattr(data, name) for name in ("__len__", "__getitem__")):
         remedy = "Wrap it in a torch.utils.data.Dataset."
-        fail("play", "data", "a dataset with a length whose items can be indexed", type(data), remedy)
+        fail("record_coalitions", "data", "a dataset with a length whose items can be indexed", type(data), remedy)
     if len(data) == 0:
-        fail("play", "data", "a dataset of at least one image", "an empty one")
+        fail("record_coalitions", "data", "a dataset of at least one image", "an empty one")
     item, expected = data[0], model.game.input_size
     image = item[0] if isinstance(item, (tuple, list)) and len(item) == 2 else item
     is_image = isinstance(image, Tensor) and image.is_floating_point() and tuple(image.shape) == expected
     if image is item or not is_image:
         remedy = "Let the dataset normalise and resize, as fv.load_dataset does."
-        fail("play", "data", f"a dataset of (image, label), each image a float tensor {expected}", image, remedy)
+        fail(
+            "record_coalitions",
+            "data",
+            f"a dataset of (image, label), each image a float tensor {expected}",
+            image,
+            remedy,
+        )
     rows = range(min(_READ_TWICE, len(data)))
     first, second = (_images_of([data[row] for row in rows]) for _ in range(2))
     if not first.isfinite().all():
-        fail("play", "data", "finite", "NaN or infinite in some pixels", "Clean the data.")
+        fail("record_coalitions", "data", "finite", "NaN or infinite in some pixels", "Clean the data.")
     if not torch.equal(first, second):
         raise ValueError(
-            "play: argument `data` must hold images that are the same whenever they are read, but they change. Leave "
-            "the augmentation out: what a coalition is worth was found on the image as it was."
+            "record_coalitions: argument `data` must hold images that are the same at every reading, but they change."
+            " Leave the augmentation out: a coalition's value is that of the image as it was."
         )

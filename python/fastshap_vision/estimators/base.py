@@ -23,7 +23,7 @@ class ReferenceValues(NamedTuple):
     grand: Tensor  # (B, K), v(N)
     evaluations: int  # coalitions evaluated, over all images
     seconds: float  # wall time
-    converged: Tensor | None = None  # bool (B,), of converged_values: whether the errors are as small as was asked
+    converged: Tensor | None = None  # bool (B,), with relative_error: whether the errors are as small
 
 
 def values_of(op: str, model: SelfExplainingClassifier, image: Tensor, bits: Tensor, batch: int, bar: tqdm) -> Tensor:
@@ -39,5 +39,5 @@ def values_of(op: str, model: SelfExplainingClassifier, image: Tensor, bits: Ten
     return joined
 
 
-def progress_bar(title: str, coalitions: int, progress: bool) -> tqdm:
+def progress_bar(title: str, coalitions: int | None, progress: bool) -> tqdm:
     return tqdm(total=coalitions, desc=title, unit=" coalitions", unit_scale=True, disable=not progress, leave=False)

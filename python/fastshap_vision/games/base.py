@@ -31,7 +31,7 @@ class JointPass(NamedTuple):
 
 
 class Game(Protocol):
-    """The game v_x(S) that a backbone plays, and the features that explain it.
+    """The game v_x(S) of a backbone, and the features that explain it.
 
     `paired` promises that coalitions 2j and 2j + 1 of an image are complements; `rows` pads the packed batch of
     coalitions that are not paired to that many rows. Games that don't pack ignore both.

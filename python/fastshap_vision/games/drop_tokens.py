@@ -1,4 +1,4 @@
-"""Transformers play by dropping tokens: absent patches are taken out of the sequence.
+"""Transformers drop tokens: absent patches are taken out of the sequence.
 
 All coalitions run as one ragged batch of present tokens: one patch embedding per image, then every block on (T, D)
 rows with `packed_attention`. The full image is one more sequence of the same batch. What a family of timm models does
@@ -131,7 +131,7 @@ class TokenDropping:
         if problems:
             raise UnsupportedModelError(
                 f"This {type(self.backbone).__name__} has {'; '.join(problems)}, which dropping tokens does not know.",
-                "Convert it with removal='pixel'.",
+                "Convert it with removal='cell'.",
             )
         if self.packs or self.masked is None:
             return None

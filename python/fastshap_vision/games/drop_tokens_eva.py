@@ -1,4 +1,4 @@
-"""timm's `Eva` (EVA-02, DINOv3, Perception Encoder) plays by dropping tokens: rotary positions go with their tokens."""
+"""timm's `Eva` (EVA-02, DINOv3, Perception Encoder) drops tokens: rotary positions go with their tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""timm's `VisionTransformer` plays by dropping tokens."""
+"""timm's `VisionTransformer` drops tokens."""
 
 from __future__ import annotations
 

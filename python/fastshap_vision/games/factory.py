@@ -1,4 +1,4 @@
-"""Which game a model plays: how the patches outside a coalition are removed from its input."""
+"""Which game explains a model: how the patches outside a coalition are removed from its input."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from .base import Game, UnsupportedModelError
 from .drop_tokens_eva import EvaGame
 from .drop_tokens_vit import VisionTransformerGame
 from .mask_attention import MaskedAttention
-from .mask_cells_cnn import PixelRemoval
-from .mask_cells_tokens import TokenPixelRemoval
+from .mask_cells_cnn import CellRemoval
+from .mask_cells_tokens import TokenCellRemoval
 from .mask_image import WholeImageCells, WholeImageTokens
 from .probe import probe_output
 
-#: "drop": the token is taken out of the sequence. "pixel": the patch's pixels become 0, and its cell is left out of the
-#: average. "feature": what a convolutional network's stem makes of the patch becomes 0, likewise. "image": its pixels
+#: "token": the token is taken out of the sequence. "cell": the patch's pixels become 0, and its cell is left out of the
+#: average. "stem": what a convolutional network's stem makes of the patch becomes 0, likewise. "pixel": its pixels
 #: become 0, and the model sees that image as any other.
-REMOVALS = ("drop", "pixel", "feature", "image")
+REMOVALS = ("token", "cell", "stem", "pixel")
 
 
 def make_game(backbone: Any, votes: bool, input_size: tuple[int, int, int], removal: str | None) -> tuple[Game, str]:
-    """The game of a timm model, and its removal, chosen where it is None: "drop" if the model can, else "pixel".
+    """The game of a timm model, and its removal, chosen where it is None: "token" if the model can, else "cell".
 
-    Within "drop", packed tokens come before attention masks. A choice slower than packed tokens is logged once.
+    Within "token", packed tokens come before attention masks. A choice slower than packed tokens is logged once.
 
     Raises:
         UnsupportedModelError: for a model that has no such game, or whose images are one patch.
@@ -50,41 +50,39 @@ def make_game(backbone: Any, votes: bool, input_size: tuple[int, int, int], remo
 
 
 def _choose_game(backbone: Any, votes: bool, input_size: tuple[int, int, int], removal: str | None) -> tuple[Game, str]:
-    if removal in (None, "drop"):
+    if removal in (None, "token"):
         try:
-            return _drop_tokens(backbone, votes), "drop"
+            return _drop_tokens(backbone, votes), "token"
         except UnsupportedModelError as error:
-            if removal == "drop":
+            if removal == "token":
                 raise UnsupportedModelError(
-                    str(error), "Or pass removal='pixel', or None for the best it can."
+                    str(error), "Or pass removal='cell', or None for the best it can."
                 ) from error
             reason = error.reason
     output = probe_output(backbone, input_size)
     is_map = output.ndim == 4 and output.shape[1] == backbone.num_features
-    if removal == "image":
+    if removal == "pixel":
         return (WholeImageCells if is_map else WholeImageTokens)(backbone, votes, input_size), removal
     if is_map:
         if removal is None:
-            say_once(f"A {type(backbone).__name__} plays by pixel removal.", logging.INFO)
-        return PixelRemoval(backbone, votes, input_size, removal or "pixel"), removal or "pixel"
-    if removal == "feature":
+            say_once(f"A {type(backbone).__name__} is explained by cell removal.", logging.INFO)
+        return CellRemoval(backbone, votes, input_size, removal or "cell"), removal or "cell"
+    if removal == "stem":
         raise UnsupportedModelError(
-            f"Argument `removal` can be 'feature' for convolutional networks, but the model is a "
-            f"{type(backbone).__name__}. Pass removal='pixel', or None for the best it can."
+            f"Argument `removal` can be 'stem' for convolutional networks, but the model is a "
+            f"{type(backbone).__name__}. Pass removal='cell', or None for the best it can."
         )
-    game = TokenPixelRemoval(backbone, votes, input_size)
+    game = TokenCellRemoval(backbone, votes, input_size)
     if removal is None:
-        say_once(
-            f"{reason} It plays by pixel removal instead: another game, and all tokens are computed.", logging.WARNING
-        )
-    return game, "pixel"
+        say_once(f"{reason} Its cells are removed instead: another game, and all tokens are computed.", logging.WARNING)
+    return game, "cell"
 
 
 def _drop_tokens(backbone: Any, votes: bool) -> Game:
     """Packed tokens, or attention masks where packing does not know the model's blocks."""
     if not isinstance(backbone, VisionTransformer | Eva):
         raise UnsupportedModelError(
-            f"A {type(backbone).__name__} can't play by token dropping, which needs timm's VisionTransformer or Eva."
+            f"A {type(backbone).__name__} can't drop tokens, which needs timm's VisionTransformer or Eva."
         )
     try:
         return EvaGame(backbone, votes) if isinstance(backbone, Eva) else VisionTransformerGame(backbone, votes)
@@ -92,7 +90,7 @@ def _drop_tokens(backbone: Any, votes: bool) -> Game:
         game = MaskedAttention(backbone, votes)
         game.check_blocks()
         say_once(
-            f"{error.reason} It plays by attention masks instead: the same values, but all tokens are computed.",
+            f"{error.reason} Attention to absent tokens is masked instead: the same values, but all are computed.",
             logging.WARNING,
         )
         return game

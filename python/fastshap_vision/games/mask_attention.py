@@ -1,4 +1,4 @@
-"""Transformers whose blocks can't be packed play by masking the attention to absent tokens.
+"""Transformers whose blocks can't be packed mask the attention to absent tokens.
 
 The values are those of token dropping: a key at −∞ in every layer is a token that is not there. All tokens are
 computed, absent ones too, so a coalition costs as much as an image.
@@ -53,7 +53,7 @@ class MaskedAttention(TokenDropping):
             raise UnsupportedModelError(
                 f"The blocks of this {type(backbone).__name__} mix tokens outside of their attention, so an absent one "
                 "would still act on others.",
-                "Use removal='pixel'.",
+                "Use removal='cell'.",
             )
 
     def values(self, images: Tensor, bits: Tensor, paired: bool = False, rows: int | None = None) -> Tensor:

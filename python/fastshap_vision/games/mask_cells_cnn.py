@@ -1,4 +1,4 @@
-"""timm convolutional networks play on their feature grid: pixels are removed, or cells of the stem's output."""
+"""timm's convolutional networks on their feature grid: cells of pixels are removed, or of the stem's output."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .probe import is_close, perturbed, probe_features
 from .readout import check_votes, linear_classifier, mean_patch, vote
 from .stem import split_at_stem
 
-REMOVALS = ("pixel", "feature")
+REMOVALS = ("cell", "stem")
 _WIDEST = 2048
 
 
-class PixelRemoval:
+class CellRemoval:
     """The game of a convolutional network: each feature-map cell is a player, and what absent cells see is 0.
 
     With a linear classifier behind the average, present cells vote: v_x(S) = Σ_{p∈S} (W e_p(x_S) + b)/P. With a norm
@@ -31,9 +31,9 @@ class PixelRemoval:
 
     x_S is, by `removal`:
 
-    - "pixel": the image with the pixels of absent cells at 0. Images are expected after normalisation, so 0 is the
+    - "cell": the image with the pixels of absent cells at 0. Images are expected after normalisation, so 0 is the
       mean colour.
-    - "feature": the stem's output of the whole image, with the cells of absent players at 0. The stem (the layers
+    - "stem": the stem's output of the whole image, with the cells of absent players at 0. The stem (the layers
       before the first block) runs once per image instead of once per coalition, in training too: its batch norm sees
       each image once, that of later layers sees every coalition. 0 is no response of the stem, and what later layers
       find outside of the image through their own zero padding. Where the stem's windows reach over a patch's border,
@@ -41,9 +41,9 @@ class PixelRemoval:
       present neighbours (5 pixels in ResNet, 7 if its stem is deep, 1 in RegNet, EfficientNet and MobileNetV3, none in
       ConvNeXt), and NaN there spreads. That is not little: in untrained networks on noise, v(S) moved by 0.46
       (ResNet-18), 0.35 (RegNetX-200MF) and 0.08 (EfficientNet-B0) of what new present pixels did when all absent ones
-      were new. Use "pixel" where removed pixels must not act at all.
+      were new. Use "cell" where removed pixels must not act at all.
 
-    What "feature" saves is the stem's share: 6 % of ResNet-50's time at 224, and nothing in EfficientNet, whose stem is
+    What "stem" saves is the stem's share: 6 % of ResNet-50's time at 224, and nothing in EfficientNet, whose stem is
     cheaper than masking its output, which is larger than the image.
 
     Coalitions run in channels_last and in the compute dtype (autocast's, else the model's), as `mask_patches` writes
@@ -53,13 +53,13 @@ class PixelRemoval:
 
     Raises:
         UnsupportedModelError: for a network without a feature map, global average pooling or a linear classifier, or,
-            with "feature", a family whose stem is not known.
+            with "stem", a family whose stem is not known.
     """
 
     packs = False
 
     def __init__(
-        self, backbone: nn.Module, votes: bool, input_size: tuple[int, int, int], removal: str = "pixel"
+        self, backbone: nn.Module, votes: bool, input_size: tuple[int, int, int], removal: str = "cell"
     ) -> None:
         check_choice("removal", removal, REMOVALS)
         self.backbone: Any = backbone
@@ -74,7 +74,7 @@ class PixelRemoval:
                 f"The feature grid {self.grid} does not divide the image size {input_size[1:]}, so a cell has no patch "
                 "of pixels of its own. Choose an image size that is a multiple of the network's reduction."
             )
-        self.split = split_at_stem(backbone, input_size, self.grid) if removal == "feature" else None
+        self.split = split_at_stem(backbone, input_size, self.grid) if removal == "stem" else None
         is_classified, is_average = _probe_head(self.backbone, features)
         check_votes(self.backbone, votes, is_classified)
         averages_linearly = is_classified and is_average

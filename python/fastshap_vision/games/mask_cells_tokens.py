@@ -1,4 +1,4 @@
-"""Models that end in tokens play by pixel removal: absent patches' pixels are 0, and every token stays.
+"""Models that end in tokens: absent patches' pixels are 0, and every token stays.
 
 That reaches transformers whose tokens can't be dropped: windows (Swin), hybrid stems, pooling between the stages,
 mixers.
@@ -24,7 +24,7 @@ from .probe import empty_image_value, is_close, perturbed, probe_output
 from .readout import check_votes, linear_classifier, mean_patch, vote
 
 
-class TokenPixelRemoval:
+class TokenCellRemoval:
     """The game of a model that ends in tokens (N, Q + P, L) or in a feature map (N, h, w, L): its cells are players.
 
     Images are expected after normalisation, so 0 is the mean colour. What v(S) reads depends on the model:

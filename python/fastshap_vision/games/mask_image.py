@@ -1,4 +1,4 @@
-"""Any timm model on whole masked images: what RISE, FastSHAP and ViaSHAP play, and what grey patches mean to most."""
+"""Any timm model on whole masked images: as in RISE, FastSHAP and ViaSHAP, and what grey patches mean to most."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from .base import UnsupportedModelError
-from .mask_cells_cnn import PixelRemoval
-from .mask_cells_tokens import TokenPixelRemoval
+from .mask_cells_cnn import CellRemoval
+from .mask_cells_tokens import TokenCellRemoval
 from .probe import empty_image_value
 
 
 class _WholeImage:
     """v_x(S) is the model's output on the image with absent patches' pixels at 0, absent cells and all.
 
-    So v(∅) is its output on an image of zeros, and `metrics.PixelGame` with the mean colour is the same game. With
-    "pixel" the same image is masked, and what the model makes of the absent cells is left out.
+    So v(∅) is its output on an image of zeros, and `fv.MaskedImageGame` with the mean colour is the same game. With
+    "cell" the same image is masked, and what the model makes of the absent cells is left out.
     """
 
     backbone: Any
@@ -25,8 +25,8 @@ class _WholeImage:
     def __init__(self, backbone: nn.Module, votes: bool, input_size: tuple[int, int, int]) -> None:
         if votes:
             raise UnsupportedModelError(
-                "Argument `head` can't be 'votes' with removal='image', where absent patches have their say too. Use "
-                "head='shares', or removal='pixel'."
+                "Argument `head` can't be 'votes' with removal='pixel', where absent patches act too. Use "
+                "head='shares', or removal='cell'."
             )
         super().__init__(backbone, votes, input_size)  # type: ignore[call-arg]
         self.patches_vote = False
@@ -40,9 +40,9 @@ class _WholeImage:
         return self.backbone.forward_head(output).unflatten(0, bits.shape[:2])
 
 
-class WholeImageCells(_WholeImage, PixelRemoval):
+class WholeImageCells(_WholeImage, CellRemoval):
     """Of a convolutional network."""
 
 
-class WholeImageTokens(_WholeImage, TokenPixelRemoval):
+class WholeImageTokens(_WholeImage, TokenCellRemoval):
     """Of a model that ends in tokens."""

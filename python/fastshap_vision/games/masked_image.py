@@ -18,7 +18,7 @@ BASELINES = ("mean", "black", "blur")
 _BLUR_SIZE, _BLUR_DEVIATION = 11, 5.0
 
 
-class PixelGame(nn.Module):
+class MaskedImageGame(nn.Module):
     """The game v_x(S) = model(x with the patches outside S replaced by a baseline).
 
     Args:
@@ -58,23 +58,25 @@ class PixelGame(nn.Module):
         check_choice("link", link, tuple(LINKS))
         self.link = link
         if not isinstance(grid, tuple | list) or len(grid) != 2:
-            fail("PixelGame", "grid", "two positive whole numbers (h, w)", grid)
-        rows, columns = (check_count("PixelGame", "grid", side, 1, 4096) for side in grid)
+            fail("MaskedImageGame", "grid", "two positive whole numbers (h, w)", grid)
+        rows, columns = (check_count("MaskedImageGame", "grid", side, 1, 4096) for side in grid)
         if not callable(model):
-            fail("PixelGame", "model", "a module or a function of images (B, C, H, W)", model)
+            fail("MaskedImageGame", "model", "a module or a function of images (B, C, H, W)", model)
         self.model = model
         self.grid, self.players = (rows, columns), rows * columns
-        self.batch = check_count("PixelGame", "batch", batch, 1, 2**31 - 1)
+        self.batch = check_count("MaskedImageGame", "batch", batch, 1, 2**31 - 1)
         self.blurs = False
         colours = [None if n is None else _numbers(name, n) for name, n in (("mean", mean), ("std", std))]
         self.fixed: Tensor | None
         self.register_buffer("fixed", None, persistent=False)
         if isinstance(baseline, Tensor):
             shape = "(C,), (1, C, H, W) or (B, C, H, W)"
-            check_tensor("PixelGame", "baseline", baseline, shape, baseline.ndim if baseline.ndim in (1, 4) else 1)
+            check_tensor(
+                "MaskedImageGame", "baseline", baseline, shape, baseline.ndim if baseline.ndim in (1, 4) else 1
+            )
             self.fixed = baseline
         elif not isinstance(baseline, str) or baseline not in BASELINES:
-            fail("PixelGame", "baseline", f"one of {', '.join(map(repr, BASELINES))} or a tensor", baseline)
+            fail("MaskedImageGame", "baseline", f"one of {', '.join(map(repr, BASELINES))} or a tensor", baseline)
         elif baseline == "black":
             self.fixed = _black(*colours)
         else:
@@ -99,10 +101,10 @@ class PixelGame(nn.Module):
 
         Deterministic: as the model is.
         """
-        check_tensor("PixelGame", "images", images, "(B, C, H, W)", 4)
-        bits = check_bits("PixelGame", bits, self.players).to(images.device)
+        check_tensor("MaskedImageGame", "images", images, "(B, C, H, W)", 4)
+        bits = check_bits("MaskedImageGame", bits, self.players).to(images.device)
         if len(bits) != len(images) or bits.numel() == 0:
-            fail("PixelGame", "bits", f"({len(images)}, M, W), at least one coalition of one image", bits)
+            fail("MaskedImageGame", "bits", f"({len(images)}, M, W), at least one coalition of one image", bits)
         baseline = self._baseline(images)
         coalitions = bits.shape[1]
         owners = torch.arange(len(images), device=images.device).repeat_interleave(coalitions)
@@ -111,7 +113,9 @@ class PixelGame(nn.Module):
             absent = baseline[owner] if isinstance(baseline, Tensor) and baseline.ndim == 4 else baseline
             logits = self.model(mask_patches(images[owner], part.unsqueeze(1), self.grid, absent))
             if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(part):
-                fail("PixelGame", "model", f"a function from {len(part)} images to logits ({len(part)}, K)", logits)
+                fail(
+                    "MaskedImageGame", "model", f"a function from {len(part)} images to logits ({len(part)}, K)", logits
+                )
             parts.append(logits)
         return torch.cat(parts).unflatten(0, (len(images), coalitions))
 
@@ -129,16 +133,16 @@ class PixelGame(nn.Module):
             return fixed[0]
         if fixed.shape != shape:
             expected = f"for {shape[1]} channels: ({shape[1]},), {(1, *shape[1:])} or {shape}"
-            fail("PixelGame", "baseline", expected, fixed, 'Of "black", `mean` and `std` have the channels.')
+            fail("MaskedImageGame", "baseline", expected, fixed, 'Of "black", `mean` and `std` have the channels.')
         return fixed
 
 
 def _black(mean: Tensor | None, std: Tensor | None) -> Tensor:
     """(C,): what normalisation makes of black."""
     if mean is None or std is None:
-        fail("PixelGame", "mean", 'given, and `std` too, for baseline="black"', mean)
+        fail("MaskedImageGame", "mean", 'given, and `std` too, for baseline="black"', mean)
     if mean.shape != std.shape or not bool((std > 0).all()):
-        fail("PixelGame", "std", "as many positive numbers as `mean` has", std)
+        fail("MaskedImageGame", "std", "as many positive numbers as `mean` has", std)
     return -mean / std
 
 
@@ -147,9 +151,9 @@ def _numbers(argument: str, numbers: Sequence[float]) -> Tensor:
     try:
         channels = torch.as_tensor(numbers, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):
-        fail("PixelGame", argument, "a number for each channel", numbers)
+        fail("MaskedImageGame", argument, "a number for each channel", numbers)
     if channels.ndim != 1 or not channels.isfinite().all():
-        fail("PixelGame", argument, "a finite number for each channel", numbers)
+        fail("MaskedImageGame", argument, "a finite number for each channel", numbers)
     return channels
 
 

@@ -45,8 +45,8 @@ class SplitNetwork:
         parts = _FAMILIES.get(type(backbone))
         if parts is None:
             raise UnsupportedModelError(
-                f"Argument `removal` can't be 'feature' for {type(backbone).__name__}: its stem is not known. "
-                f"Supported: timm's {', '.join(family.__name__ for family in _FAMILIES)}. Use removal='pixel'."
+                f"Argument `removal` can't be 'stem' for {type(backbone).__name__}: its stem is not known. "
+                f"Supported: timm's {', '.join(family.__name__ for family in _FAMILIES)}. Use removal='cell'."
             )
         self.backbone: Any = backbone
         self.parts = parts
@@ -87,12 +87,12 @@ def split_at_stem(backbone: nn.Module, input_size: tuple[int, int, int], grid: t
         if height % grid[0] or width % grid[1]:
             raise UnsupportedModelError(
                 f"The feature grid {grid} does not divide the stem's output ({height}, {width}), so a cell has no part "
-                "of it. Choose an image size that is a multiple of the network's reduction, or removal='pixel'."
+                "of it. Choose an image size that is a multiple of the network's reduction, or removal='cell'."
             )
         expected = split.backbone.forward_features(images)
         if not is_close(split.behind_stem(stem_map), expected):
             raise UnsupportedModelError(
                 f"This {type(backbone).__name__}'s forward_features is more than its stem and stages, so "
-                "removal='feature' would play another network's game. Use removal='pixel'."
+                "removal='stem' would be another network's game. Use removal='cell'."
             )
     return split

@@ -67,7 +67,7 @@ def check_supported(backbone: Any, block_problems: list[str]) -> None:
         problems.append("num_classes=0 (a classifier is needed to explain)")
     if problems:
         raise UnsupportedModelError(
-            f"This {type(backbone).__name__} can't play by token dropping: it has {'; '.join(problems)}.",
+            f"This {type(backbone).__name__} can't drop tokens: it has {'; '.join(problems)}.",
             "Create it without these options, or choose another model.",
         )
     with torch.no_grad(), perturbed(backbone):

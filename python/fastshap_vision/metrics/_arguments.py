@@ -16,7 +16,7 @@ from .._runtime.precision import at_least_float32
 
 
 class Game(Protocol):
-    """The game v_x(S): a `SelfExplainingClassifier`, an `AmortizedExplainer`, a `PixelGame`, or anything like them.
+    """The game v_x(S): a `SelfExplainingClassifier`, a `FastSHAPExplainer`, a `MaskedImageGame`, or anything like them.
 
     Its attribute `link` says what v is: "logit" (also where it has none), "probability" or "log_probability".
     """

@@ -1,4 +1,4 @@
-"""The published removal tests by name: which game they play, and which scores they report."""
+"""The published removal tests by name: which game they use, and which scores they report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from fastshap_kernels._checks import fail
 
 from .._checks import check_choice
-from ..games.masked_image import PixelGame
+from ..games.masked_image import MaskedImageGame
 from .removal import deletion, insertion, perturbation_test
 from .score import Score
 
@@ -72,13 +72,13 @@ def protocol_scores(
         if grid is None:
             fail("protocol_scores", "grid", "(h, w) for a model that has none of its own", grid)
         if protocol == "chefer2021":
-            game = PixelGame(model, grid, "black", mean=mean, std=std, batch=batch)
+            game = MaskedImageGame(model, grid, "black", mean=mean, std=std, batch=batch)
             return {
                 name: perturbation_test(game, images, attributions, target, name == "positive")
                 for name in ("positive", "negative")
             }
-        removed = PixelGame(model, grid, "mean", batch=batch)
-        inserted = PixelGame(model, grid, "blur", batch=batch)
+        removed = MaskedImageGame(model, grid, "mean", batch=batch)
+        inserted = MaskedImageGame(model, grid, "blur", batch=batch)
     scores = {
         "insertion": insertion(inserted, images, attributions, target),
         "deletion": deletion(removed, images, attributions, target),

@@ -133,7 +133,7 @@ def removal_curve(
     row by row from the top left, which is an order like any other and not a neutral one.
 
     Args:
-        game: a `SelfExplainingClassifier`, a `PixelGame`, or anything with their `players` and `coalition_values`.
+        game: a `SelfExplainingClassifier`, a `MaskedImageGame`, or another with `players` and `coalition_values`.
         images (floating point): (B, C, H, W), normalised as the game expects them.
         attributions (floating point): (B, P) of the target, larger = more important.
         target: the class followed: None for the one the game predicts from the whole image, an int, or (B,) classes.

@@ -70,7 +70,7 @@ def sensitivity_n(
     rounding: they count as equal.
 
     Args:
-        game: a `SelfExplainingClassifier`, a `PixelGame`, or anything with their `players` and `coalition_values`.
+        game: a `SelfExplainingClassifier`, a `MaskedImageGame`, or another with `players` and `coalition_values`.
         images (floating point): (B, C, H, W), normalised as the game expects them.
         attributions (floating point): (B, P) of the target, larger = more important.
         target: None for the class that the game predicts from the whole image, an int, or (B,) classes.

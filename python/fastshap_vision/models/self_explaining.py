@@ -83,12 +83,12 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
         backbone_gradient: γ in [0, 1], how much of the regression's gradient goes on into the encoder. Default 0 with
             shares: the encoder trains as if nothing were explained (with μ = 0 in `fit`, to the same bits); 1 with
             votes, which are the classifier's.
-        removal: how a patch that is not in a coalition is removed: "drop", its token is taken out of the sequence
+        removal: how a patch that is not in a coalition is removed: "token", its token is taken out of the sequence
             (VisionTransformer and Eva models; where packing does not know their blocks, by attention masks);
-            "pixel", its pixels become 0, and where the model averages its patches, present ones alone count;
-            "feature", the same with what a convolutional network's stem makes of it; "image", its pixels become 0,
+            "cell", its pixels become 0, and where the model averages its patches, present ones alone count;
+            "stem", the same with what a convolutional network's stem makes of it; "pixel", its pixels become 0,
             and the model sees the masked image as any other (of the shares head only).
-            Default "drop" where the model can, else "pixel"; the log says so once where that is slower.
+            Default "token" where the model can, else "cell"; the log says so once where that is slower.
         pretrained: load timm's weights (needs the network or timm's cache).
         model_kwargs: further JSON-able arguments of `timm.create_model`.
         preprocessing: how `explain` makes pictures to inputs, a `Preprocessing` or its dict; default timm's mean, std
@@ -107,7 +107,7 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
     computes in half precision or under autocast: rounded to it, their sum would miss the logits.
 
     Raises:
-        UnsupportedModelError: for a family that can't play; the message names what is supported.
+        UnsupportedModelError: for a family that has no game; the message names what is supported.
         ValueError: for arguments out of range, an image size that the backbone can't take, or `model_kwargs` that JSON
             can't hold.
 
@@ -168,10 +168,10 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
 
     def _add_shares(self, head_depth: int, intermediates: bool) -> None:
         """The layers that explain, in the dtype and on the device of the backbone."""
-        if intermediates and self.removal == "feature":
+        if intermediates and self.removal == "stem":
             raise ValueError(
-                "Argument `intermediates` can't be True with removal='feature', which runs the network in parts. "
-                "Use removal='pixel'."
+                "Argument `intermediates` can't be True with removal='stem', which runs the network in parts. "
+                "Use removal='cell'."
             )
         if intermediates:
             self.game.intermediate_widths = probe_widths(self.game)
@@ -626,7 +626,7 @@ def convert(
             `SelfExplainingClassifier`.
 
     Raises:
-        UnsupportedModelError: for a model that timm did not make, or a family that can't play.
+        UnsupportedModelError: for a model that timm did not make, or a family that has no game.
         ValueError: for an image size that the model can't take, or a model made from arguments that can't be saved.
     """
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")

@@ -18,7 +18,7 @@ class ObjectiveTerms(NamedTuple):
     task: Tensor | None = None
     regression: Tensor | None = None  # R, in the unit that `error` says
     masked_task: Tensor | None = None
-    r2: Tensor | None = None  # share of the coalition values' variance that φ explains; NaN where they don't vary
+    value_r2: Tensor | None = None  # share of the coalition values' variance that φ explains; NaN where they don't vary
     spread: Tensor | None = None  # standard deviation of the coalition values; near 0 the game has collapsed
 
 
@@ -46,7 +46,7 @@ def in_unit(residual: Tensor, unit: Tensor, values: Tensor) -> Tensor:
 
 
 def explained_share(residual: Tensor, values: Tensor) -> Tensor:
-    """r2, the share of the variance of v(S), (B, M, K), that is explained; NaN where they vary by rounding only."""
+    """value_r2, the explained share of the variance of v(S), (B, M, K); NaN where they vary by rounding only."""
     variance = variance_of(values)
     return 1 - residual / variance.masked_fill(_is_rounding(variance, values), math.nan)
 

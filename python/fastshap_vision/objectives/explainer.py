@@ -13,7 +13,7 @@ from .base import ObjectiveTerms, even_split_error, explained_share, in_unit
 
 
 class ExplainerObjective:
-    """R on games that were played before: trains the shares and the blocks before them, and nothing else.
+    """R on recorded coalitions: trains the shares and the blocks before them, and nothing else.
 
     R = mean over B, M, K of (v(S) − v(∅) − Σ_{p∈S} Φ_p)², divided by what the even split (f − v(∅))/P leaves (where
     that is no more than the values' rounding, the game is constant, and R is not divided). The encoder runs in
@@ -31,40 +31,40 @@ class ExplainerObjective:
         self.progress = 1.0
 
     def __call__(
-        self, model: SelfExplainingClassifier, images: Tensor, played: Sequence[Tensor] | Tensor
+        self, model: SelfExplainingClassifier, images: Tensor, recorded: Sequence[Tensor] | Tensor
     ) -> ObjectiveTerms:
         """The loss of one batch.
 
         Args:
-            model: with the shares head; it played the games.
+            model: with the shares head; its coalitions were recorded.
             images: (B, C, H, W).
-            played: labels, which have no part in it; bits, int32 (B, M, W); values, (B, M, K).
+            recorded: labels, which have no part in it; bits, int32 (B, M, W); values, (B, M, K).
 
         Returns:
-            the terms of the loss: regression and r2, the share of the variance of these v(S) that is explained. The
-            best values leave what is not additive in the game: this r2 says nothing of how near they are to it.
+            the terms of the loss: regression and value_r2, the explained share of the variance of these v(S). The best
+            values leave what is not additive in the game: value_r2 says nothing of how near they are to it.
 
         Raises:
-            ValueError: for a model with another head, or data that `play` did not make.
+            ValueError: for a model with another head, or data that `record_coalitions` did not make.
         """
         if getattr(model, "head", None) != "shares":
             raise ValueError(
                 "ExplainerObjective trains the shares of a model that stays as it is, but this one has none. Use "
                 "fv.convert(timm_model)."
             )
-        if not isinstance(played, (tuple, list)) or len(played) != 3:
+        if not isinstance(recorded, (tuple, list)) or len(recorded) != 3:
             raise ValueError(
-                "ExplainerObjective learns from games that were played before, but it was given labels. Pass "
-                "fv.play(model, data) to fit in place of the data."
+                "ExplainerObjective learns from recorded coalitions, but it was given labels. Pass "
+                "fv.record_coalitions(model, data) to fit in place of the data."
             )
-        _, bits, values = played
+        _, bits, values = recorded
         with evaluating(model):
             features, logits = model.game.features_and_logits(images)
             null = model.null_value()
         residual = model.regression_loss(features, logits, bits, values.to(logits.dtype), null)
         regression = in_unit(residual, even_split_error(values, logits, null, bits, model.players), values)
-        r2 = explained_share(residual.detach(), values)
-        return ObjectiveTerms(regression, regression=regression.detach(), r2=r2)
+        explained = explained_share(residual.detach(), values)
+        return ObjectiveTerms(regression, regression=regression.detach(), value_r2=explained)
 
     def state_dict(self) -> dict[str, Any]:
         return {}

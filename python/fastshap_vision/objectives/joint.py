@@ -23,7 +23,7 @@ TARGETS = ("detached", "live")
 ERRORS = ("uniform", "variance", "raw")
 
 
-class ShapleyObjective(CoalitionObjective):
+class JointObjective(CoalitionObjective):
     """task(f(x), y) + λ · R + μ · task(f(x_S), y), with one joint forward pass a step.
 
     R = mean over B, M, K of (v(S) − v(∅) − Σ_{p∈S} Φ_p)², divided by what `error` says. No (B, P, K) tensor exists.
@@ -48,7 +48,7 @@ class ShapleyObjective(CoalitionObjective):
         masked_task_ramp: the same for μ.
         target_precision: of v(S) where no gradient flows back through it (a detached target, and μ = 0): "auto",
             bfloat16 autocast for a float32 model on a GPU, else "same", the task's own; "bf16"; "fp8", 8-bit products
-            in a transformer's blocks; see `fastshap_vision.precision`. With μ > 0 or a live target, v(S) and the task
+            in a transformer's blocks; see `_runtime.precision.lowered`. With μ > 0 or a live target, v(S) and the task
             are one pass, of one precision.
         task_loss: (logits, labels) → scalar; default cross-entropy. Labels are repeated for masked images.
         seed: of the sampler.
@@ -83,16 +83,16 @@ class ShapleyObjective(CoalitionObjective):
         check_choice("target", target, TARGETS)
         check_choice("target_precision", target_precision, PRECISIONS)
         super().__init__(coalitions, paired=paired, sizes=sizes, seed=seed)
-        regression_weight = check_number("ShapleyObjective", "regression_weight", regression_weight, 0)
-        masked_task_weight = check_number("ShapleyObjective", "masked_task_weight", masked_task_weight, 0)
+        regression_weight = check_number("JointObjective", "regression_weight", regression_weight, 0)
+        masked_task_weight = check_number("JointObjective", "masked_task_weight", masked_task_weight, 0)
         if top_classes is not None:
             top_classes = check_count(
-                "ShapleyObjective", "top_classes", top_classes, 1, 2**31 - 1, "Pass None for all classes."
+                "JointObjective", "top_classes", top_classes, 1, 2**31 - 1, "Pass None for all classes."
             )
         for name, ramp in (("regression_ramp", regression_ramp), ("masked_task_ramp", masked_task_ramp)):
             ends = ramp if isinstance(ramp, (tuple, list)) and len(ramp) == 2 else (None, None)
             if not all(isinstance(end, numbers.Real) for end in ends) or not 0.0 <= ends[0] <= ends[1] <= 1.0:
-                fail("ShapleyObjective", name, "(start, end), 0 ≤ start ≤ end ≤ 1", ramp)
+                fail("JointObjective", name, "(start, end), 0 ≤ start ≤ end ≤ 1", ramp)
         self.regression_weight = regression_weight
         self.masked_task_weight = masked_task_weight
         self.regression_ramp = regression_ramp
@@ -101,60 +101,10 @@ class ShapleyObjective(CoalitionObjective):
         self.target_precision = target_precision
         self.task_loss = task_loss or nn.functional.cross_entropy
         self._without_coalitions = TaskObjective(task_loss)
-        self._needs_votes = False
-
-    @classmethod
-    def viashap(cls, alpha: float = 1.0, beta: float = 10.0, coalitions: int = 2, seed: int = 0) -> ShapleyObjective:
-        """ViaSHAP's objective, for a model with head="votes": α · MSE(Σ_p Φ_p, onehot(y)) + β · R.
-
-        R = mean over B, M, K of (f(∅) + Σ_{p∈S} Φ_p − f(x_S))², with gradients through Φ and f(x_S) alike, and
-        unpaired coalitions from the Shapley kernel. The model regresses the one-hot label and is its own game.
-
-        Where it differs from its source: an absent patch is removed as the model removes it (ViaSHAP sets its pixels
-        to 0), and absent patches do not vote, so that f(∅) = 0.
-
-        Args:
-            alpha, beta: α and β; the source takes α = 1 and β from 8 to 16.
-            coalitions: M, per image and step.
-            seed: of the sampler.
-
-        Returns:
-            the objective; labels are int64 (B,).
-
-        Raises:
-            ValueError: in a step, for a model with another head.
-
-        Source: Alkhatib et al., Prediction via Shapley Value Regression (ViaSHAP), ICML 2025.
-        """
-
-        alpha = check_number("ShapleyObjective.viashap", "alpha", alpha, 0)
-
-        def task(logits: Tensor, labels: Tensor) -> Tensor:
-            wanted = nn.functional.one_hot(labels, logits.shape[1]).to(logits.dtype)
-            return alpha * nn.functional.mse_loss(logits, wanted)
-
-        objective = cls(
-            coalitions,
-            regression_weight=check_number("ShapleyObjective.viashap", "beta", beta, 0),
-            masked_task_weight=0.0,
-            error="raw",
-            target="live",
-            paired=False,
-            regression_ramp=(0.0, 0.0),
-            task_loss=task,
-            seed=seed,
-        )
-        objective._needs_votes = True
-        return objective
 
     # A compiled step is one call of `terms`, with everything that changes from step to step among its arguments.
     def __call__(self, model: SelfExplainingClassifier, images: Tensor, labels: Tensor) -> ObjectiveTerms:
         """The loss of one batch: images (B, C, H, W), labels as `task_loss` takes them, first dimension B."""
-        if self._needs_votes and model.head != "votes":
-            raise ValueError(
-                f"ViaSHAP's objective regresses votes, but the model has head={model.head!r}. Create it with "
-                "head='votes'."
-            )
         regression_weight = self.regression_weight * self._rise(self.regression_ramp)
         masked_task_weight = self.masked_task_weight * self._rise(self.masked_task_ramp)
         if regression_weight == masked_task_weight == 0:
@@ -178,7 +128,7 @@ class ShapleyObjective(CoalitionObjective):
         """The loss of one batch and given coalitions: a pure function, which `torch.compile` takes whole.
 
         Args:
-            model: plays the game.
+            model: whose coalitions are evaluated.
             images, labels: as in a call of the objective.
             bits (int32): (B, M, W) coalitions, complements where the objective is `paired` and M even.
             regression_weight: λ; a tensor where it changes from step to step, so that nothing is compiled anew.
@@ -217,8 +167,8 @@ class ShapleyObjective(CoalitionObjective):
             masked_task = self.task_loss(values.flatten(0, 1), labels.repeat_interleave(self.coalitions, 0))
             loss = loss + masked_task_weight * masked_task
             masked_task = masked_task.detach()
-        r2 = explained_share(residual.detach(), regressed)
-        return ObjectiveTerms(loss, task.detach(), regression.detach(), masked_task, r2, variance.sqrt())
+        explained = explained_share(residual.detach(), regressed)
+        return ObjectiveTerms(loss, task.detach(), regression.detach(), masked_task, explained, variance.sqrt())
 
     def compile(self, **options: Any) -> None:
         """Compiles the step in place, as `nn.Module.compile` does; `options` are those of `torch.compile`.

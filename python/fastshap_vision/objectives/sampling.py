@@ -1,4 +1,4 @@
-"""What the objectives that play on random coalitions share: the draw of each step, and the values of what was drawn."""
+"""What the objectives that draw random coalitions share: the draw of each step, and the values of what was drawn."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from fastshap_kernels._checks import check_count, describe, fail
 
 from .._modes import evaluation_mode
-from ..data.recorded import PlayedGames
+from ..data.recorded import RecordedCoalitions
 from ..models.self_explaining import SelfExplainingClassifier
 
 _MOST = 2**31 - 1
@@ -46,7 +46,7 @@ def evaluate(
 
     Args:
         model: takes images and returns logits (B, K); in eval mode for the while.
-        data: a dataset of (image, label), or what `play` returned.
+        data: a dataset of (image, label), or what `record_coalitions` returned.
         batch_size: images a step (and process).
         workers: processes that load data.
         accelerator: spreads the work over its processes, in its precision; without one the model's device is used.
@@ -59,7 +59,7 @@ def evaluate(
     check_count("evaluate", "batch_size", batch_size, 1, _MOST)
     check_count("evaluate", "workers", workers, 0, _MOST)
     check_data(model, data, "evaluate", "data")
-    data = data.data if isinstance(data, PlayedGames) else data
+    data = data.data if isinstance(data, RecordedCoalitions) else data
     # A generator of its own: the loader draws a seed for its workers, and the process's generator stays as it was.
     loader = DataLoader(data, batch_size, num_workers=workers, collate_fn=Batch(), generator=torch.Generator())
     if accelerator is not None:

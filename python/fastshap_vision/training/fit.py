@@ -1,7 +1,7 @@
 """Training: one loop for every model and objective.
 
 Devices, precision and processes are accelerate's, optimisers and schedules timm's. What is ours: exact resume, a log
-of the objective's terms, and a stop with a clear error when a run can come to nothing.
+of the objective's terms, and a stop with a clear error when a run is lost.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from fastshap_kernels._checks import describe
 
 from .._modes import evaluation_mode
-from ..data.recorded import PlayedGames
+from ..data.recorded import RecordedCoalitions
 from ..images.preprocessing import Preprocessing
 from ..models.self_explaining import SelfExplainingClassifier
 from ..objectives.explainer import ExplainerObjective
@@ -49,8 +49,8 @@ class FitResult:
 
     Args:
         history: one dict an epoch: epoch, lr, the means of the objective's terms (None where there is none),
-            eval_loss, eval_accuracy (percent; None without eval_data), eval_r2 (of eval_data that was played, as r2 is
-            of the games trained on), seconds.
+            eval_loss, eval_accuracy (percent; None without eval_data), eval_value_r2 (of recorded
+            eval_data, as value_r2 is of train_data), seconds.
         seconds: of all epochs, those before a resume too.
         accuracy, best_accuracy: of the last epoch and of the best, percent; None without eval_data.
         checkpoint: the last checkpoint's folder; None without output.
@@ -90,9 +90,9 @@ def fit(
 
     Args:
         model: takes images and returns logits (B, K); it is trained in place.
-        train_data, eval_data: datasets of (image, label), or what `play` returned; of the latter eval_r2 is known.
-            Labels of eval_data are as in `evaluate`. The `preprocessing` of train_data, if it has one for the model's
-            input size, becomes the model's.
+        train_data, eval_data: datasets of (image, label), or what `record_coalitions` returned, for which eval_value_r2
+            is known. Labels of eval_data are as in `evaluate`. The `preprocessing` of train_data, if it has one for the
+            model's input size, becomes the model's.
         objective: called as objective(model, images, labels), it returns the terms of the loss; `.progress`, the
             share of the training that is done, is set before each step. What it holds in its `state_dict` (tensors,
             numbers, words, lists, tuples, dicts) is part of a checkpoint.
@@ -150,9 +150,9 @@ def fit(
         if eval_data is not None:
             check_data(model, eval_data, "fit", "eval_data")
         run = _Run(model, train_data, objective, settings)
-        for games in (train_data, eval_data):
-            if isinstance(games, PlayedGames) and isinstance(model, SelfExplainingClassifier):
-                games.check(model)
+        for recorded in (train_data, eval_data):
+            if isinstance(recorded, RecordedCoalitions) and isinstance(model, SelfExplainingClassifier):
+                recorded.check(model)
         checkpoints = Checkpoints(
             output, run.accelerator, run.settings, model=model, optimizer=run.optimizer, objective=objective
         )
@@ -205,10 +205,10 @@ class _Run:
 
     def __init__(self, model: nn.Module, data: Dataset, objective: Any, settings: dict[str, Any]) -> None:
         check_data(model, data, "fit", "train_data", settings["mixed_precision"])
-        if isinstance(data, PlayedGames) and isinstance(objective, (TaskObjective, CoalitionObjective)):
+        if isinstance(data, RecordedCoalitions) and isinstance(objective, (TaskObjective, CoalitionObjective)):
             raise ValueError(
-                f"fit: {type(objective).__name__} learns from labelled images, but train_data are games that were "
-                "played. Pass the images, or use ExplainerObjective."
+                f"fit: {type(objective).__name__} learns from labelled images, but train_data are recorded "
+                "coalitions. Pass the images, or use ExplainerObjective."
             )
         self.accelerator = Accelerator(
             mixed_precision=settings["mixed_precision"],
@@ -280,7 +280,7 @@ class _Run:
                 raise ValueError(
                     "fit: the objective's loss depends on none of the model's trainable parameters. Unfreeze those "
                     "that it trains (requires_grad_); or, to train the layers that explain beside a frozen backbone, "
-                    "pass ShapleyObjective(regression_ramp=(0, 0)), whose regression counts from the first step on."
+                    "pass JointObjective(regression_ramp=(0, 0)), whose regression counts from the first step on."
                 )
             self.accelerator.backward(terms["loss"])
             if self.settings["clip_grad"] is not None:
@@ -296,7 +296,7 @@ class _Run:
             **reader.means(self.accelerator),
             "eval_loss": None,
             "eval_accuracy": None,
-            "eval_r2": None,
+            "eval_value_r2": None,
             "seconds": time.perf_counter() - start,
         }
 
@@ -309,20 +309,20 @@ class _Run:
             workers=self.settings["workers"],
             accelerator=self.accelerator,
         )
-        found = self._r2(data) if isinstance(data, PlayedGames) else None
-        return {"eval_loss": loss, "eval_accuracy": accuracy, "eval_r2": found}
+        found = self._value_r2(data) if isinstance(data, RecordedCoalitions) else None
+        return {"eval_loss": loss, "eval_accuracy": accuracy, "eval_value_r2": found}
 
     @torch.no_grad()
-    def _r2(self, games: PlayedGames) -> float | None:
-        """The objective's r2 on games that were held out."""
+    def _value_r2(self, recorded: RecordedCoalitions) -> float | None:
+        """The objective's value_r2 on coalitions that were held out."""
         if not isinstance(self.objective, ExplainerObjective):
             return None
         model: Any = self.model
         device, found = self.accelerator.device, []
         with evaluation_mode(model), self.accelerator.autocast():
-            for images, played in DataLoader(games, self.settings["batch_size"], num_workers=self.settings["workers"]):
-                terms: Any = self.objective(model, images.to(device), [part.to(device) for part in played])
-                found.append(terms.r2.expand(len(images)))
+            for images, rows in DataLoader(recorded, self.settings["batch_size"], num_workers=self.settings["workers"]):
+                terms: Any = self.objective(model, images.to(device), [part.to(device) for part in rows])
+                found.append(terms.value_r2.expand(len(images)))
         mean = float(torch.cat(found).nanmean())
         return None if math.isnan(mean) else mean
 
@@ -349,17 +349,17 @@ def _prepare_step(model: Any, objective: Any, settings: dict[str, Any]) -> None:
         if not hasattr(objective, "compile"):
             raise ValueError(
                 f"fit: argument `compile` needs an objective with compile, and {type(objective).__name__} has none. "
-                "Leave it out, or use ShapleyObjective or TaskObjective."
+                "Leave it out, or use JointObjective or TaskObjective."
             )
         # Shapes are those of full batches; a size seen for the first time gets a program of its own.
         objective.compile(dynamic=False)
 
 
 def _identity(data: Any, objective: Any) -> dict[str, Any]:
-    """What makes a run another one, beside the arguments of `fit`: the objective's own, and the games played."""
+    """What makes a run another one, beside the arguments of `fit`: the objective's own, and the coalitions recorded."""
     own = objective.settings if isinstance(objective, CoalitionObjective) else {}
     found = {f"objective.{name}": value for name, value in own.items()}
-    return found | ({"games": data.digest} if isinstance(data, PlayedGames) else {})
+    return found | ({"recorded": data.digest} if isinstance(data, RecordedCoalitions) else {})
 
 
 def _epoch_seed(seed: int, epoch: int, process: int) -> int:

@@ -10,12 +10,12 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-TERMS = ("loss", "task", "regression", "masked_task", "r2", "spread")
+TERMS = ("loss", "task", "regression", "masked_task", "value_r2", "spread")
 
 # The host reads the terms this often: seldom enough that the device never waits, often enough to stop a lost run.
 STEPS_BETWEEN_READS = 100
 
-# A game whose values vary this much less than in the run's best epoch, for so many epochs, is played no more.
+# A game whose values vary this much less than in the run's best epoch, for so many epochs, has collapsed.
 COLLAPSED_SPREAD = 0.01
 COLLAPSED_EPOCHS = 3
 # Values that still differ by under a thousandth of a logit after this many epochs leave nothing to explain.
@@ -77,7 +77,8 @@ class TermReader:
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:
     """One epoch in a log."""
-    shown = {"loss": ".4f", "r2": ".3f", "eval_r2": ".3f", "eval_loss": ".4f", "eval_accuracy": ".2f", "seconds": ".1f"}
+    shown = {"loss": ".4f", "value_r2": ".3f", "eval_value_r2": ".3f", "eval_loss": ".4f", "eval_accuracy": ".2f"}
+    shown["seconds"] = ".1f"
     values = [f"{name} {row[name]:{form}}" for name, form in shown.items() if row[name] is not None]
     return f"epoch {row['epoch']}/{epochs}: {', '.join(values)}"
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..games.mask_cells_cnn import PixelRemoval
+from ..games.mask_cells_cnn import CellRemoval
 from ..models.self_explaining import SelfExplainingClassifier
 
 #: Of `fv.convert`.
 MODEL: dict[str, Any] = {"head_depth": 2, "intermediates": True}
-#: Of `fv.play`: M of each image, and of its mirror image.
+#: Of `fv.record_coalitions`: M of each image, and of its mirror image.
 COALITIONS = 64
 #: Of `fv.fit`. The epochs are passes over the images and their mirror images.
 TRAINING: dict[str, Any] = {
@@ -33,7 +33,7 @@ def training(model: SelfExplainingClassifier, mirrored: bool = True) -> dict[str
 
     Args:
         model: the self-explaining model.
-        mirrored: whether the games are those of `WithMirrorImages`.
+        mirrored: whether the coalitions are those of `WithMirrorImages`.
     """
-    found = TRAINING | (CONVOLUTIONAL if isinstance(model.game, PixelRemoval) else {})
+    found = TRAINING | (CONVOLUTIONAL if isinstance(model.game, CellRemoval) else {})
     return found if mirrored else found | {"epochs": 2 * found["epochs"]}

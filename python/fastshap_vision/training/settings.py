@@ -50,7 +50,7 @@ def check_kinds(model: object, objective: object, output: object) -> None:
             "objective",
             "an objective: called as objective(model, images, labels), with state_dict and load_state_dict",
             objective,
-            "Use fv.ShapleyObjective() or fv.TaskObjective().",
+            "Use fv.JointObjective() or fv.TaskObjective().",
         )
     if output is not None and not isinstance(output, (str, os.PathLike)):
         fail("fit", "output", "the path of a folder, or None", output)

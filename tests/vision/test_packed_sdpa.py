@@ -67,8 +67,8 @@ def model(**options):
 @pytest.mark.parametrize(
     ("objective", "rows"),
     [
-        (fv.ShapleyObjective(coalitions=2, masked_task_weight=1.0), [16, 16]),  # the blocks before the shares
-        (fv.ShapleyObjective(coalitions=2), [17, 16, 16]),
+        (fv.JointObjective(coalitions=2, masked_task_weight=1.0), [16, 16]),  # the blocks before the shares
+        (fv.JointObjective(coalitions=2), [17, 16, 16]),
         (fv.TaskObjective(), [17]),
     ],
     ids=["joint", "v(S) without gradient", "task"],
@@ -87,11 +87,11 @@ def test_explanations_do_not(generator, served):
 
 
 @pytest.mark.parametrize("masked_task_weight", [0.0, 1.0])
-@pytest.mark.parametrize("kind", [fv.TaskObjective, fv.ShapleyObjective])
+@pytest.mark.parametrize("kind", [fv.TaskObjective, fv.JointObjective])
 def test_checkpointed_blocks_keep_their_attention(generator, served, kind, masked_task_weight):
     """What is computed again must be what was computed."""
     options = {"coalitions": 2, "regression_ramp": (0.0, 0.0), "masked_task_weight": masked_task_weight}
-    objective = kind(**options) if kind is fv.ShapleyObjective else kind()
+    objective = kind(**options) if kind is fv.JointObjective else kind()
     checkpointed = model(head_depth=0)
     checkpointed.set_grad_checkpointing()
     with torch.autocast("cpu", torch.bfloat16):

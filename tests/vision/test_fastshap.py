@@ -60,12 +60,12 @@ def teacher():
 @pytest.fixture(scope="module")
 def surrogate(teacher):
     game = fv.convert(copy.deepcopy(teacher), head_depth=0)
-    return trained(game, fv.SurrogateObjective(teacher, coalitions=2), 15)
+    return trained(game, fv.baselines.SurrogateObjective(teacher, coalitions=2), 15)
 
 
 def explainer(kind="class token", link="probability", **options):
     """With weights far from the initialisation, in float64."""
-    model = fv.AmortizedExplainer(fv.convert(create(kind), **options), create(kind), link)
+    model = fv.baselines.FastSHAPExplainer(fv.convert(create(kind), **options), create(kind), link)
     nn.init.normal_(model.network.shares.weight, std=0.1)
     return model.double()
 
@@ -83,8 +83,8 @@ def divergence(teacher, game, x, bits):
 def test_the_surrogate_learns_from_the_divergence_to_the_teacher():
     teacher, game = create("class token"), fv.convert(create("average pooling"))
     teacher.head.weight.data *= 3
-    objective = fv.SurrogateObjective(teacher, coalitions=3, seed=4)
-    bits = fv.SurrogateObjective(teacher, coalitions=3, seed=4).draw(game, images()).bits
+    objective = fv.baselines.SurrogateObjective(teacher, coalitions=3, seed=4)
+    bits = fv.baselines.SurrogateObjective(teacher, coalitions=3, seed=4).draw(game, images()).bits
     assert bits.shape == (3, 3, 1)
     terms = objective(game, images(), LABELS)
     expected = divergence(teacher, game, images(), bits)
@@ -107,7 +107,7 @@ def test_training_lowers_the_divergence(teacher, surrogate):
 
 def test_every_size_is_as_likely_from_nobody_to_everybody():
     game = fv.convert(tiny())
-    objective = fv.SurrogateObjective(tiny(), coalitions=4)
+    objective = fv.baselines.SurrogateObjective(tiny(), coalitions=4)
     number = 4 * 5000
     bits = objective.draw(game, torch.zeros(number // 4, 1, SIZE, SIZE)).bits
     present = fk.unpack_bits(bits, PLAYERS).flatten(0, 1)
@@ -115,13 +115,15 @@ def test_every_size_is_as_likely_from_nobody_to_everybody():
     share = 1 / (PLAYERS + 1)
     assert ((counts / number - share).abs() < 4.5 * (share * (1 - share) / number) ** 0.5).all()
     assert ((present.double().mean(0) - 0.5).abs() < 4.5 * 0.5 / number**0.5).all()
-    kernel = fv.SurrogateObjective(tiny(), coalitions=4, sizes="shapley").draw(game, torch.zeros(50, 1, SIZE, SIZE))
+    kernel = fv.baselines.SurrogateObjective(tiny(), coalitions=4, sizes="shapley").draw(
+        game, torch.zeros(50, 1, SIZE, SIZE)
+    )
     assert torch.equal(kernel.bits, fk.sample_coalitions(50, 4, PLAYERS, seed=0, paired=False))
 
 
 def test_a_teacher_in_training_mode_is_put_in_evaluation_mode():
     teacher = tiny(drop_rate=0.5).train()
-    fv.SurrogateObjective(teacher)
+    fv.baselines.SurrogateObjective(teacher)
     assert not any(module.training for module in teacher.modules())
 
 
@@ -167,7 +169,7 @@ def test_explanations_add_up_in_their_unit(link, tmp_path):
 
 
 def test_training_starts_from_the_even_split():
-    model = fv.AmortizedExplainer(fv.convert(create("class token")), create("class token"))
+    model = fv.baselines.FastSHAPExplainer(fv.convert(create("class token")), create("class token"))
     phi, grand = model.shapley_values(images())
     assert torch.allclose(phi, ((grand - model.null_value()) / 16).unsqueeze(1).expand_as(phi))
 
@@ -176,7 +178,7 @@ def test_training_starts_from_the_even_split():
 @pytest.mark.parametrize("link", LINKS)
 def test_the_objective_is_the_regression_loss_of_the_values(link, paired):
     model, x = explainer(link=link), images().double()
-    terms = fv.AmortizedObjective(4, paired=paired, seed=5)(model, x, LABELS)
+    terms = fv.baselines.FastSHAPObjective(4, paired=paired, seed=5)(model, x, LABELS)
     bits = fk.sample_coalitions(3, 4, 16, seed=5, paired=paired)
     phi, grand = model.shapley_values(x)
     with torch.no_grad():
@@ -189,7 +191,7 @@ def test_the_objective_is_the_regression_loss_of_the_values(link, paired):
     assert torch.allclose(terms.loss, expected, rtol=1e-9)
     assert torch.equal(terms.regression, terms.loss.detach())
     variance = values.flatten(0, 1).var(0, correction=0).mean()
-    assert torch.allclose(terms.r2, 1 - expected.detach() / variance)
+    assert torch.allclose(terms.value_r2, 1 - expected.detach() / variance)
     weights = [p for p in model.parameters() if p.requires_grad]
     ours, theirs = (torch.autograd.grad(loss, weights, allow_unused=True) for loss in (terms.loss, expected))
     assert sum(gradient is not None for gradient in ours) > 10
@@ -210,9 +212,9 @@ def test_no_error_and_no_gradient_at_the_truth_of_an_additive_game():
         nn.init.zeros_(layer.bias)
     network.shares.weight.data = network.backbone.head.weight.data / 16
     x = images().double()
-    terms = fv.AmortizedObjective(8)(model, x, LABELS)
+    terms = fv.baselines.FastSHAPObjective(8)(model, x, LABELS)
     assert terms.loss < 1e-20
-    assert terms.r2 == pytest.approx(1)
+    assert terms.value_r2 == pytest.approx(1)
     terms.loss.backward()
     gradients = [p.grad.abs().max() for p in network.parameters() if p.grad is not None]
     assert len(gradients) > 10
@@ -225,8 +227,8 @@ def test_no_error_and_no_gradient_at_the_truth_of_an_additive_game():
 
 def test_the_explainer_learns_the_values_of_a_trained_game(surrogate):
     before = copy.deepcopy(surrogate.state_dict())
-    model = fv.AmortizedExplainer(surrogate, tiny(seed=3))
-    trained(model, fv.AmortizedObjective(8), 30, lr=5e-3)
+    model = fv.baselines.FastSHAPExplainer(surrogate, tiny(seed=3))
+    trained(model, fv.baselines.FastSHAPObjective(8), 30, lr=5e-3)
     assert all(torch.equal(before[name], value) for name, value in surrogate.state_dict().items())
     assert all(parameter.grad is None for parameter in surrogate.parameters())
     x = photographs(24, seed=2).tensors[0]
@@ -243,10 +245,10 @@ def test_networks_of_two_families_play_together_and_the_surrogate_never_moves():
         "vit_tiny_patch16_224", img_size=64, patch_size=32, embed_dim=48, depth=1, num_heads=3, num_classes=7
     )
     for backbone in (vit, "resnet10t"):
-        model = fv.AmortizedExplainer(surrogate, backbone).train()
+        model = fv.baselines.FastSHAPExplainer(surrogate, backbone).train()
         before = copy.deepcopy(model.state_dict())
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-        fv.AmortizedObjective(2)(model, images(size=64), LABELS).loss.backward()
+        fv.baselines.FastSHAPObjective(2)(model, images(size=64), LABELS).loss.backward()
         optimizer.step()
         moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
         assert "network.shares.weight" in moved
@@ -257,9 +259,9 @@ def test_networks_of_two_families_play_together_and_the_surrogate_never_moves():
 
 
 def test_weights_are_saved_and_frozen_ones_are_no_part_of_the_training(surrogate, tmp_path):
-    model = fv.AmortizedExplainer(surrogate, tiny(seed=3))
-    trained(model, fv.AmortizedObjective(2), 1, output=tmp_path)
-    other = fv.AmortizedExplainer(fv.convert(tiny(seed=5), head_depth=0), tiny(seed=6))
+    model = fv.baselines.FastSHAPExplainer(surrogate, tiny(seed=3))
+    trained(model, fv.baselines.FastSHAPObjective(2), 1, output=tmp_path)
+    other = fv.baselines.FastSHAPExplainer(fv.convert(tiny(seed=5), head_depth=0), tiny(seed=6))
     other.load_state_dict(load_file(tmp_path / "model.safetensors"))
     x = photographs(4).tensors[0]
     assert torch.equal(other.eval().shapley_values(x)[0], model.shapley_values(x)[0])
@@ -271,8 +273,8 @@ def test_weights_are_saved_and_frozen_ones_are_no_part_of_the_training(surrogate
 def test_an_interrupted_run_ends_in_the_same_weights(stage, teacher, surrogate, tmp_path):
     def start():
         if stage == "surrogate":
-            return fv.convert(tiny(seed=7), head_depth=0), fv.SurrogateObjective(teacher)
-        return fv.AmortizedExplainer(surrogate, tiny(seed=7)), fv.AmortizedObjective(2)
+            return fv.convert(tiny(seed=7), head_depth=0), fv.baselines.SurrogateObjective(teacher)
+        return fv.baselines.FastSHAPExplainer(surrogate, tiny(seed=7)), fv.baselines.FastSHAPObjective(2)
 
     whole = trained(*start(), 2)
     model, objective = start()
@@ -297,9 +299,9 @@ def test_steps_compile_whole_and_change_nothing(stage):
     torch._dynamo.reset()
     game, (x, labels) = fv.convert(tiny(), head_depth=0), photographs(3).tensors
     if stage == "surrogate":
-        model, make = game, lambda: fv.SurrogateObjective(tiny(seed=1), coalitions=2)
+        model, make = game, lambda: fv.baselines.SurrogateObjective(tiny(seed=1), coalitions=2)
     else:
-        model, make = fv.AmortizedExplainer(game, tiny(seed=1)), lambda: fv.AmortizedObjective(4)
+        model, make = fv.baselines.FastSHAPExplainer(game, tiny(seed=1)), lambda: fv.baselines.FastSHAPObjective(4)
         nn.init.normal_(model.network.shares.weight, std=0.1)
     compiled, plain = make(), make()
     compiled.compile(fullgraph=True, dynamic=False, backend="aot_eager")
@@ -324,32 +326,41 @@ def test_bad_input_is_named(teacher, surrogate):
     x, labels = photographs(3).tensors
     game = fv.convert(tiny())
     for message, call in (
-        ("`coalitions` must be a whole number from 1", lambda: fv.SurrogateObjective(teacher, 0)),
-        ("`sizes` must be one of 'shapley', 'uniform'", lambda: fv.SurrogateObjective(teacher, sizes="all")),
-        ("of type SelfExplainingClassifier", lambda: fv.SurrogateObjective(teacher)(tiny(), x, labels)),
-        (r"shares weights.*copy\.deepcopy", lambda: fv.SurrogateObjective(game.backbone)(game, x, labels)),
+        ("`coalitions` must be a whole number from 1", lambda: fv.baselines.SurrogateObjective(teacher, 0)),
+        ("`sizes` must be one of 'shapley', 'uniform'", lambda: fv.baselines.SurrogateObjective(teacher, sizes="all")),
+        ("of type SelfExplainingClassifier", lambda: fv.baselines.SurrogateObjective(teacher)(tiny(), x, labels)),
+        (r"shares weights.*copy\.deepcopy", lambda: fv.baselines.SurrogateObjective(game.backbone)(game, x, labels)),
         (
             r"`teacher` must be one that returns logits.*\(3, 3\).*\(3, 5\)",
-            lambda: fv.SurrogateObjective(tiny(classes=5))(game, x, labels),
+            lambda: fv.baselines.SurrogateObjective(tiny(classes=5))(game, x, labels),
         ),
-        ("argument `teacher` must be a module", lambda: fv.SurrogateObjective(lambda x: x)),
+        ("argument `teacher` must be a module", lambda: fv.baselines.SurrogateObjective(lambda x: x)),
         (
             "`teacher` must be one that returns logits.*tuple",
-            lambda: fv.SurrogateObjective(Twice(teacher))(fv.convert(tiny()), x, labels),
+            lambda: fv.baselines.SurrogateObjective(Twice(teacher))(fv.convert(tiny()), x, labels),
         ),
-        ("`explainer_backbone` must be a timm model or the name", lambda: fv.AmortizedExplainer(surrogate, None)),
-        ("`coalitions` must be a whole number from 1", lambda: fv.AmortizedObjective(0)),
-        ("`sizes`", lambda: fv.AmortizedObjective(sizes="binomial")),
-        ("of type AmortizedExplainer", lambda: fv.AmortizedObjective()(game, x, labels)),
-        ("`link` must be one of 'probability', 'logit'", lambda: fv.AmortizedExplainer(surrogate, tiny(), "odds")),
-        ("of type SelfExplainingClassifier", lambda: fv.AmortizedExplainer(tiny(), tiny())),
-        ("weights of its own", lambda: fv.AmortizedExplainer(game, game.backbone)),
-        (r"the grid.*\(3, 3\).*\(2, 2\)", lambda: fv.AmortizedExplainer(surrogate, tiny(patch=6))),
-        ("classes of the surrogate, 3, but it has 5", lambda: fv.AmortizedExplainer(surrogate, tiny(classes=5))),
-        (r"images.*\(1, 12, 12\).*\(1, 16, 16\)", lambda: fv.AmortizedExplainer(surrogate, tiny(img_size=16))),
-        ("`images` must be a tensor", lambda: fv.AmortizedExplainer(surrogate, tiny()).explain(x[0, 0])),
-        ("`images` must be finite", lambda: fv.AmortizedExplainer(surrogate, tiny()).explain(x / 0)),
-        ("`target` must be", lambda: fv.AmortizedExplainer(surrogate, tiny()).explain(x, 3)),
+        (
+            "`explainer_backbone` must be a timm model or the name",
+            lambda: fv.baselines.FastSHAPExplainer(surrogate, None),
+        ),
+        ("`coalitions` must be a whole number from 1", lambda: fv.baselines.FastSHAPObjective(0)),
+        ("`sizes`", lambda: fv.baselines.FastSHAPObjective(sizes="binomial")),
+        ("of type FastSHAPExplainer", lambda: fv.baselines.FastSHAPObjective()(game, x, labels)),
+        (
+            "`link` must be one of 'probability', 'logit'",
+            lambda: fv.baselines.FastSHAPExplainer(surrogate, tiny(), "odds"),
+        ),
+        ("of type SelfExplainingClassifier", lambda: fv.baselines.FastSHAPExplainer(tiny(), tiny())),
+        ("weights of its own", lambda: fv.baselines.FastSHAPExplainer(game, game.backbone)),
+        (r"the grid.*\(3, 3\).*\(2, 2\)", lambda: fv.baselines.FastSHAPExplainer(surrogate, tiny(patch=6))),
+        (
+            "classes of the surrogate, 3, but it has 5",
+            lambda: fv.baselines.FastSHAPExplainer(surrogate, tiny(classes=5)),
+        ),
+        (r"images.*\(1, 12, 12\).*\(1, 16, 16\)", lambda: fv.baselines.FastSHAPExplainer(surrogate, tiny(img_size=16))),
+        ("`images` must be a tensor", lambda: fv.baselines.FastSHAPExplainer(surrogate, tiny()).explain(x[0, 0])),
+        ("`images` must be finite", lambda: fv.baselines.FastSHAPExplainer(surrogate, tiny()).explain(x / 0)),
+        ("`target` must be", lambda: fv.baselines.FastSHAPExplainer(surrogate, tiny()).explain(x, 3)),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -357,7 +368,7 @@ def test_bad_input_is_named(teacher, surrogate):
 
 def test_what_a_classifier_takes_and_says_an_explainer_does_too(caplog):
     """Arrays, one image, no image, whole numbers of numpy; the patches' place; and that it was never trained."""
-    model = fv.AmortizedExplainer(fv.convert(tiny(), head_depth=0), tiny(seed=1))
+    model = fv.baselines.FastSHAPExplainer(fv.convert(tiny(), head_depth=0), tiny(seed=1))
     x = photographs(2).tensors[0]
     with caplog.at_level("WARNING", logger="fastshap_vision"):
         expected = model.explain(x, "all")
@@ -388,7 +399,7 @@ def test_values_add_up_whatever_the_networks_compute_in(link, way):
         explanation = model.explain(x, "all")
         bits = fk.pack_bits(torch.ones(3, 1, 16, dtype=torch.bool))
         everybody = model.coalition_values(x, bits)[:, 0]
-        terms = fv.AmortizedObjective(4)(model, x, LABELS)
+        terms = fv.baselines.FastSHAPObjective(4)(model, x, LABELS)
     assert explanation.values.dtype == explanation.logits.dtype == everybody.dtype == torch.float32
     assert explanation.values.std(1).min() > 0.01
     assert explanation.efficiency_gap() < 1e-5
@@ -402,7 +413,7 @@ def test_one_logit_is_explained_by_its_sigmoid(link):
     surrogate = fv.convert(tiny(classes=1, global_pool="avg", class_token=False), head_depth=0)
     for weight in surrogate.backbone.parameters():
         nn.init.normal_(weight, std=0.3)
-    model, x = fv.AmortizedExplainer(surrogate, tiny(seed=1, classes=1), link), photographs(4).tensors[0]
+    model, x = fv.baselines.FastSHAPExplainer(surrogate, tiny(seed=1, classes=1), link), photographs(4).tensors[0]
     logits = surrogate(x).detach()
     expected = {"probability": logits.sigmoid(), "logit": logits, "log_probability": F.logsigmoid(logits)}[link]
     explanation = model.explain(x)
@@ -412,8 +423,8 @@ def test_one_logit_is_explained_by_its_sigmoid(link):
     assert fv.metrics.aopc(model, x, fv.exact_values(model, x).phi[..., 0]).mean > 0.01
     teacher = tiny(seed=2, classes=1)
     nn.init.normal_(teacher.head.weight, std=0.3)
-    loss = fv.SurrogateObjective(teacher, coalitions=1, seed=3)(surrogate, x, torch.zeros(4)).loss
-    bits = fv.SurrogateObjective(teacher, coalitions=1, seed=3).draw(surrogate, x).bits
+    loss = fv.baselines.SurrogateObjective(teacher, coalitions=1, seed=3)(surrogate, x, torch.zeros(4)).loss
+    bits = fv.baselines.SurrogateObjective(teacher, coalitions=1, seed=3).draw(surrogate, x).bits
     p, q = teacher(x).sigmoid(), surrogate.coalition_values(x, bits)[:, 0].sigmoid()
     divergence = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
     assert torch.allclose(loss, divergence.mean(), rtol=1e-4)
@@ -426,7 +437,7 @@ def test_one_logit_is_explained_by_its_sigmoid(link):
 def test_viashap_is_its_formula():
     """α · MSE(Σ φ, onehot) + β · MSE(f(∅) + Σ_{p∈S} φ, f(x_S)), and its gradient, with every value in memory."""
     model, x = fv.convert(create("class token"), head="votes"), images()
-    loss = fv.ShapleyObjective.viashap(alpha=0.7, beta=8.0, coalitions=3, seed=2)(model, x, LABELS).loss
+    loss = fv.baselines.ViaSHAPObjective(alpha=0.7, beta=8.0, coalitions=3, seed=2)(model, x, LABELS).loss
     bits = fk.sample_coalitions(3, 3, 16, seed=2, paired=False)
     phi, _ = model.shapley_values(x)
     values = model.coalition_values(x, bits)
@@ -443,4 +454,4 @@ def test_viashap_is_its_formula():
 
 def test_viashap_needs_a_model_that_votes():
     with pytest.raises(ValueError, match="head='votes'"):
-        fv.ShapleyObjective.viashap()(fv.convert(create("class token")), images(), LABELS)
+        fv.baselines.ViaSHAPObjective()(fv.convert(create("class token")), images(), LABELS)

@@ -1,4 +1,4 @@
-"""Models whose tokens can't be dropped play by pixel removal, and say so once."""
+"""Models whose tokens can't be dropped lose the pixels of cells, and say so once."""
 
 import logging
 
@@ -10,7 +10,7 @@ from vision_transformers import images
 import fastshap_kernels as fk
 import fastshap_vision as fv
 from fastshap_vision import _log
-from fastshap_vision.games.mask_cells_tokens import TokenPixelRemoval
+from fastshap_vision.games.mask_cells_tokens import TokenCellRemoval
 
 VIT = {"img_size": 32, "patch_size": 8, "num_heads": 2, "depth": 2, "embed_dim": 32}
 AT_64 = {"img_size": 64, "depth": 2, "embed_dim": 32}
@@ -66,9 +66,9 @@ def test_every_family_plays_the_defined_game(name, caplog, monkeypatch):
     (record,) = caplog.records  # said once
     assert record.levelno == logging.WARNING
     assert type(backbone).__name__ in record.message
-    assert "pixel removal" in record.message
-    assert type(model.game) is TokenPixelRemoval
-    assert (model.removal, model.players) == ("pixel", players)
+    assert "cells are removed" in record.message
+    assert type(model.game) is TokenCellRemoval
+    assert (model.removal, model.players) == ("cell", players)
     bits = fk.sample_coalitions(3, 2, players, seed=0)
     present = fk.unpack_bits(bits, players).flatten(0, 1)
     patch = size // model.grid[0]
@@ -123,13 +123,13 @@ def test_joint_pass_efficiency_and_removed_content(name, head):
 def test_pixel_removal_can_be_asked_for(name, tmp_path, caplog):
     """Of a model that could drop tokens; said by nobody, and kept by a checkpoint."""
     model = fv.SelfExplainingClassifier(
-        name, 7, img_size=32, removal="pixel", model_kwargs=dict(VIT, img_size=32)
+        name, 7, img_size=32, removal="cell", model_kwargs=dict(VIT, img_size=32)
     ).eval()
-    assert type(model.game) is TokenPixelRemoval
+    assert type(model.game) is TokenCellRemoval
     assert not caplog.records
     model.save_pretrained(tmp_path)
     again = fv.SelfExplainingClassifier.from_pretrained(tmp_path).eval()
-    assert again.removal == again.config["removal"] == "pixel"
+    assert again.removal == again.config["removal"] == "cell"
     x, bits = images(), fk.sample_coalitions(3, 2, 16, seed=0)
     values = model.coalition_values(x, bits)
     assert torch.equal(again.coalition_values(x, bits), values)

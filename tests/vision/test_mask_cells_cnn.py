@@ -5,7 +5,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from vision_transformers import create, images
 
 import fastshap_kernels as fk
-from fastshap_vision.games.mask_cells_cnn import PixelRemoval
+from fastshap_vision.games.mask_cells_cnn import CellRemoval
 
 SIZE = (3, 64, 64)
 #: The last module of each network's stem, and how many pixels its windows reach over a patch's border.
@@ -31,8 +31,8 @@ def shallow(backbone):
     return backbone
 
 
-def game(kind, removal="pixel", votes=False):
-    return PixelRemoval(shallow(create(kind)), votes, SIZE, removal)
+def game(kind, removal="cell", votes=False):
+    return CellRemoval(shallow(create(kind)), votes, SIZE, removal)
 
 
 def draw(game, batch=3, coalitions=4):
@@ -48,7 +48,7 @@ def present(game, bits, height, width):
 def plain_values(game, kind, removal, x, bits):
     """The defined game: every coalition runs the whole network, and removal happens at a hook or on the pixels."""
     rows = x.repeat_interleave(bits.shape[1], 0)
-    if removal == "pixel":
+    if removal == "cell":
         feature_map = game.backbone.forward_features(torch.where(present(game, bits, *x.shape[2:]), rows, 0.0))
     else:
         stem = game.backbone.get_submodule(STEMS[kind][0])
@@ -81,7 +81,7 @@ def furthest(ours, theirs):
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("removal", ["pixel", "feature"])
+@pytest.mark.parametrize("removal", ["cell", "stem"])
 @pytest.mark.parametrize("kind", STEMS)
 def test_plays_the_defined_game(kind, removal, training):
     """Values and every parameter's gradient; in training the stem's batch norm sees each image equally often."""
@@ -93,7 +93,7 @@ def test_plays_the_defined_game(kind, removal, training):
     assert furthest(gradients(ours, values), gradients(ours, expected)) <= 1e-7
 
 
-@pytest.mark.parametrize("removal", ["pixel", "feature"])
+@pytest.mark.parametrize("removal", ["cell", "stem"])
 @pytest.mark.parametrize("kind", STEMS)
 def test_single_precision(kind, removal):
     """Values keep to 1e-5 and every parameter's gradient to 1e-4 of the plain network's."""
@@ -110,7 +110,7 @@ def test_single_precision(kind, removal):
 @torch.no_grad()
 def test_efficiency_at_the_stem(kind, votes):
     """v(N) is the model's output and v(∅) the null value, so Shapley values add up to f(x) − v(∅)."""
-    ours, x = game(kind, "feature", votes), images(size=64)
+    ours, x = game(kind, "stem", votes), images(size=64)
     bits = fk.pack_bits(torch.tensor([[1], [0]], dtype=torch.bool).expand(3, 2, ours.players))
     logits = ours.features_and_logits(x)[1]
     grand, null = ours.values(x, bits).unbind(1)
@@ -122,7 +122,7 @@ def test_efficiency_at_the_stem(kind, votes):
     assert torch.allclose(joint.values[:, 0], logits, atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize("removal", ["pixel", "feature"])
+@pytest.mark.parametrize("removal", ["cell", "stem"])
 @pytest.mark.parametrize("kind", ["resnet18", "test_convnext"])
 @torch.no_grad()
 def test_joint_pass_is_both_passes(kind, removal):
@@ -138,7 +138,7 @@ def test_joint_pass_is_both_passes(kind, removal):
 @pytest.mark.parametrize("kind", STEMS)
 @torch.no_grad()
 def test_stem_runs_once_per_image(kind, method):
-    ours, x = game(kind, "feature"), images(size=64)
+    ours, x = game(kind, "stem"), images(size=64)
     rows = []
     stem = ours.backbone.get_submodule(STEMS[kind][0])
     hook = stem.register_forward_hook(lambda _module, _args, out: rows.append(len(out)))
@@ -150,9 +150,9 @@ def test_stem_runs_once_per_image(kind, method):
 @pytest.mark.parametrize("kind", STEMS)
 @torch.no_grad()
 def test_reach_of_the_stem(kind):
-    """Under "feature", removed pixels act on present neighbours within the documented reach, and no further."""
+    """Under "stem", removed pixels act on present neighbours within the documented reach, and no further."""
     reach = STEMS[kind][1]
-    ours, x = game(kind, "feature"), images(size=64)
+    ours, x = game(kind, "stem"), images(size=64)
     last_only = torch.zeros(3, 1, ours.players, dtype=torch.bool)
     last_only[..., -1] = True
     bits = fk.pack_bits(last_only)
@@ -174,7 +174,7 @@ class FirstInput:
         convolution.register_forward_pre_hook(lambda _module, args: setattr(self, "seen", args[0]))
 
 
-@pytest.mark.parametrize(("removal", "rows"), [("pixel", 12), ("feature", 3)])
+@pytest.mark.parametrize(("removal", "rows"), [("cell", 12), ("stem", 3)])
 @pytest.mark.parametrize("kind", ["resnet18", "test_convnext"])
 @torch.no_grad()
 def test_runs_in_channels_last_and_the_compute_dtype(kind, removal, rows):
@@ -193,13 +193,13 @@ def test_runs_in_channels_last_and_the_compute_dtype(kind, removal, rows):
     assert ours.values(x, bits).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("removal", ["pixel", "feature"])
+@pytest.mark.parametrize("removal", ["cell", "stem"])
 def test_construction_leaves_the_network_alone(removal):
     """Weights keep their values and memory format, and modules their mode: a frozen batch norm stays frozen."""
     backbone = create("resnet18").train()
     backbone.bn1.eval()
     state = {name: value.clone() for name, value in backbone.state_dict().items()}
-    PixelRemoval(backbone, False, SIZE, removal)
+    CellRemoval(backbone, False, SIZE, removal)
     assert all(torch.equal(value, state[name]) for name, value in backbone.state_dict().items())
     assert all(parameter.is_contiguous() for parameter in backbone.parameters())
     assert [name for name, module in backbone.named_modules() if not module.training] == ["bn1"]
@@ -207,11 +207,11 @@ def test_construction_leaves_the_network_alone(removal):
 
 @pytest.mark.parametrize(("network", "inside"), [("resnet18", 2048), ("resnet50", 2048), ("regnetx_002", 4 * 368)])
 def test_explanation_blocks_grow_no_wider_than_2048(network, inside):
-    block = PixelRemoval(timm.create_model(network), False, SIZE).explanation_block()
+    block = CellRemoval(timm.create_model(network), False, SIZE).explanation_block()
     assert block.block.mlp.fc1.out_features == inside
 
 
-@pytest.mark.parametrize("removal", ["pixel", "feature"])
+@pytest.mark.parametrize("removal", ["cell", "stem"])
 @pytest.mark.parametrize("kind", ["resnet18", "test_byobnet", "test_efficientnet", "test_convnext"])
 def test_checkpointing_changes_nothing(kind, removal):
     ours, x = game(kind, removal), images(size=64)
@@ -227,12 +227,12 @@ def test_checkpointing_changes_nothing(kind, removal):
 @pytest.mark.parametrize(
     ("kind", "removal", "method"),
     [
-        ("resnet18", "pixel", "values"),
-        ("resnet18", "feature", "joint"),
-        ("regnetx_002", "pixel", "joint"),
-        ("test_efficientnet", "feature", "values"),
-        ("mobilenetv3_small_050", "feature", "joint"),
-        ("test_convnext", "pixel", "joint"),
+        ("resnet18", "cell", "values"),
+        ("resnet18", "stem", "joint"),
+        ("regnetx_002", "cell", "joint"),
+        ("test_efficientnet", "stem", "values"),
+        ("mobilenetv3_small_050", "stem", "joint"),
+        ("test_convnext", "cell", "joint"),
     ],
 )
 @torch.no_grad()
@@ -253,10 +253,10 @@ def test_compiles_once(kind, removal, method):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: game("resnet18", "drop"), "`removal` must be one of 'pixel', 'feature'"),
+        (lambda: game("resnet18", "token"), "`removal` must be one of 'cell', 'stem'"),
         (
-            lambda: PixelRemoval(timm.create_model("densenet121", num_classes=7), False, SIZE, "feature"),
-            "can't be 'feature' for DenseNet.*ResNet, RegNet, ByobNet, EfficientNet, MobileNetV3, ConvNeXt.*'pixel'",
+            lambda: CellRemoval(timm.create_model("densenet121", num_classes=7), False, SIZE, "stem"),
+            "can't be 'stem' for DenseNet.*ResNet, RegNet, ByobNet, EfficientNet, MobileNetV3, ConvNeXt.*'cell'",
         ),
     ],
 )

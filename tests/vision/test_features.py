@@ -92,7 +92,7 @@ def test_shares_still_add_up(name, generator):
 
 def test_the_regression_moves_every_stage(name, generator):
     model, x = build(name).train(), images_of(generator, 4)
-    objective = fv.ShapleyObjective(coalitions=2, regression_weight=1.0, regression_ramp=(0.0, 0.0))
+    objective = fv.JointObjective(coalitions=2, regression_weight=1.0, regression_ramp=(0.0, 0.0))
     terms = objective(model, x, torch.arange(4))
     terms.loss.backward()
     merged = model.explainer[0]
@@ -130,8 +130,8 @@ def test_checkpointing_changes_nothing(generator):
 
 
 def test_removal_of_features_is_refused():
-    with pytest.raises(ValueError, match="`intermediates` can't be True with removal='feature'"):
-        build("convolutional", removal="feature")
+    with pytest.raises(ValueError, match="`intermediates` can't be True with removal='stem'"):
+        build("convolutional", removal="stem")
 
 
 def test_one_stage_has_none_before_it():

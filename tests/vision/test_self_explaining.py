@@ -230,12 +230,12 @@ def test_saves_and_loads_offline(tmp_path, kind, options, capsys):
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"), [("class token", {}), ("resnet18", {}), ("resnet18", {"removal": "feature"})]
+    ("kind", "options"), [("class token", {}), ("resnet18", {}), ("resnet18", {"removal": "stem"})]
 )
 def test_a_checkpoint_keeps_its_removal(tmp_path, kind, options):
     """What was chosen is written down; checkpoints from before there was a choice play what was played then."""
     model = trained(kind, **options)
-    expected = options.get("removal", "drop" if kind == "class token" else "pixel")
+    expected = options.get("removal", "token" if kind == "class token" else "cell")
     assert model.removal == model.config["removal"] == expected
     model.save_pretrained(tmp_path)
     again = fv.SelfExplainingClassifier.from_pretrained(tmp_path).eval()
@@ -247,7 +247,7 @@ def test_a_checkpoint_keeps_its_removal(tmp_path, kind, options):
     del config["removal"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     older = fv.SelfExplainingClassifier.from_pretrained(tmp_path)
-    assert older.removal == ("drop" if kind == "class token" else "pixel")
+    assert older.removal == ("token" if kind == "class token" else "cell")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "other shape"])
@@ -301,9 +301,9 @@ def test_deep_copies_are_independent():
         (lambda: fv.convert(timm.create_model("resnet18", in_chans=4), img_size=(64, 0)), r"`img_size`.*\(64, 0\)"),
         (lambda: trained("class token", head="vote"), "`head` must be one of 'shares', 'votes'"),
         (lambda: trained("class token", base="votes"), "`base` can be 'votes'"),
-        (lambda: trained("class token", removal="blur"), "`removal` must be one of 'drop', 'pixel', 'feature'"),
-        (lambda: trained("class token", removal="feature"), "`removal` can be 'feature' for convolutional networks"),
-        (lambda: trained("resnet18", removal="drop"), "ResNet can't play by token dropping.*removal='pixel'"),
+        (lambda: trained("class token", removal="blur"), "`removal` must be one of 'token', 'cell', 'stem'"),
+        (lambda: trained("class token", removal="stem"), "`removal` can be 'stem' for convolutional networks"),
+        (lambda: trained("resnet18", removal="token"), "ResNet can't drop tokens.*removal='cell'"),
         (lambda: trained("class token", head_depth=3), "`head_depth` must be one of 0, 1, 2"),
         (lambda: trained("class token", backbone_gradient=2.0), "`backbone_gradient`"),
         (lambda: fv.convert(create("resnet18"), img_size=65), "does not divide the image size"),
@@ -797,7 +797,7 @@ def test_a_distilled_model_is_trained_as_one_classifier():
 def test_a_frozen_backbone_is_explained():
     model = fv.convert(create("class token").requires_grad_(False))
     before = copy.deepcopy(model.backbone.state_dict())
-    objective = fv.ShapleyObjective(coalitions=4)
+    objective = fv.JointObjective(coalitions=4)
     objective(model, images(), torch.tensor([0, 1, 2])).loss.backward()
     assert model.shares.weight.grad.abs().sum() > 0
     assert all(torch.equal(value, before[key]) for key, value in model.backbone.state_dict().items())

@@ -1,4 +1,4 @@
-"""removal="image": the model's output on the masked image, of every kind of model."""
+"""removal="pixel": the model's output on the masked image, of every kind of model."""
 
 import pytest
 import timm
@@ -20,7 +20,7 @@ KINDS = {
 def create(kind, **options):
     torch.manual_seed(1)
     name, kwargs = KINDS[kind]
-    model = fv.convert(timm.create_model(name, num_classes=7, **kwargs), img_size=64, removal="image", **options)
+    model = fv.convert(timm.create_model(name, num_classes=7, **kwargs), img_size=64, removal="pixel", **options)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -37,7 +37,7 @@ def draw(model):
 def test_plays_the_game_of_grey_pixels(kind):
     model, x = create(kind), images(size=64).double()
     bits = draw(model)
-    expected = fv.PixelGame(model, model.grid, "mean").coalition_values(x, bits)
+    expected = fv.MaskedImageGame(model, model.grid, "mean").coalition_values(x, bits)
     for values in (model.coalition_values(x, bits), model.joint(x, bits).values):
         assert (values - expected).abs().max() <= 1e-9 * expected.abs().max()
     assert torch.allclose(model.null_value(), expected[0, -2])
@@ -57,8 +57,8 @@ def test_explanations_add_up(kind):
 def test_trains_and_is_kept_by_checkpoints(tmp_path):
     torch.manual_seed(0)
     size = {"model_name": "test_byobnet", "num_classes": 7, "img_size": 64}
-    model = fv.SelfExplainingClassifier(**size, removal="image", head_depth=1)
-    objective = fv.ShapleyObjective(coalitions=2, regression_ramp=(0.0, 0.0))
+    model = fv.SelfExplainingClassifier(**size, removal="pixel", head_depth=1)
+    objective = fv.JointObjective(coalitions=2, regression_ramp=(0.0, 0.0))
     terms = objective(model, images(size=64), torch.arange(3))
     terms.loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -67,7 +67,7 @@ def test_trains_and_is_kept_by_checkpoints(tmp_path):
     assert {int(count) for count in counted} == {1}
     model.save_pretrained(tmp_path)
     again = fv.SelfExplainingClassifier.from_pretrained(tmp_path)
-    assert again.removal == "image"
+    assert again.removal == "pixel"
     bits = draw(again)
     assert torch.equal(
         again.eval().coalition_values(images(size=64), bits), model.eval().coalition_values(images(size=64), bits)
@@ -76,7 +76,7 @@ def test_trains_and_is_kept_by_checkpoints(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_votes_are_another_game(kind):
-    with pytest.raises(ValueError, match="can't be 'votes' with removal='image'"):
+    with pytest.raises(ValueError, match="can't be 'votes' with removal='pixel'"):
         create(kind, head="votes")
     with pytest.raises(ValueError, match="Use base='even'"):
         create(kind, base="votes")

@@ -1,12 +1,12 @@
-"""Models that packing does not know play the game of token dropping by attention masks."""
+"""Models that packing does not know mask the attention to absent tokens."""
 
 import logging
 
 import pytest
 import timm
 import torch
-from test_eva import dense_values as eva_values
-from test_vision_transformer import dense_values as vit_values
+from test_drop_tokens_eva import dense_values as eva_values
+from test_drop_tokens_vit import dense_values as vit_values
 from timm.models.eva import Eva
 from vision_transformers import images
 
@@ -68,11 +68,11 @@ def test_values_are_those_of_masked_keys(kind, caplog, monkeypatch):
         model = fv.convert(backbone).eval()
         fv.convert(backbone)
     assert type(model.game) is MaskedAttention
-    assert model.removal == "drop"
+    assert model.removal == "token"
     (record,) = caplog.records  # said once
     assert record.levelno == logging.WARNING
     assert MASKED[kind][2] in record.message
-    assert "attention masks" in record.message
+    assert "is masked instead" in record.message
     expected = (eva_values if isinstance(backbone, Eva) else vit_values)(backbone, x, bits)
     assert (model.coalition_values(x, bits) - expected).abs().max() <= 1e-5
 
@@ -101,7 +101,7 @@ def test_joint_pass_efficiency_and_removed_content(kind, head):
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])
 def test_masked_and_packed_agree(name):
-    """Where both can play: values to 1e-5, gradients to 1e-4 of their norm, gradient checkpointing included."""
+    """Where both are possible: values to 1e-5, gradients to 1e-4 of their norm, gradient checkpointing included."""
     torch.manual_seed(1)
     backbone = timm.create_model(name, num_classes=7, **SMALL, init_values=0.5)
     x, bits = images(), coalitions()
@@ -127,4 +127,4 @@ def test_blocks_without_a_mask_are_named():
     backbone = timm.create_model("vit_tiny_patch16_224", num_classes=7, **SMALL)
     backbone.blocks = torch.nn.Sequential(Plain())
     with pytest.raises(fv.UnsupportedModelError, match=r"Plain.*no attn_mask"):
-        fv.convert(backbone, removal="drop")
+        fv.convert(backbone, removal="token")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from metric_games import SetGame, linear_game
 
-from fastshap_vision import SelfExplainingClassifier, converged_values, exact_values, fidelity, kernel_shap_values
+from fastshap_vision import SelfExplainingClassifier, exact_values, fidelity, kernel_shap_values
 
 PLAYERS = 9
 
@@ -38,7 +38,7 @@ def relative(errors, phi):
 @pytest.mark.parametrize("limit", [0.05, 0.02])
 def test_every_image_is_as_exact_as_asked_and_no_more(game, images, limit):
     hard = images[:1].expand(30, -1, -1, -1)
-    found = converged_values(game, hard, relative_error=limit, coalitions=40)
+    found = kernel_shap_values(game, hard, relative_error=limit, coalitions=40)
     assert found.converged.tolist() == [True] * 30
     noise = relative(found.standard_error, found.phi)
     assert (noise <= limit).all()
@@ -51,15 +51,17 @@ def test_every_image_is_as_exact_as_asked_and_no_more(game, images, limit):
 
 
 def test_each_image_only_as_long_as_it_needs(game, images):
-    alone = [converged_values(game, x, coalitions=40).evaluations for x in images.split(1)]
+    alone = [kernel_shap_values(game, x, relative_error=0.02, coalitions=40).evaluations for x in images.split(1)]
     assert alone[1] == 42
     assert alone[0] > alone[2] > 1000
     game.asked.clear()
-    assert converged_values(game, images, coalitions=40).evaluations == sum(part.shape[1] for part in game.asked)
+    assert kernel_shap_values(game, images, relative_error=0.02, coalitions=40).evaluations == sum(
+        part.shape[1] for part in game.asked
+    )
 
 
 def test_fidelity_takes_them(game, images):
-    found = converged_values(game, images, relative_error=0.05, coalitions=100)
+    found = kernel_shap_values(game, images, relative_error=0.05, coalitions=100)
     game.shapley_values = lambda part: (exact_values(game, part).phi, None)
     score = fidelity(game, images, found)
     assert 0 < score.reference_noise <= 0.05
@@ -68,7 +70,7 @@ def test_fidelity_takes_them(game, images):
 
 
 def test_coalitions_are_kept_and_are_those_of_kernel_shap(game, images):
-    found = converged_values(game, images[:1], relative_error=1e-5, coalitions=70, most=600, seed=3)
+    found = kernel_shap_values(game, images[:1], relative_error=1e-5, coalitions=70, most=600, seed=3)
     assert found.converged.tolist() == [False]
     assert found.evaluations == 602
     asked = [present[0] for present in game.asked]
@@ -81,13 +83,13 @@ def test_coalitions_are_kept_and_are_those_of_kernel_shap(game, images):
 
 
 def test_images_do_not_depend_on_each_other_or_on_the_batch(game, images):
-    together = converged_values(game, images, relative_error=0.05, coalitions=100, batch=33)
-    alone = converged_values(game, images[:1], relative_error=0.05, coalitions=100)
+    together = kernel_shap_values(game, images, relative_error=0.05, coalitions=100, batch=33)
+    alone = kernel_shap_values(game, images[:1], relative_error=0.05, coalitions=100)
     assert torch.allclose(together.phi[:1], alone.phi, rtol=1e-10)
     assert together.evaluations == sum(present.shape[1] for present in game.asked) - alone.evaluations
-    twice = converged_values(game, images[[0, 0]], relative_error=0.05, coalitions=100)
+    twice = kernel_shap_values(game, images[[0, 0]], relative_error=0.05, coalitions=100)
     assert not torch.allclose(twice.phi[0], twice.phi[1], rtol=1e-4)  # each its own coalitions
-    other = converged_values(game, images[:1], relative_error=0.05, coalitions=100, seed=1)
+    other = kernel_shap_values(game, images[:1], relative_error=0.05, coalitions=100, seed=1)
     assert not torch.allclose(alone.phi, other.phi, rtol=1e-4)
 
 
@@ -95,7 +97,9 @@ def test_a_game_without_spread_has_converged():
     def constant(present, images):
         return 3 + 1e-7 * torch.rand(*present.shape[:2], 2, generator=torch.Generator().manual_seed(0)).double()
 
-    found = converged_values(SetGame(PLAYERS, constant), torch.ones(1, 1, 1, PLAYERS), coalitions=100)
+    found = kernel_shap_values(
+        SetGame(PLAYERS, constant), torch.ones(1, 1, 1, PLAYERS), relative_error=0.02, coalitions=100
+    )
     assert found.converged.tolist() == [True]
     assert found.evaluations == 102
 
@@ -104,7 +108,7 @@ def test_too_few_for_an_error_are_followed_by_more():
     """Two pairs determine three values that sum to a known one, and leave nothing to tell their error by."""
     game, image = linear_game(torch.randn(3, 2)), torch.ones(1, 1, 1, 3)
     assert kernel_shap_values(game, image, 4, seed=0).standard_error.isinf().all()
-    found = converged_values(game, image, coalitions=4, seed=0)
+    found = kernel_shap_values(game, image, relative_error=0.02, coalitions=4, seed=0)
     assert found.converged.tolist() == [True]
     assert 6 < found.evaluations < 100
     assert found.standard_error.isfinite().all()
@@ -115,7 +119,7 @@ def test_a_real_model():
     kwargs = {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2, "in_chans": 1}
     model = SelfExplainingClassifier("vit_tiny_patch16_224", 3, img_size=12, model_kwargs=kwargs)
     images = torch.randn(2, 1, 12, 12)
-    found, exact = converged_values(model, images, relative_error=0.05, coalitions=256), exact_values(model, images)
+    found, exact = kernel_shap_values(model, images, relative_error=0.05, coalitions=256), exact_values(model, images)
     assert found.converged.all()
     assert (relative(found.standard_error, found.phi) <= 0.05).all()
     assert (relative(found.phi - exact.phi, exact.phi) < 0.075).all()
@@ -123,16 +127,16 @@ def test_a_real_model():
 
 
 def test_progress_bar(game, images, capsys):
-    converged_values(game, images, relative_error=0.2, coalitions=100, progress=True)
+    kernel_shap_values(game, images, relative_error=0.2, coalitions=100, progress=True)
     assert "converged KernelSHAP" in capsys.readouterr().err
-    converged_values(game, images, relative_error=0.2, coalitions=100)
+    kernel_shap_values(game, images, relative_error=0.2, coalitions=100)
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"images": torch.zeros(0, 1, 1, PLAYERS)}, "converged_values: argument `images`"),
+        ({"images": torch.zeros(0, 1, 1, PLAYERS)}, "kernel_shap_values: argument `images`"),
         ({"relative_error": 0}, "argument `relative_error` must be a number above 0"),
         ({"relative_error": math.nan}, "argument `relative_error`"),
         ({"coalitions": 101}, "argument `coalitions` must be even"),
@@ -145,10 +149,10 @@ def test_progress_bar(game, images, capsys):
 )
 def test_bad_input_is_named(game, images, change, message):
     with pytest.raises(ValueError, match=message):
-        converged_values(game, **{"images": images, "coalitions": 100} | change)
+        kernel_shap_values(game, **{"images": images, "coalitions": 100, "relative_error": 0.02} | change)
 
 
 def test_values_that_are_not_finite_are_named(images):
     game = linear_game(torch.full((PLAYERS, 2), math.inf))
-    with pytest.raises(ValueError, match=r"converged_values: v\(S\) is not always finite"):
-        converged_values(game, images + 1, coalitions=100)
+    with pytest.raises(ValueError, match=r"kernel_shap_values: v\(S\) is not always finite"):
+        kernel_shap_values(game, images + 1, relative_error=0.02, coalitions=100)

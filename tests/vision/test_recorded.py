@@ -24,7 +24,7 @@ def dataset(kind, count=10):
 @pytest.mark.parametrize("kind", ["class token", "resnet18"])
 def test_a_record_holds_the_values_of_coalitions_that_only_the_seed_decides(kind):
     model, data = converted(kind), dataset(kind)
-    games = fv.play(model, data, 6, seed=3, batch_size=4)
+    games = fv.record_coalitions(model, data, 6, seed=3, batch_size=4)
     bits = fk.sample_coalitions(10, 6, model.players, seed=3)
     assert torch.equal(games.bits, bits)
     with torch.no_grad():
@@ -42,15 +42,15 @@ def test_a_record_holds_the_values_of_coalitions_that_only_the_seed_decides(kind
 
 def test_a_record_is_saved_and_loaded(tmp_path):
     model, data = converted("class token"), dataset("class token")
-    games = fv.play(model, data, 4)
+    games = fv.record_coalitions(model, data, 4)
     games.save(tmp_path / "games.safetensors")
-    found = fv.PlayedGames.load(tmp_path / "games.safetensors", data)
+    found = fv.RecordedCoalitions.load(tmp_path / "games.safetensors", data)
     assert torch.equal(found.bits, games.bits)
     assert torch.equal(found.values, games.values)
-    assert found.digest == games.digest != fv.play(model, data, 4, seed=1).digest
+    assert found.digest == games.digest != fv.record_coalitions(model, data, 4, seed=1).digest
     assert [path.name for path in tmp_path.iterdir()] == ["games.safetensors"]
     with pytest.raises(ValueError, match="`data` must be the 10 images"):
-        fv.PlayedGames.load(tmp_path / "games.safetensors", Subset(data, range(3)))
+        fv.RecordedCoalitions.load(tmp_path / "games.safetensors", Subset(data, range(3)))
 
 
 @pytest.mark.parametrize(
@@ -64,27 +64,31 @@ def test_a_record_is_saved_and_loaded(tmp_path):
 def test_games_that_were_damaged_are_refused(tmp_path, damage):
     """Past the images that are played again too."""
     data, generator = dataset("class token", 64), torch.Generator().manual_seed(0)
-    games = fv.PlayedGames(data, fk.sample_coalitions(64, 4, 16, seed=0), torch.randn(64, 4, 7, generator=generator))
+    games = fv.RecordedCoalitions(
+        data, fk.sample_coalitions(64, 4, 16, seed=0), torch.randn(64, 4, 7, generator=generator)
+    )
     games.save(tmp_path / "games")
     with safe_open(tmp_path / "games", framework="pt") as file:
         metadata = file.metadata()
     tensors = load_file(tmp_path / "games")
     damage(tensors["bits"], tensors["values"])
     save_file(tensors, tmp_path / "games", metadata)
-    with pytest.raises(ValueError, match=r"games' is damaged, or holds no games: it is not what was.*fv\.play"):
-        fv.PlayedGames.load(tmp_path / "games", data)
+    with pytest.raises(
+        ValueError, match=r"games' is damaged, or holds no coalitions: it is not what was.*fv\.record_coalitions"
+    ):
+        fv.RecordedCoalitions.load(tmp_path / "games", data)
 
 
 def test_games_are_of_their_images(tmp_path):
     """Of those images in that order, though another library may decode them a little differently."""
     data = dataset("class token")
-    fv.play(converted("class token"), data, 2).save(tmp_path / "games")
+    fv.record_coalitions(converted("class token"), data, 2).save(tmp_path / "games")
     order = [*range(8), 9, 8]
     for other in (Subset(data, order), TensorDataset(data.tensors[0] + 0.1, data.tensors[1])):
         with pytest.raises(ValueError, match=r"`data` must hold the images .*in their order"):
-            fv.PlayedGames.load(tmp_path / "games", other)
+            fv.RecordedCoalitions.load(tmp_path / "games", other)
     slightly = TensorDataset(data.tensors[0] * 1.001, data.tensors[1])
-    assert len(fv.PlayedGames.load(tmp_path / "games", slightly)) == 10
+    assert len(fv.RecordedCoalitions.load(tmp_path / "games", slightly)) == 10
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04.", b"{}", b"\xff" * 100, "other"])
@@ -94,14 +98,16 @@ def test_files_that_hold_no_games_are_named(tmp_path, content):
         save_file({"weight": torch.zeros(2)}, path)
     else:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"games' is damaged, or holds no games.*fv\.play\(model, data\) again"):
-        fv.PlayedGames.load(path, dataset("class token"))
-    with pytest.raises(FileNotFoundError, match=r"no file .*nowhere.*fv\.play"):
-        fv.PlayedGames.load(tmp_path / "nowhere", dataset("class token"))
+    with pytest.raises(
+        ValueError, match=r"games' is damaged, or holds no coalitions.*fv\.record_coalitions\(model, data\) again"
+    ):
+        fv.RecordedCoalitions.load(path, dataset("class token"))
+    with pytest.raises(FileNotFoundError, match=r"no file .*nowhere.*fv\.record_coalitions"):
+        fv.RecordedCoalitions.load(tmp_path / "nowhere", dataset("class token"))
 
 
 def test_games_are_written_whole_or_not_at_all(tmp_path):
-    games = fv.play(converted("class token"), dataset("class token"), 2)
+    games = fv.record_coalitions(converted("class token"), dataset("class token"), 2)
     with pytest.raises(OSError, match=r"`path`, .*nowhere.*can't be written"):
         games.save(tmp_path / "nowhere" / "games")
     (tmp_path / "folder" / "inner").mkdir(parents=True)
@@ -123,15 +129,15 @@ def test_games_are_written_whole_or_not_at_all(tmp_path):
     ],
 )
 def test_what_are_no_games_is_named(bits, values, words):
-    with pytest.raises((ValueError, TypeError), match=f"PlayedGames: argument {words}"):
-        fv.PlayedGames(dataset("class token"), bits, values)
+    with pytest.raises((ValueError, TypeError), match=f"RecordedCoalitions: argument {words}"):
+        fv.RecordedCoalitions(dataset("class token"), bits, values)
 
 
 def test_labels_have_no_part_in_a_game():
     model, data = converted("class token"), dataset("class token", 3)
     unlabelled = [(image, None) for image, _ in data]
-    games = fv.play(model, unlabelled, 4)
-    assert torch.equal(games.values, fv.play(model, data, 4).values)
+    games = fv.record_coalitions(model, unlabelled, 4)
+    assert torch.equal(games.values, fv.record_coalitions(model, data, 4).values)
     options = {"objective": fv.ExplainerObjective(), "epochs": 1, "batch_size": 3, "progress": False}
     assert fv.fit(model, games, **options).history
 
@@ -139,8 +145,8 @@ def test_labels_have_no_part_in_a_game():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_models_of_other_precision_play_too(dtype):
     model, data = converted("class token"), dataset("class token", 3)
-    expected = fv.play(model, data, 4)
-    games = fv.play(model.to(dtype), data, 4)
+    expected = fv.record_coalitions(model, data, 4)
+    games = fv.record_coalitions(model.to(dtype), data, 4)
     assert games.values.dtype == torch.float32
     assert (games.values - expected.values).norm() <= (0.2 if dtype == torch.bfloat16 else 1e-5) * games.values.norm()
     games.check(model)
@@ -151,39 +157,39 @@ def test_playing_draws_nothing_from_the_processs_generator():
     torch.manual_seed(4)
     expected = torch.rand(3)
     torch.manual_seed(4)
-    fv.play(model, data, 4)
+    fv.record_coalitions(model, data, 4)
     assert torch.equal(torch.rand(3), expected)
 
 
 @pytest.mark.parametrize("precision", ["same", "auto"])
 def test_a_constant_game_leaves_nothing_to_explain(precision):
-    """Its values vary by rounding only: no step grows, the shares shrink, and there is no r2."""
+    """Its values vary by rounding only: no step grows, the shares shrink, and there is no value_r2."""
     backbone = create("class token")
     for block in backbone.blocks:  # the class token sees no patch
         torch.nn.init.zeros_(block.attn.proj.weight)
     model, data = fv.convert(backbone, img_size=32), dataset("class token", 10)
     torch.nn.init.normal_(model.shares.weight, std=0.1)
-    games = fv.play(model, data, 8, precision=precision)
+    games = fv.record_coalitions(model, data, 8, precision=precision)
     options = {"epochs": 6, "batch_size": 5, "opt": "sgd", "lr": 0.1, "sched": "none", "weight_decay": 0}
     history = fv.fit(model, games, games, objective=fv.ExplainerObjective(), **options).history
     regression = [row["regression"] for row in history]
     assert regression == sorted(regression, reverse=True)
     assert regression[0] < 10
-    assert all(row["r2"] is row["eval_r2"] is None for row in history)
+    assert all(row["value_r2"] is row["eval_value_r2"] is None for row in history)
 
 
 def test_classes_are_those_of_the_data():
     digits = fv.load_dataset("digits", "test")
-    games = fv.play(converted("class token"), dataset("class token", 2), 2)
+    games = fv.record_coalitions(converted("class token"), dataset("class token", 2), 2)
     assert games.classes is None
-    assert fv.PlayedGames(Subset(digits, [0, 1]), games.bits, games.values).classes is None
+    assert fv.RecordedCoalitions(Subset(digits, [0, 1]), games.bits, games.values).classes is None
     bits, values = (part[:1].expand(len(digits), -1, -1) for part in (games.bits, games.values))
-    assert fv.PlayedGames(digits, bits, values).classes == digits.classes
+    assert fv.RecordedCoalitions(digits, bits, values).classes == digits.classes
 
 
 def test_playing_leaves_modes_as_they_were():
     model = converted("class token").train()
-    fv.play(model, dataset("class token", 2), 2)
+    fv.record_coalitions(model, dataset("class token", 2), 2)
     assert all(module.training for module in model.modules())
 
 
@@ -191,7 +197,7 @@ def test_playing_leaves_modes_as_they_were():
 def test_the_regression_follows_its_formula(base):
     model, data = converted("average pooling", base=base).train(), dataset("average pooling", 3)
     torch.nn.init.normal_(model.shares.weight, std=0.1)
-    games = fv.play(model, data, 8)
+    games = fv.record_coalitions(model, data, 8)
     x = data.tensors[0]
     terms = fv.ExplainerObjective()(model, x, [data.tensors[1], games.bits, games.values])
     phi, logits = model.eval().shapley_values(x)
@@ -201,7 +207,7 @@ def test_the_regression_follows_its_formula(base):
     expected = residual.square().mean() / left.square().mean()
     torch.testing.assert_close(terms.loss, expected, rtol=1e-4, atol=1e-6)
     variance = games.values.flatten(0, 1).var(0, correction=0).mean()
-    torch.testing.assert_close(terms.r2, 1 - residual.square().mean() / variance, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(terms.value_r2, 1 - residual.square().mean() / variance, rtol=1e-4, atol=1e-5)
     terms.loss.backward()
     assert all(weight.grad is None for weight in model.backbone.parameters())
     assert all(weight.grad is not None for weight in [*model.explainer.parameters(), model.shares.weight])
@@ -215,7 +221,7 @@ def test_the_explainer_learns_and_all_else_stays_as_it_is(kind):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.5
     before = copy.deepcopy(model)
-    games = fv.play(model, data, 32)
+    games = fv.record_coalitions(model, data, 32)
     options = {"epochs": 20, "batch_size": 5, "lr": 3e-3, "clip_grad": 1.0, "progress": False}
     result = fv.fit(model, games, data, objective=fv.ExplainerObjective(), **options)
     for name, tensor in before.backbone.state_dict().items():
@@ -230,7 +236,7 @@ def test_the_explainer_learns_and_all_else_stays_as_it_is(kind):
 
 def test_games_that_were_held_out_say_what_is_learned():
     model, data = converted("class token"), dataset("class token", 20)
-    trained, held_out = (fv.play(model, Subset(data, rows), 32) for rows in (range(10), range(10, 20)))
+    trained, held_out = (fv.record_coalitions(model, Subset(data, rows), 32) for rows in (range(10), range(10, 20)))
     options = {"epochs": 3, "batch_size": 5, "progress": False, "lr": 3e-3}
     history = fv.fit(model, trained, held_out, objective=fv.ExplainerObjective(), **options).history
     images, played = torch.stack([held_out[row][0] for row in range(10)]), (None, held_out.bits, held_out.values)
@@ -238,9 +244,9 @@ def test_games_that_were_held_out_say_what_is_learned():
     with torch.no_grad():
         for part in (slice(5), slice(5, 10)):
             terms = fv.ExplainerObjective()(model, images[part], [None, played[1][part], played[2][part]])
-            residuals.append(float(terms.r2))
-    assert history[-1]["eval_r2"] == pytest.approx(sum(residuals) / 2, abs=1e-5)
-    assert history[-1]["eval_r2"] != history[0]["eval_r2"]
+            residuals.append(float(terms.value_r2))
+    assert history[-1]["eval_value_r2"] == pytest.approx(sum(residuals) / 2, abs=1e-5)
+    assert history[-1]["eval_value_r2"] != history[0]["eval_value_r2"]
     assert history[-1]["eval_accuracy"] == fv.evaluate(model, Subset(data, range(10, 20))).accuracy
     assert fv.evaluate(model, held_out).accuracy == history[-1]["eval_accuracy"]
 
@@ -248,29 +254,29 @@ def test_games_that_were_held_out_say_what_is_learned():
 def test_a_run_of_other_games_is_not_resumed(tmp_path):
     model, data = converted("class token"), dataset("class token")
     options = {"objective": fv.ExplainerObjective(), "epochs": 1, "batch_size": 5, "progress": False}
-    fv.fit(model, fv.play(model, data, 4), output=tmp_path, **options)
-    assert fv.fit(model, fv.play(model, data, 4), output=tmp_path, resume="auto", **options).history
-    with pytest.raises(fv.CheckpointError, match="games was"):
-        fv.fit(model, fv.play(model, data, 4, seed=1), output=tmp_path, resume="auto", **options)
+    fv.fit(model, fv.record_coalitions(model, data, 4), output=tmp_path, **options)
+    assert fv.fit(model, fv.record_coalitions(model, data, 4), output=tmp_path, resume="auto", **options).history
+    with pytest.raises(fv.CheckpointError, match="recorded was"):
+        fv.fit(model, fv.record_coalitions(model, data, 4, seed=1), output=tmp_path, resume="auto", **options)
 
 
 def test_games_of_another_model_are_refused():
     """Of another one, of another removal, of one with other players, and of this one before it was trained on."""
     model, data = converted("average pooling"), dataset("average pooling")
-    games = fv.play(model, data, 8)
+    games = fv.record_coalitions(model, data, 8)
     options = {"objective": fv.ExplainerObjective(), "epochs": 1, "batch_size": 5, "progress": False}
     torch.manual_seed(1)
     others = {
         "another": converted("class token"),
-        "removal": converted("average pooling", removal="image"),
+        "removal": converted("average pooling", removal="pixel"),
         "players": fv.SelfExplainingClassifier("resnet10t", 7, img_size=64),
     }
     model.backbone.load_state_dict(others["removal"].backbone.state_dict())
     for other in others.values():
-        with pytest.raises(ValueError, match=r"played by another model.*fv\.play"):
+        with pytest.raises(ValueError, match=r"played by another model.*fv\.record_coalitions"):
             fv.fit(other, games, **options)
     with pytest.raises(ValueError, match="played by another model"):  # held out, the objective known to both
-        fv.fit(others["removal"], fv.play(others["removal"], data, 8), games, **options)
+        fv.fit(others["removal"], fv.record_coalitions(others["removal"], data, 8), games, **options)
     model.backbone.head.weight.data *= 1.5
     with pytest.raises(ValueError, match="before it was trained further"):
         fv.fit(model, games, **options)
@@ -281,7 +287,7 @@ def test_a_frozen_encoder_keeps_its_weights_whatever_gradients_it_holds():
     torch.nn.functional.cross_entropy(model(data.tensors[0]), data.tensors[1]).backward()
     before = copy.deepcopy(model.backbone.state_dict())
     options = {"objective": fv.ExplainerObjective(), "epochs": 1, "batch_size": 5, "progress": False}
-    fv.fit(model, fv.play(model, data, 4), **options)
+    fv.fit(model, fv.record_coalitions(model, data, 4), **options)
     for name, tensor in before.items():
         assert torch.equal(tensor, model.backbone.state_dict()[name]), name
 
@@ -292,7 +298,7 @@ def test_data_that_changes_is_refused():
     small = {"patch_size": 2, "in_chans": 1, "embed_dim": 12, "depth": 1, "num_heads": 1}
     model = fv.SelfExplainingClassifier("vit_tiny_patch16_224", 10, img_size=8, model_kwargs=small)
     with pytest.raises(ValueError, match=r"`data`.*same whenever they are read.*augmentation"):
-        fv.play(model, augmented)
+        fv.record_coalitions(model, augmented)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +315,7 @@ def test_data_that_changes_is_refused():
 )
 def test_bad_arguments_of_play(options, words):
     with pytest.raises(ValueError, match=words):
-        fv.play(converted("class token"), dataset("class token", 2), **options)
+        fv.record_coalitions(converted("class token"), dataset("class token", 2), **options)
 
 
 @pytest.mark.parametrize(
@@ -329,24 +335,24 @@ def test_bad_arguments_of_play(options, words):
     ],
 )
 def test_data_that_cannot_be_played_is_refused(data, words):
-    with pytest.raises(ValueError, match=f"play: argument `data` must be .*{words}"):
-        fv.play(converted("class token"), data)
+    with pytest.raises(ValueError, match=f"record_coalitions: argument `data` must be .*{words}"):
+        fv.record_coalitions(converted("class token"), data)
 
 
 def test_a_model_that_plays_no_game_is_refused():
     with pytest.raises(ValueError, match=r"`model` must be a SelfExplainingClassifier.*fv\.convert"):
-        fv.play(create("class token"), dataset("class token"))
+        fv.record_coalitions(create("class token"), dataset("class token"))
 
 
 def test_what_was_not_played_is_refused():
     data = dataset("class token")
     options = {"objective": fv.ExplainerObjective(), "epochs": 1, "batch_size": 5, "progress": False}
-    with pytest.raises(ValueError, match=r"given labels.*fv\.play"):
+    with pytest.raises(ValueError, match=r"given labels.*fv\.record_coalitions"):
         fv.fit(converted("class token"), data, **options)
-    games = fv.play(converted("class token"), data, 2)
-    for objective in (fv.TaskObjective(), fv.ShapleyObjective(2)):
+    games = fv.record_coalitions(converted("class token"), data, 2)
+    for objective in (fv.TaskObjective(), fv.JointObjective(2)):
         with pytest.raises(ValueError, match=r"learns from labelled images.*ExplainerObjective"):
             fv.fit(converted("class token"), games, **options | {"objective": objective})
     votes = converted("average pooling", head="votes")
     with pytest.raises(ValueError, match="shares"):
-        fv.fit(votes, fv.play(votes, data, 2), **options)
+        fv.fit(votes, fv.record_coalitions(votes, data, 2), **options)

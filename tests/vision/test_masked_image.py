@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional
 
 from fastshap_kernels import pack_bits
-from fastshap_vision import PixelGame, exact_values
+from fastshap_vision import MaskedImageGame, exact_values
 
 GRID, CLASSES = (2, 3), 4
 MEAN, STD = (0.5, 0.4), (0.2, 0.25)
@@ -65,7 +65,7 @@ BASELINES = {
 @pytest.mark.parametrize("name", BASELINES)
 def test_absent_patches_become_the_baseline(model, images, present, name):
     baseline, expected = BASELINES[name]
-    game = PixelGame(model, GRID, baseline, mean=MEAN, std=STD)
+    game = MaskedImageGame(model, GRID, baseline, mean=MEAN, std=STD)
     assert (game.players, game.grid) == (6, GRID)
     values = game.coalition_values(images, pack_bits(present))
     assert torch.allclose(values, by_hand(model, images, present, expected(images)), atol=1e-12)
@@ -77,28 +77,28 @@ def test_absent_patches_become_the_baseline(model, images, present, name):
 def test_chunks_change_nothing(model, images, present, name, batch):
     seen = []
     model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    whole = PixelGame(model, GRID, BASELINES[name][0]).coalition_values(images, pack_bits(present))
+    whole = MaskedImageGame(model, GRID, BASELINES[name][0]).coalition_values(images, pack_bits(present))
     assert seen == [15]
     seen.clear()
-    parts = PixelGame(model, GRID, BASELINES[name][0], batch=batch).coalition_values(images, pack_bits(present))
+    parts = MaskedImageGame(model, GRID, BASELINES[name][0], batch=batch).coalition_values(images, pack_bits(present))
     assert max(seen) == batch
     assert torch.allclose(whole, parts, atol=1e-12)
 
 
 def test_any_callable_plays():
-    game = PixelGame(lambda images: images.sum((2, 3)), (1, 2))
+    game = MaskedImageGame(lambda images: images.sum((2, 3)), (1, 2))
     values = game.coalition_values(torch.ones(1, 2, 3, 4), pack_bits(torch.tensor([[[True, False], [True, True]]])))
     assert values.tolist() == [[[6, 6], [12, 12]]]
 
 
 def test_exact_values_take_any_classifier(model, images):
-    exact = exact_values(PixelGame(model, GRID, "blur"), images[:1])
+    exact = exact_values(MaskedImageGame(model, GRID, "blur"), images[:1])
     assert torch.allclose(exact.phi.sum(1), exact.grand - exact.null)
     assert torch.allclose(exact.grand, model(images[:1]))
 
 
 def test_modes_and_state_are_the_models(model):
-    game = PixelGame(model, GRID, COLOUR)
+    game = MaskedImageGame(model, GRID, COLOUR)
     assert set(game.state_dict()) == {f"model.{name}" for name in model.state_dict()}
     assert not game.eval().model.training
     assert game.half().fixed.dtype == torch.float16
@@ -107,26 +107,29 @@ def test_modes_and_state_are_the_models(model):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda m: PixelGame(m, 4), "argument `grid`"),
-        (lambda m: PixelGame(m, (0, 4)), "argument `grid`"),
+        (lambda m: MaskedImageGame(m, 4), "argument `grid`"),
+        (lambda m: MaskedImageGame(m, (0, 4)), "argument `grid`"),
         (
-            lambda m: PixelGame(m, GRID, "grey"),
+            lambda m: MaskedImageGame(m, GRID, "grey"),
             "argument `baseline` must be one of 'mean', 'black', 'blur' or a tensor",
         ),
-        (lambda m: PixelGame(m, GRID, torch.zeros(2, 8, 18)), "argument `baseline` must be a floating-point tensor"),
         (
-            lambda m: PixelGame(m, GRID, torch.zeros(2, dtype=torch.long)),
+            lambda m: MaskedImageGame(m, GRID, torch.zeros(2, 8, 18)),
             "argument `baseline` must be a floating-point tensor",
         ),
-        (lambda m: PixelGame(m, GRID, "black"), "argument `mean` must be given"),
-        (lambda m: PixelGame(m, GRID, "black", mean=MEAN), "argument `mean` must be given, and `std`"),
-        (lambda m: PixelGame(m, GRID, "black", mean=MEAN, std=(1.0,)), "argument `std`"),
-        (lambda m: PixelGame(m, GRID, "black", mean=MEAN, std=(1.0, 0.0)), "argument `std`"),
-        (lambda m: PixelGame(m, GRID, batch=0), "argument `batch`"),
+        (
+            lambda m: MaskedImageGame(m, GRID, torch.zeros(2, dtype=torch.long)),
+            "argument `baseline` must be a floating-point tensor",
+        ),
+        (lambda m: MaskedImageGame(m, GRID, "black"), "argument `mean` must be given"),
+        (lambda m: MaskedImageGame(m, GRID, "black", mean=MEAN), "argument `mean` must be given, and `std`"),
+        (lambda m: MaskedImageGame(m, GRID, "black", mean=MEAN, std=(1.0,)), "argument `std`"),
+        (lambda m: MaskedImageGame(m, GRID, "black", mean=MEAN, std=(1.0, 0.0)), "argument `std`"),
+        (lambda m: MaskedImageGame(m, GRID, batch=0), "argument `batch`"),
     ],
 )
 def test_bad_constructor_is_named(model, make, message):
-    with pytest.raises(ValueError, match=f"PixelGame: {message}"):
+    with pytest.raises(ValueError, match=f"MaskedImageGame: {message}"):
         make(model)
 
 
@@ -144,12 +147,12 @@ def test_bad_constructor_is_named(model, make, message):
     ],
 )
 def test_bad_call_is_named(model, images, present, game, change, message):
-    game = PixelGame(model, **{"grid": GRID} | game)
+    game = MaskedImageGame(model, **{"grid": GRID} | game)
     with pytest.raises(ValueError, match=message):
         game.coalition_values(*change(images, pack_bits(present)))
 
 
 def test_a_model_without_logits_is_named(images, present):
-    game = PixelGame(lambda images: images, GRID)
+    game = MaskedImageGame(lambda images: images, GRID)
     with pytest.raises(ValueError, match="argument `model` must be a function from 15 images to logits"):
         game.coalition_values(images, pack_bits(present))
