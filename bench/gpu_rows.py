@@ -166,6 +166,8 @@ def floors(row: Row, case: op_cases.Case) -> dict[str, tuple[float, float]]:
         sums = s["batch"] * s["coalitions"] * s["width"] * item
         rows = t["rows"].nbytes
         return _modes(rows + sums, (2 if row.op.startswith("layer") else 1) * rows + sums)
+    if row.op == "coalition_sizes":
+        return {"forward": (t["bits"].nbytes + 4 * s["batch"] * s["coalitions"], 0.0)}
     if row.op == "coalition_sum":
         sums = s["batch"] * s["coalitions"] * s["width"] * item
         return _modes(t["features"].nbytes + sums, t["features"].nbytes + sums)
@@ -204,7 +206,8 @@ def rows(tiny: bool = False) -> list[Row]:
 def _sampling(tiny: bool) -> list[Row]:
     sizes = {"batch": 4 if tiny else 8192, "coalitions": 8, "players": 196}
     count = sizes["batch"] * sizes["coalitions"]
-    return [
+    counted = Row("coalition_sizes", f"{count} coalitions, P 196", torch.int32, sizes, ())
+    sampled = [
         Row(
             "sample_coalitions",
             f"{count} coalitions, P 196, {'paired' if paired else 'unpaired'}",
@@ -215,6 +218,7 @@ def _sampling(tiny: bool) -> list[Row]:
         )
         for paired in (True, False)
     ]
+    return [*sampled, counted]
 
 
 def _attention(tiny: bool) -> list[Row]:

@@ -2,6 +2,7 @@
 
 from . import triton as _triton  # noqa: F401 (registers its operators)
 from ._backend import use_backend
+from .ops.coalition_sizes import coalition_sizes
 from .ops.coalition_sum import coalition_sum
 from .ops.exact_shapley import exact_shapley
 from .ops.kernel_shap import KernelShapEstimate, kernel_shap
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "KernelShapEstimate",
+    "coalition_sizes",
     "coalition_sum",
     "exact_shapley",
     "kernel_shap",

@@ -139,6 +139,15 @@ def check_bits(op: str, bits: object, players: int, like: Tensor | None = None) 
     return tensor
 
 
+def check_packed(op: str, bits: object, players: int) -> Tensor:
+    """Coalitions as int32 (..., W) for `players`, with any leading dimensions."""
+    expected, remedy = f"int32 (..., {words(players)}) for {players} players", "Make it with pack_bits."
+    tensor = check_dense(op, "bits", bits, expected, remedy)
+    if tensor.dtype != torch.int32 or tensor.ndim < 1 or tensor.shape[-1] != words(players):
+        fail(op, "bits", expected, tensor, remedy)
+    return tensor
+
+
 def check_cu_seqlens(op: str, cu_seqlens: object, rows: Tensor) -> Tensor:
     """Boundaries of packed sequences on the device of `rows`; their values are left to `check_boundaries`."""
     expected = f"int32 (S + 1) that rises from 0 to T = {int(rows.shape[0])}"

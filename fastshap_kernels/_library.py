@@ -54,3 +54,15 @@ def register_autograd(name: str, function: type) -> None:
             return function.backward(ctx, *grads)[:-1]  # type: ignore[attr-defined]
 
         torch.library.register_autograd(f"{library}::{name}", backward, setup_context=setup_context)
+
+
+def register_vmap(name: str) -> None:
+    """Batches the operators of a tensor with any leading dimensions, its first argument, in one call under vmap."""
+    for library in dict.fromkeys(_NAMESPACES.values()):
+        operator = getattr(kernels(library), name)
+
+        def batched(info: Any, in_dims: tuple[int | None, ...], *inputs: Any, operator: Any = operator) -> Any:
+            tensor, *others = inputs
+            return operator(tensor.movedim(in_dims[0], 0), *others), 0
+
+        torch.library.register_vmap(f"{library}::{name}", batched)

@@ -176,6 +176,16 @@ def sample_coalitions() -> Iterator[Case]:
         )
 
 
+def coalition_sizes() -> Iterator[Case]:
+    for players in (49, 196, 1024, 4096):
+        words = bits(64, 4, players)
+        yield Case(
+            f"coalition_sizes {players} players",
+            lambda ops, words=words, p=players: ops.coalition_sizes(words, p),
+            {"_sizes": WIDE_ACCESS} if words.shape[2] % 4 == 0 else {},
+        )
+
+
 def exact_shapley() -> Iterator[Case]:
     for label, shape, dtype in (
         ("16 players 10 classes float32", (20, 2**16, 10), SINGLE),
@@ -226,6 +236,7 @@ def shapley_regression_loss() -> Iterator[Case]:
 
 #: Every file of Triton kernels has its cases here.
 TRITON: dict[str, Callable[[], Iterator[Case]]] = {
+    "coalition_sizes": coalition_sizes,
     "coalition_sum": coalition_sum,
     "exact_shapley": exact_shapley,
     "layer_norm_segment_sum": layer_norm_segment_sum,
@@ -240,6 +251,7 @@ TRITON: dict[str, Callable[[], Iterator[Case]]] = {
 
 #: CUDA kernels that must hold an instruction in at least one of their instantiations for sm_90.
 CUDA: dict[str, str] = {
+    "coalition_sizes_kernel": WIDE_ACCESS,
     "coalition_sums_kernel": WIDE_ACCESS,
     "coalition_scatter_kernel": WIDE_ACCESS,
     "layer_norm_segment_sum_kernel": WIDE_ACCESS,

@@ -29,7 +29,7 @@ def test_every_clone_is_accurate(op, dtype, set_capability):
         op_checks.check_accuracy(case, "cpu")
 
 
-@pytest.mark.parametrize("op", ["sample_coalitions", "pack_tokens", "mask_patches"])
+@pytest.mark.parametrize("op", ["sample_coalitions", "coalition_sizes", "pack_tokens", "mask_patches"])
 def test_clones_that_only_choose_and_copy_give_the_same_bits(op, set_capability):
     outputs = []
     for name in _native.cpu_capabilities():

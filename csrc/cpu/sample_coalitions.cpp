@@ -111,7 +111,7 @@ FASTSHAP_INLINE void write_bits(const uint32_t* keys, int64_t bit_words, Selecti
 FASTSHAP_INLINE void write_complement(const uint32_t* bits, int64_t players, uint32_t* complement) {
   const int64_t last = words(players) - 1;
   for (int64_t word = 0; word <= last; ++word) complement[word] = ~bits[word];
-  complement[last] &= ~uint32_t{0} >> ((32 - players % 32) % 32);
+  complement[last] &= used_bits(players);
 }
 
 FASTSHAP_INLINE void sample_range(const Draw& draw, const int64_t* thresholds, int64_t begin, int64_t end,

@@ -49,8 +49,5 @@ def unpack_bits(bits: Tensor, players: int) -> Tensor:
     Deterministic: yes.
     """
     players = _checks.check_count("unpack_bits", "players", players, 1, _checks.MAX_PLAYERS)
-    expected, remedy = f"int32 (..., {_checks.words(players)}) for {players} players", "Make it with pack_bits."
-    _checks.check_dense("unpack_bits", "bits", bits, expected, remedy)
-    if bits.dtype != torch.int32 or bits.ndim < 1 or bits.shape[-1] != _checks.words(players):
-        _checks.fail("unpack_bits", "bits", expected, bits, remedy)
+    _checks.check_packed("unpack_bits", bits, players)
     return reference.unpack_bits(bits, players)

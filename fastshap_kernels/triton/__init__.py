@@ -14,6 +14,7 @@ import torch
 
 #: Each file and the operators that it serves.
 OPERATORS: dict[str, tuple[str, ...]] = {
+    "coalition_sizes": ("coalition_sizes",),
     "coalition_sum": ("coalition_sum", "coalition_sum_backward"),
     "exact_shapley": ("exact_shapley",),
     "layer_norm_segment_sum": ("layer_norm_segment_sum", "layer_norm_segment_sum_backward"),

@@ -383,6 +383,7 @@ def _calls() -> Iterator[Call]:
     )
     yield Call(fk.pack_bits, {"present": Present()})
     yield Call(fk.unpack_bits, {"players": Count(1, 4096, "P"), "bits": AnyBits()})
+    yield Call(fk.coalition_sizes, {"players": Count(1, 4096, "P"), "bits": AnyBits(), "backend": BACKEND})
     yield Call(
         fk.mask_patches,
         {

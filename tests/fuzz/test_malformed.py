@@ -73,6 +73,8 @@ def test_tensors_of_another_form_are_refused_by_name(call, form):
         ("coalition_sum", "backend", np.array(["cpu", "reference"])),
         ("segment_sum", "prefix", torch.tensor(1)),
         ("unpack_bits", "players", 2.0),
+        ("coalition_sizes", "players", True),
+        ("coalition_sizes", "backend", 5),
     ],
 )
 def test_what_is_no_number_flag_or_name_is_refused_by_name(op, argument, value):

@@ -79,6 +79,13 @@ def sample_coalitions(
     return Case({}, (), call)
 
 
+def coalition_sizes(draw: Draw, *, batch: int = 5, coalitions: int = 4, players: int = 196) -> Case:
+    def call(backend: str, bits: Tensor) -> Tensor:
+        return fk.coalition_sizes(bits, players, backend=backend)
+
+    return Case({"bits": draw.bits(batch, coalitions, players)}, (), call)
+
+
 def mask_patches(
     draw: Draw,
     *,
@@ -238,6 +245,7 @@ MAKERS: dict[str, Callable[..., Case]] = {
     maker.__name__: maker
     for maker in (
         sample_coalitions,
+        coalition_sizes,
         mask_patches,
         pack_tokens,
         packed_attention,
@@ -262,6 +270,7 @@ SIZES: dict[str, dict[str, tuple[Any, ...]]] = {
         "players": (2, 33, 196, 1025),
         "paired": (False, True),
     },
+    "coalition_sizes": {"batch": (1, 9), "coalitions": (1, 4, 130), "players": (2, 33, 64, 128, 196, 1025, 4096)},
     "mask_patches": {
         "batch": (1, 3),
         "coalitions": (1, 5, 33),

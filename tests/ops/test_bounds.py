@@ -14,7 +14,12 @@ from accuracy import BACKEND
 import fastshap_kernels as fk
 
 #: Runs of whole 16 bytes, for which kernels move as many at a time where they can.
-SIZES = {"mask_patches": {"patch": (2, 8)}, "exact_shapley": {"players": 5}, "packed_attention": {"heads": 1}}
+SIZES = {
+    "mask_patches": {"patch": (2, 8)},
+    "exact_shapley": {"players": 5},
+    "packed_attention": {"heads": 1},
+    "coalition_sizes": {"players": 256},
+}
 OPS = [op for op in op_cases.MAKERS if BACKEND in op_cases.backends(op, BACKEND)]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -64,6 +69,7 @@ EMPTY = {
     "linear_shapley_loss": ({"batch": 0}, {"coalitions": 0}, {"classes": 0}),
     "exact_shapley": ({"batch": 0}, {"classes": 0}),
     "sample_coalitions": ({"batch": 0}, {"coalitions": 0}),
+    "coalition_sizes": ({"batch": 0}, {"coalitions": 0}),
 }
 
 

@@ -34,6 +34,9 @@ using accumulate_t = typename Accumulator<T>::type;
 // 32-bit words that hold one coalition.
 constexpr int64_t words(int64_t players) { return (players + 31) / 32; }
 
+// Bits of a coalition's last word that stand for players.
+constexpr uint32_t used_bits(int64_t players) { return ~uint32_t{0} >> ((32 - players % 32) % 32); }
+
 inline bool is_channels_last(const Tensor& t) {
   return t.stride(1) == 1 && t.stride(3) == t.size(1) && t.stride(2) == t.size(3) * t.size(1) &&
          t.stride(0) == t.size(2) * t.size(3) * t.size(1);
