@@ -17,6 +17,8 @@ from .. import _backend, _checks, _library
 from ..reference import coalition_sum as reference_sum
 from ..reference import linear_shapley_loss as reference
 from ..reference import shapley_regression_loss as reference_loss
+from ..reference.coalition_sizes import Count
+from .coalition_sizes import count_with
 from .coalition_sum import check_features, pool_with
 from .shapley_regression_loss import check_game, gain_of, target_of
 
@@ -79,11 +81,12 @@ def linear_shapley_loss(
     weights = None if weights is None else weights.to(dtype)
     served_by = _backend.select(op, features.device, backend, _KERNELS)
     pool = reference_sum.coalition_sum if served_by == "reference" else pool_with(_library.namespace(served_by))
+    count = count_with(served_by)
     if served_by == "triton" and torch.float64 not in (dtype, weight.dtype):
-        errors = _errors(features, weight, bias, bits, values, null, gain, pool)
+        errors = _errors(features, weight, bias, bits, values, null, gain, pool, count)
         return reference_loss.reduce(errors, weight.shape[0], weights, reduction)
     target = target_of(values, null, dtype)
-    return reference.linear_shapley_loss(features, weight, bias, bits, target, gain, weights, reduction, pool)
+    return reference.linear_shapley_loss(features, weight, bias, bits, target, gain, weights, reduction, pool, count)
 
 
 def _errors(
@@ -95,10 +98,11 @@ def _errors(
     null: Tensor | None,
     gain: Tensor | None,
     pool: reference_sum.Pool,
+    count: Count,
 ) -> Tensor:
     """(B, M) squared errors, summed over the classes: no other tensor of the size of `values` is made."""
     players, dtype = features.shape[1], torch.float32
-    scale = reference_loss.sizes(bits, players, dtype)
+    scale = reference_loss.sizes(bits, players, dtype, count)
     if gain is None:
         pooled = pool(features, bits, dtype)
         slope = weight.new_zeros(1, weight.shape[0], dtype=dtype) if bias is None else bias.to(dtype).unsqueeze(0)

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import _checks, _library
 from ..reference import coalition_sum as reference_sum
 from ..reference import shapley_regression_loss as reference
+from .coalition_sizes import count_with
 from .coalition_sum import check_features, pool_with, select_backend
 
 _KERNELS = ("cuda", "triton", "cpu")
@@ -81,7 +82,8 @@ def shapley_regression_loss(
         phi = phi.to(target.dtype) if target.dtype == torch.float64 else phi  # the kernels widen half precision only
         _, errors = ShapleyRegressionLoss.apply(phi, bits, target, _library.namespace(served_by))
         return reference.reduce(errors, phi.shape[2], weights, reduction)
-    return reference.shapley_regression_loss(phi, bits, target, gain, weights, reduction, pool)
+    count = count_with(served_by)
+    return reference.shapley_regression_loss(phi, bits, target, gain, weights, reduction, pool, count)
 
 
 class ShapleyRegressionLoss(torch.autograd.Function):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .coalition_sizes import coalition_sizes
 from .pack_bits import unpack_bits
 
 #: A pivot below this share of its diagonal entry is rounding: the coalitions don't tell the players apart.
@@ -26,7 +27,7 @@ def kernel_shap(
     """
     rows, weighted_rows = design(bits, weights, players)
     even = (grand - null).unsqueeze(1) / players
-    sizes = unpack_bits(bits, players).sum(-1, keepdim=True)
+    sizes = coalition_sizes(bits, players).unsqueeze(-1)
     targets = values - null.unsqueeze(1) - sizes * even
 
     normal = normal_matrix(rows, weighted_rows)

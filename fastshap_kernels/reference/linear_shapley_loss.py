@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .coalition_sizes import Count
 from .coalition_sum import Pool
 from .shapley_regression_loss import pool_with_total, sizes, squared_error
 
@@ -32,6 +33,7 @@ def linear_shapley_loss(
     weights: Tensor | None,
     reduction: str,
     pool: Pool,
+    count: Count,
 ) -> Tensor:
     """features (B, P, L), weight (K, L), bias (K,), bits (B, M, W), target (B, M, K) = values − null → loss.
 
@@ -41,9 +43,9 @@ def linear_shapley_loss(
     players, dtype = features.shape[1], target.dtype
     if gain is None:
         pooled = pool(features, bits, dtype)
-        constant = None if bias is None else sizes(bits, players, dtype) * bias.to(dtype)
+        constant = None if bias is None else sizes(bits, players, dtype, count) * bias.to(dtype)
     else:
-        share = sizes(bits, players, dtype) / players
+        share = sizes(bits, players, dtype, count) / players
         pooled, total = pool_with_total(features, bits, dtype, pool)
         pooled = pooled - share * total
         constant = share * gain

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .coalition_sizes import Count
 from .coalition_sum import Pool
-from .pack_bits import pack_bits, unpack_bits
+from .pack_bits import pack_bits
 
 
 def shapley_regression_loss(
@@ -17,6 +18,7 @@ def shapley_regression_loss(
     weights: Tensor | None,
     reduction: str,
     pool: Pool,
+    count: Count,
 ) -> Tensor:
     """phi (B, P, K), bits (B, M, W), target (B, M, K) = values − null, weights (B, M) → loss.
 
@@ -26,7 +28,8 @@ def shapley_regression_loss(
     if gain is None:
         return squared_error(pool(phi, bits, target.dtype), target, weights, reduction)
     predicted, total = pool_with_total(phi, bits, target.dtype, pool)
-    predicted = predicted + sizes(bits, phi.shape[1], target.dtype) / phi.shape[1] * (gain - total)
+    share = sizes(bits, phi.shape[1], target.dtype, count) / phi.shape[1]
+    predicted = predicted + share * (gain - total)
     return squared_error(predicted, target, weights, reduction)
 
 
@@ -38,9 +41,9 @@ def pool_with_total(features: Tensor, bits: Tensor, dtype: torch.dtype, pool: Po
     return pooled[:, :-1], pooled[:, -1:]
 
 
-def sizes(bits: Tensor, players: int, dtype: torch.dtype) -> Tensor:
+def sizes(bits: Tensor, players: int, dtype: torch.dtype, count: Count) -> Tensor:
     """|S| of each coalition, (B, M, 1)."""
-    return unpack_bits(bits, players).sum(-1, keepdim=True).to(dtype)
+    return count(bits, players).unsqueeze(-1).to(dtype)
 
 
 def squared_error(predicted: Tensor, target: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
