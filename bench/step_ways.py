@@ -115,9 +115,9 @@ def precision(setting: Setting) -> contextlib.AbstractContextManager[Any]:
 def _values(kind: str, setting: Setting, options: dict[str, Any] | None) -> Call:
     model, images, bits = setting.model, setting.images, setting.bits
     if kind == "packed" and options is None:
-        return lambda: model.coalition_values(images, bits, paired=True)
+        return lambda: model.coalition_values(images, fv.Coalitions(bits, model.players, paired=True))
     if kind == "packed":
-        function = _compiled(lambda images, bits: model.game.values(images, bits, True), options)
+        function = _compiled(lambda images, bits: model.game.values(images, fv.Coalitions(bits, model.players, paired=True)), options)
     else:
         function = _compiled(lambda images, bits: dense_values(model, images, bits, kind), options)
     return lambda: function(images, bits)

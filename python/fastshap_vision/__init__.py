@@ -11,6 +11,7 @@ from .estimators.kernel_shap import kernel_shap_values
 from .explanations.as_captum import Attribution
 from .explanations.explanation import Explanation
 from .games.base import UnsupportedModelError
+from .games.coalitions import Coalitions
 from .games.masked_image import MaskedImageGame
 from .images.preprocessing import Preprocessing
 from .metrics.fidelity import Fidelity, fidelity
@@ -28,6 +29,7 @@ from .training.state import CheckpointError
 __all__ = [
     "Attribution",
     "CheckpointError",
+    "Coalitions",
     "Evaluation",
     "ExplainerObjective",
     "Explanation",

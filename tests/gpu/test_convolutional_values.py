@@ -12,6 +12,7 @@ pytest.importorskip("timm")
 from torch._dynamo.testing import CompileCounterWithBackend
 from vision_transformers import create, images
 
+from fastshap_vision import Coalitions
 from fastshap_vision.games.mask_cells_cnn import CellRemoval
 
 pytestmark = pytest.mark.gpu
@@ -35,10 +36,10 @@ def test_the_convolutional_path_compiles_whole(removal):
                 torch.cuda.set_sync_debug_mode("error")
             try:
                 values = compiled(x_device, bits_device)
-                eager = ours.values(x_device, bits_device)
+                eager = ours.values(x_device, Coalitions(bits_device, ours.players))
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        theirs = expected.values(x, bits)
+        theirs = expected.values(x, Coalitions(bits, expected.players))
         for mine in (values, eager):
             assert (mine.float().cpu() - theirs).norm() <= 0.05 * theirs.norm()
     assert counter.frame_count == 1

@@ -37,13 +37,13 @@ def test_joint_pass_is_that_of_the_cpu_and_never_waits(family, kind):
     model, x = fv.convert(family.create(kind), img_size=size).eval(), images(size=size)
     bits = fk.sample_coalitions(3, 4, model.players, seed=0)
     with torch.no_grad():
-        expected = model.joint(x, bits, paired=True)
+        expected = model.joint(x, fv.Coalitions(bits, model.players, paired=True))
     model, x, bits = model.cuda(), x.cuda(), bits.cuda()
-    model.joint(x, bits, paired=True).values.sum().backward()
+    model.joint(x, fv.Coalitions(bits, model.players, paired=True)).values.sum().backward()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = model.joint(x, bits, paired=True)
+        found = model.joint(x, fv.Coalitions(bits, model.players, paired=True))
         found.values.sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -66,12 +66,12 @@ def assert_close(values, expected):
 @torch.no_grad()
 def test_replayed_chunks_give_the_values_of_one_pass(kind, paired, graphs):
     model, x, bits = model_images_bits(kind, paired)
-    whole = model.game.values(x, bits, paired)
+    whole = model.game.values(x, fv.Coalitions(bits, model.players, paired))
     for max_rows in (100, 333, 10**9):
-        values = model.coalition_values(x, bits, max_rows=max_rows, paired=paired)
+        values = model.coalition_values(x, fv.Coalitions(bits, model.players, paired), max_rows=max_rows)
         assert_close(values, whole)
     assert len(graphs) == 2
-    assert_close(model.coalition_values(x, bits.cpu(), max_rows=100, paired=paired), whole)
+    assert_close(model.coalition_values(x, fv.Coalitions(bits.cpu(), model.players, paired), max_rows=100), whole)
 
 
 @PAIRED
@@ -104,7 +104,7 @@ def test_chunks_never_wait(kind, paired, monkeypatch, graphs):
 @torch.no_grad()
 def test_a_model_that_can_not_be_captured_runs_all_the_same(monkeypatch, caplog, graphs):
     model, x, bits = model_images_bits("class token", False)
-    expected = model.game.values(x, bits)
+    expected = model.game.values(x, fv.Coalitions(bits, model.players))
     inner = model.game.values
 
     def waits(*arguments):
@@ -127,7 +127,8 @@ def test_gradients_through_chunks(paired):
     found = []
     for max_rows in (150, 10**9):
         model.zero_grad()
-        model.coalition_values(x, bits, max_rows=max_rows, paired=paired).square().sum().backward()
+        coalitions = fv.Coalitions(bits, model.players, paired)
+        model.coalition_values(x, coalitions, max_rows=max_rows).square().sum().backward()
         found.append(torch.cat([p.grad.flatten() for p in model.backbone.parameters() if p.grad is not None]))
     assert (found[0] - found[1]).norm() <= 1e-3 * found[1].norm()
 
@@ -140,7 +141,7 @@ def test_the_need_of_a_row_is_an_upper_bound(kind, keeps_graph):
     estimate = memory.row_bytes(model.game, x, keeps_graph)
     rows = bits.shape[0] * bits.shape[1] // 2 * memory.pair_rows(model.game)
     with LiveBytes() as live, torch.set_grad_enabled(keeps_graph):
-        values = model.game.values(x.requires_grad_(keeps_graph), bits, True)
+        values = model.game.values(x.requires_grad_(keeps_graph), fv.Coalitions(bits, model.players, paired=True))
         if keeps_graph:
             torch.autograd.grad(values.sum(), x)
     assert live.peak <= estimate * rows
@@ -154,7 +155,8 @@ def test_lower_precision(precision, graphs):
         pytest.skip("no 8-bit products on this device")
     model, x, bits = model_images_bits("class token", True)
     exact = model.coalition_values(x, bits)
-    values = model.coalition_values(x, bits, paired=True, precision=precision, max_rows=150)
+    coalitions = fv.Coalitions(bits, model.players, paired=True)
+    values = model.coalition_values(x, coalitions, precision=precision, max_rows=150)
     assert graphs
     error = (values.float() - exact).square().mean().sqrt() / exact.std()
     assert 1e-4 < error < {"bf16": 0.03, "fp8": 0.2}[precision]

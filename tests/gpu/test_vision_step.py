@@ -132,12 +132,12 @@ def test_a_graph_of_values_takes_new_images_and_coalitions(kind):
     model, (x, _) = convert(kind).eval(), batch()
     bits = [fk.sample_coalitions(BATCH, 6, model.players, seed=seed, device="cuda") for seed in (0, 1)]
     held = bits[0].clone()
-    warmed_up(lambda: model.game.values(x, held, True))
+    warmed_up(lambda: model.game.values(x, fv.Coalitions(held, model.players, paired=True)))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = model.game.values(x, held, True)
+        captured = model.game.values(x, fv.Coalitions(held, model.players, paired=True))
     other, _ = batch(1)
-    expected = model.game.values(other, bits[1], True)
+    expected = model.game.values(other, fv.Coalitions(bits[1], model.players, paired=True))
     x.copy_(other)
     held.copy_(bits[1])
     graph.replay()
@@ -155,7 +155,8 @@ def test_a_graph_of_a_whole_step_takes_new_coalitions_and_weights(kind, paired):
 
     def run():
         model.zero_grad(set_to_none=False)
-        terms = objective.terms(model, x, labels, held, weights[0], weights[1], rows)
+        coalitions = fv.Coalitions(held, model.players, paired, rows)
+        terms = objective.terms(model, x, labels, coalitions, weights[0], weights[1])
         terms.loss.backward()
         return terms.loss.detach()
 

@@ -99,7 +99,7 @@ def test_joint_pass_efficiency_and_removed_content(kind):
     assert (model.coalition_values(x, everybody)[:, 0] - eva(x)).abs().max() <= 1e-5
     phi, logits = model.shapley_values(x)
     assert (phi.sum(1) - (logits - null)).abs().max() <= 1e-5
-    joint = model.joint(x, bits, paired=True)
+    joint = model.joint(x, fv.Coalitions(bits, model.players, paired=True))
     features, _ = model.game.features_and_logits(x)
     for found, expected in zip(joint[:3], (features, logits, values), strict=True):
         assert (found - expected).abs().max() <= 1e-5
@@ -127,17 +127,19 @@ def test_joint_pass_compiles_whole():
     """No graph break, checkpointing included; mixed precision stays close."""
     eva, x, bits = create("DINOv3"), images(), coalitions()
     model = fv.convert(eva).train()
-    eager = model.joint(x, bits, paired=True).values
+    eager = model.joint(x, fv.Coalitions(bits, model.players, paired=True)).values
     eva.set_grad_checkpointing(True)
     compiled = torch.compile(
-        lambda x, bits: model.game.joint(x, bits, True).values, fullgraph=True, backend="aot_eager"
+        lambda x, bits: model.game.joint(x, fv.Coalitions(bits, model.players, paired=True)).values,
+        fullgraph=True,
+        backend="aot_eager",
     )
     values = compiled(x, bits)
     assert torch.allclose(values, eager, atol=1e-5)
     values.sum().backward()
     assert eva.blocks[0].attn.proj.weight.grad.abs().sum() > 0
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = model.joint(x, bits, paired=True).values
+        mixed = model.joint(x, fv.Coalitions(bits, model.players, paired=True)).values
     assert (mixed.float() - eager).norm() <= 0.05 * eager.norm()
 
 

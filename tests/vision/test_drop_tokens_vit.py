@@ -41,7 +41,7 @@ def dense_values(vit, x, bits, votes=False):
 @torch.no_grad()
 def test_dropping_equals_dense_masking(kind):
     vit, x, bits = create(kind), images(), coalitions()
-    values = fv.convert(vit).eval().game.values(x, bits)
+    values = fv.convert(vit).eval().coalition_values(x, bits)
     assert (values - dense_values(vit, x, bits)).abs().max() <= 1e-5
 
 
@@ -72,7 +72,8 @@ def test_gradients_equal_those_of_dense_masking(kind, head, monkeypatch):
         return {name: p.grad.clone() for name, p in vit.named_parameters() if p.grad is not None}
 
     assert game.packs
-    values, dense = game.values(x, bits, paired=True), dense_values(vit, x, bits, head == "votes")
+    values = game.values(x, fv.Coalitions(bits, game.players, paired=True))
+    dense = dense_values(vit, x, bits, head == "votes")
     assert (values - dense).abs().max() <= 1e-5
     packed, expected = gradients(values), gradients(dense)
     whole = torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
@@ -91,7 +92,7 @@ def test_mixed_precision_stays_near_full_precision(kind, dtype):
     def outputs_and_gradient(enabled):
         model.zero_grad()
         with torch.autocast("cpu", dtype, enabled=enabled):
-            features, logits, values, _ = model.joint(x, bits, paired=True)
+            features, logits, values, _ = model.joint(x, fv.Coalitions(bits, model.players, paired=True))
         (features.float().sin().mean() + logits.float().sin().mean() + values.float().sin().mean()).backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         return [t.detach().float() for t in (features, logits, values, gradient)]
@@ -118,7 +119,7 @@ def test_gradients_of_both_passes_agree(kind, head):
     def gradients(joint):
         model.zero_grad()
         if joint:
-            features, logits, values, _ = model.joint(x, bits, paired=True)
+            features, logits, values, _ = model.joint(x, fv.Coalitions(bits, model.players, paired=True))
         else:
             features, logits = model.game.features_and_logits(x)
             values = model.coalition_values(x, bits)
@@ -137,10 +138,10 @@ def test_padding_changes_nothing(kind):
 
     def outputs_and_gradients(rows):
         model.zero_grad()
-        features, logits, values, _ = model.joint(x, bits, rows=rows)
+        features, logits, values, _ = model.joint(x, fv.Coalitions(bits, model.players, rows=rows))
         (features.sin().sum() + logits.sin().sum() + values.sin().sum()).backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-        return features, logits, values, model.game.values(x, bits, rows=rows), gradient
+        return features, logits, values, model.game.values(x, fv.Coalitions(bits, model.players, rows=rows)), gradient
 
     exact = outputs_and_gradients(None)
     for surplus in (0, 3, 50):
@@ -185,7 +186,7 @@ def test_stochastic_depth_drops_whole_sequences():
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=7, drop_path_rate=0.5, **SMALL)
     model, x = fv.convert(vit).train(), images(1).expand(64, -1, -1, -1)
     bits = fk.sample_coalitions(1, 2, PLAYERS, seed=0).expand(64, -1, -1)
-    values = model.joint(x, bits, paired=True).values[:, 0]
+    values = model.joint(x, fv.Coalitions(bits, model.players, paired=True)).values[:, 0]
     distinct = torch.unique((values * 1e4).round(), dim=0)
     assert 2 <= len(distinct) <= 2 * 2 * 2 * 2  # two residual branches in the two blocks that can drop
     vit.eval()
@@ -208,7 +209,7 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(kind):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            _, logits, values, _ = model.joint(x, bits, paired=True)
+            _, logits, values, _ = model.joint(x, fv.Coalitions(bits, model.players, paired=True))
         (logits.sin().sum() + values.sin().sum()).backward()
         size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
         weights = sum(p.untyped_storage().nbytes() for p in model.parameters())
@@ -239,7 +240,7 @@ def test_the_joint_pass_knows_the_value_of_nobody(kind):
     model, x = fv.convert(create(kind)), images(2)
     bits = fk.sample_coalitions(2, 4, model.players, seed=0)
     model.eval()
-    null = model.joint(x, bits, paired=True).null
+    null = model.joint(x, fv.Coalitions(bits, model.players, paired=True)).null
     takes_a_pass = not model.game.patches_vote and model.backbone.global_pool == "token"
     assert (null is not None) == takes_a_pass
     if null is not None:

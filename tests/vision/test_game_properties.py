@@ -81,8 +81,8 @@ def draw_game(data, kind, fused):
 
 
 @torch.no_grad()
-def values(game, images, present, **options):
-    return game.coalition_values(images, fk.pack_bits(present), **options)
+def values(game, images, present, paired=False, **options):
+    return game.coalition_values(images, fv.Coalitions(fk.pack_bits(present), game.players, paired), **options)
 
 
 def assert_same(found, expected):

@@ -110,7 +110,7 @@ def test_masked_and_packed_agree(name):
 
     def pass_of(game):
         backbone.zero_grad()
-        values = game.joint(x, bits).values
+        values = game.joint(x, fv.Coalitions(bits, game.players)).values
         values.sin().sum().backward()
         return values, torch.cat([p.grad.flatten() for p in backbone.parameters() if p.grad is not None])
 

@@ -5,6 +5,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from vision_transformers import create, images
 
 import fastshap_kernels as fk
+from fastshap_vision import Coalitions
 from fastshap_vision.games.mask_cells_cnn import CellRemoval
 
 SIZE = (3, 64, 64)
@@ -88,7 +89,7 @@ def test_plays_the_defined_game(kind, removal, training):
     ours = game(kind, removal)
     ours.backbone.double().train(training)
     x, bits = images(size=64).double(), draw(ours)
-    values, expected = ours.values(x, bits), plain_values(ours, kind, removal, x, bits)
+    values, expected = ours.values(x, Coalitions(bits, ours.players)), plain_values(ours, kind, removal, x, bits)
     assert (values - expected).norm() <= 1e-9 * expected.norm()
     assert furthest(gradients(ours, values), gradients(ours, expected)) <= 1e-7
 
@@ -99,7 +100,7 @@ def test_single_precision(kind, removal):
     """Values keep to 1e-5 and every parameter's gradient to 1e-4 of the plain network's."""
     ours, x = game(kind, removal), images(size=64)
     bits = draw(ours)
-    values = ours.values(x, bits)
+    values = ours.values(x, Coalitions(bits, ours.players))
     expected = plain_values(ours, kind, removal, x.contiguous(memory_format=torch.channels_last), bits)
     assert (values - expected).norm() <= 1e-5 * expected.norm()
     assert furthest(gradients(ours, values), gradients(ours, expected)) <= 1e-4
@@ -113,11 +114,11 @@ def test_efficiency_at_the_stem(kind, votes):
     ours, x = game(kind, "stem", votes), images(size=64)
     bits = fk.pack_bits(torch.tensor([[1], [0]], dtype=torch.bool).expand(3, 2, ours.players))
     logits = ours.features_and_logits(x)[1]
-    grand, null = ours.values(x, bits).unbind(1)
+    grand, null = ours.values(x, Coalitions(bits, ours.players)).unbind(1)
     scale = float(logits.abs().max())
     assert torch.allclose(grand, logits, atol=1e-5 * scale)
     assert torch.allclose(null, ours.null().expand_as(null), atol=1e-5 * scale)
-    joint = ours.joint(x, bits)
+    joint = ours.joint(x, Coalitions(bits, ours.players))
     assert torch.allclose(joint.logits, logits, atol=1e-5 * scale)
     assert torch.allclose(joint.values[:, 0], logits, atol=1e-5 * scale)
 
@@ -129,8 +130,8 @@ def test_joint_pass_is_both_passes(kind, removal):
     ours, x = game(kind, removal), images(size=64)
     bits = draw(ours)
     features, logits = ours.features_and_logits(x)
-    joint = ours.joint(x, bits)[:3]  # patches vote: no v(∅)
-    for mine, theirs in zip(joint, (features, logits, ours.values(x, bits)), strict=True):
+    joint = ours.joint(x, Coalitions(bits, ours.players))[:3]  # patches vote: no v(∅)
+    for mine, theirs in zip(joint, (features, logits, ours.values(x, Coalitions(bits, ours.players))), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-5 * float(theirs.abs().max()))
 
 
@@ -142,7 +143,7 @@ def test_stem_runs_once_per_image(kind, method):
     rows = []
     stem = ours.backbone.get_submodule(STEMS[kind][0])
     hook = stem.register_forward_hook(lambda _module, _args, out: rows.append(len(out)))
-    getattr(ours, method)(x, draw(ours))
+    getattr(ours, method)(x, Coalitions(draw(ours), ours.players))
     hook.remove()
     assert rows == [3]
 
@@ -156,14 +157,15 @@ def test_reach_of_the_stem(kind):
     last_only = torch.zeros(3, 1, ours.players, dtype=torch.bool)
     last_only[..., -1] = True
     bits = fk.pack_bits(last_only)
-    values = ours.values(x, bits)
+    values = ours.values(x, Coalitions(bits, ours.players))
     beyond = x.clone()
     beyond[:, :, : 32 - reach] = beyond[:, :, :, : 32 - reach] = float("nan")
-    assert torch.equal(ours.values(beyond, bits), values)
+    assert torch.equal(ours.values(beyond, Coalitions(bits, ours.players)), values)
     absent = x.clone()
     absent[:, :, :32] = absent[:, :, :, :32] = 5.0
-    assert torch.equal(ours.values(absent, bits), values) == (kind == "test_convnext")
-    assert torch.equal(game(kind).values(absent, bits), game(kind).values(x, bits))
+    assert torch.equal(ours.values(absent, Coalitions(bits, ours.players)), values) == (kind == "test_convnext")
+    plain, coalitions = game(kind), Coalitions(bits, ours.players)
+    assert torch.equal(plain.values(absent, coalitions), plain.values(x, coalitions))
 
 
 class FirstInput:
@@ -180,17 +182,17 @@ class FirstInput:
 def test_runs_in_channels_last_and_the_compute_dtype(kind, removal, rows):
     ours, x = game(kind, removal), images(size=64)
     bits, first = draw(ours), FirstInput(ours)
-    exact = ours.values(x, bits)
+    exact = ours.values(x, Coalitions(bits, ours.players))
     assert first.seen.dtype == torch.float32
     assert first.seen.is_contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):
-        values = ours.values(x, bits)
+        values = ours.values(x, Coalitions(bits, ours.players))
     assert first.seen.dtype == torch.bfloat16
     assert first.seen.is_contiguous(memory_format=torch.channels_last)
     assert len(first.seen) == rows
     assert (values - exact).norm() <= 0.05 * exact.norm()
     ours.backbone.bfloat16()
-    assert ours.values(x, bits).dtype == torch.bfloat16
+    assert ours.values(x, Coalitions(bits, ours.players)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("removal", ["cell", "stem"])
@@ -216,10 +218,10 @@ def test_explanation_blocks_grow_no_wider_than_2048(network, inside):
 def test_checkpointing_changes_nothing(kind, removal):
     ours, x = game(kind, removal), images(size=64)
     bits = draw(ours)
-    plain = ours.values(x, bits)
+    plain = ours.values(x, Coalitions(bits, ours.players))
     expected = torch.autograd.grad(plain.square().sum(), list(ours.backbone.parameters()))
     ours.backbone.set_grad_checkpointing()
-    values = ours.values(x, bits)
+    values = ours.values(x, Coalitions(bits, ours.players))
     assert torch.equal(values, plain)
     assert all(map(torch.equal, torch.autograd.grad(values.square().sum(), list(ours.backbone.parameters())), expected))
 
@@ -244,8 +246,8 @@ def test_compiles_once(kind, removal, method):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(run, fullgraph=True, backend=counter)
     for seed in range(4):
-        bits = fk.sample_coalitions(3, 4, ours.players, seed=seed)
-        for mine, theirs in zip(compiled(x, bits)[:count], run(x, bits)[:count], strict=True):
+        drawn = Coalitions(fk.sample_coalitions(3, 4, ours.players, seed=seed), ours.players)
+        for mine, theirs in zip(compiled(x, drawn)[:count], run(x, drawn)[:count], strict=True):
             assert torch.allclose(mine, theirs, atol=1e-5 * float(theirs.abs().max()))
     assert counter.frame_count == 1
 

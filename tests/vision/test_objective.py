@@ -176,7 +176,8 @@ def test_unpaired_coalitions_fall_into_few_sizes(coalitions, batch):
     objective.compile()  # nothing is padded for plain steps on the CPU
     sizes = set()
     for _ in range(200):
-        bits, rows = objective.draw(model, images(1).expand(batch, -1, -1, -1))
+        drawn = objective.draw(model, images(1).expand(batch, -1, -1, -1))
+        bits, rows = drawn.bits, drawn.rows
         needed = int(fk.unpack_bits(bits, model.players).sum()) + batch * coalitions
         assert needed <= rows <= needed + 0.82 * model.players * (batch * coalitions) ** 0.5 + 1
         sizes.add(rows)

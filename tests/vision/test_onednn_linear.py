@@ -106,7 +106,7 @@ def test_the_packed_pass_uses_it(served, generator):
     )
     images = torch.randn(8, 3, 64, 64, generator=generator)
     bits = torch.full((8, 4, 1), 0x5555, dtype=torch.int32)
-    model.game.values(images, bits)
+    model.game.values(images, fv.Coalitions(bits, model.players))
     rows = 8 * 4 * 9
     assert (8, 17, 32) in served  # the first block's queries, keys and values, once per image
     assert (rows, 32) in served

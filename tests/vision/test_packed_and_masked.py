@@ -82,19 +82,20 @@ def check(backbone):
     present[:, 1] = ~present[:, 0]
     present[0, 2], present[1, 2] = False, True
     bits = fk.pack_bits(present)
-    packed = game.values(x, bits)
+    packed = game.values(x, fv.Coalitions(bits, game.players))
     assert game.packs
     assert not masked.packs
     scale = 1 + packed.abs().max()
-    alone = torch.stack([game.values(x[b : b + 1], bits[b : b + 1, m : m + 1])[0, 0] for b in (0, 1) for m in range(3)])
+    each = [(x[b : b + 1], bits[b : b + 1, m : m + 1]) for b in (0, 1) for m in range(3)]
+    alone = torch.stack([game.values(image, fv.Coalitions(one, game.players))[0, 0] for image, one in each])
     assert (alone.view_as(packed) - packed).abs().max() <= 1e-5 * scale
-    assert (masked.values(x, bits) - packed).abs().max() <= 1e-5 * scale
+    assert (masked.values(x, fv.Coalitions(bits, masked.players)) - packed).abs().max() <= 1e-5 * scale
     assert (packed[1, 2] - backbone(x)[1]).abs().max() <= 1e-5 * scale
     assert (packed[0, 2] - game.null()).abs().max() <= 1e-5 * scale
     spoiled = x.clone()
     spoiled[1] = torch.nan
     for either in (game, masked):
-        assert (either.values(spoiled, bits)[0] - packed[0]).abs().max() <= 1e-5 * scale
+        assert (either.values(spoiled, fv.Coalitions(bits, either.players))[0] - packed[0]).abs().max() <= 1e-5 * scale
 
 
 @settings(max_examples=12, derandomize=True, deadline=None, database=None)

@@ -131,7 +131,7 @@ def test_compiled_values_run_lower_too():
     @torch.no_grad()
     def values(precision):
         with lowered(model, precision):
-            return model.game.values(x, bits, True).float()
+            return model.game.values(x, fv.Coalitions(bits, model.players, paired=True)).float()
 
     exact, bf16 = values("same"), values("bf16")
     compiled = torch.compile(values, fullgraph=True, backend="aot_eager")("fp8")

@@ -41,15 +41,15 @@ def rows_of(model, bits):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The (images, bits, paired, rows) of every call of a game."""
+    """The (images, coalitions) of every call of a game."""
     seen = []
 
     def watch(model):
         inner = model.game.values
 
-        def values(images, bits, paired=False, rows=None):
-            seen.append((images, bits, paired, rows))
-            return inner(images, bits, paired, rows)
+        def values(images, coalitions):
+            seen.append((images, coalitions))
+            return inner(images, coalitions)
 
         monkeypatch.setattr(model.game, "values", values)
         return seen
@@ -63,19 +63,19 @@ def calls(monkeypatch):
 def test_chunks_give_the_values_of_one_pass_in_the_order_asked(kind, paired, calls):
     model, x = model_and_images(kind)
     bits = fk.sample_coalitions(3, 10, model.players, seed=0) if paired else unpaired(model)
-    whole = model.game.values(x, bits)
+    whole = model.game.values(x, fv.Coalitions(bits, model.players))
     seen = calls(model)
     pair = model.players + 2 * getattr(model.game, "prefix", 0)
     for max_rows in (1, pair, 3 * pair, 20 * pair, 10**9):
         seen.clear()
-        values = model.coalition_values(x, bits, max_rows=max_rows, paired=paired)
+        values = model.coalition_values(x, fv.Coalitions(bits, model.players, paired), max_rows=max_rows)
         assert torch.allclose(values, whole, atol=1e-5)
-        asked = sum(call[1].shape[0] * call[1].shape[1] for call in seen)
+        asked = sum(some.bits.shape[0] * some.bits.shape[1] for _, some in seen)
         assert asked == bits.shape[0] * bits.shape[1]
         alone = 2 if paired and kind != "resnet18" else 1
-        for image, some, _, _ in seen:
-            assert rows_of(model, some) <= max_rows or (len(image) == 1 and some.shape[1] == alone)
-        most = max(rows_of(model, some) for _, some, _, _ in seen)
+        for image, some in seen:
+            assert rows_of(model, some.bits) <= max_rows or (len(image) == 1 and some.count == alone)
+        most = max(rows_of(model, some.bits) for _, some in seen)
         if kind != "resnet18" and max_rows == 3 * pair:
             assert most > max_rows / 2
 
@@ -89,7 +89,7 @@ def test_auto_keeps_to_the_memory_that_is_free(kind, batch, calls, monkeypatch):
     bits = unpaired(model, batch, 40)
     free = 30 * memory.row_bytes(model.game, x, False) * model.players
     monkeypatch.setattr(cutting, "free_bytes", lambda device: free)
-    whole = model.game.values(x, bits)
+    whole = model.game.values(x, fv.Coalitions(bits, model.players))
     seen = calls(model)
     values = model.coalition_values(x, bits)
     assert torch.allclose(values, whole, atol=1e-5)
@@ -115,7 +115,7 @@ def test_the_need_of_a_row_is_an_upper_bound(kind, keeps_graph):
     for coalitions in (2, 6, 24):
         bits = fk.sample_coalitions(2, coalitions, model.players, seed=1)
         with LiveBytes() as live, torch.set_grad_enabled(keeps_graph):
-            values = model.game.values(x.requires_grad_(keeps_graph), bits, True)
+            values = model.game.values(x.requires_grad_(keeps_graph), fv.Coalitions(bits, model.players, paired=True))
             if keeps_graph:
                 torch.autograd.grad(values.sum(), x)
         packed = rows_of(model, bits)
@@ -199,7 +199,7 @@ def test_dealt_chunks_are_nearly_equal_and_fit_a_static_size(units):
     """What a CUDA graph runs on: one number of coalitions, and of rows that is enough and hardly more."""
     model, x = model_and_images("class token", 2)
     bits = unpaired(model, 2, units)
-    chunks = cutting.cut(model.game, bits, Limits(70, 0.0), False, CPU)
+    chunks = cutting.cut(model.game, fv.Coalitions(bits, model.players), Limits(70, 0.0), CPU)
     assert chunks.rows is None
     sizes = fk.unpack_bits(bits, model.players).sum(2) + model.game.prefix
     chunks = chunks._replace(rows=cutting._largest_load(sizes.sort(1)[0], chunks.parts))
@@ -210,8 +210,8 @@ def test_dealt_chunks_are_nearly_equal_and_fit_a_static_size(units):
         filled = stream._fill(bits[part][:, chosen], longest, 1)
         assert filled.shape[1] == longest
         loads.append(rows_of(model, filled))
-        static = model.game.values(x[part], filled, False, chunks.rows)
-        alone = model.game.values(x[part], filled)
+        static = model.game.values(x[part], fv.Coalitions(filled, model.players, rows=chunks.rows))
+        alone = model.game.values(x[part], fv.Coalitions(filled, model.players))
         assert torch.allclose(static, alone, atol=1e-5)
     assert max(loads) == chunks.rows
     assert chunks.rows - min(loads) <= 2 * model.players
@@ -221,8 +221,8 @@ def test_small_coalitions_count_as_half_of_a_pair():
     """Their values take memory too: nobody's coalition is not free."""
     model, _ = model_and_images("average pooling", 1)
     nobody = torch.zeros(1, 100, 1, dtype=torch.int32)
-    assert cutting.cut(model.game, nobody, Limits(80, 0.0), False, CPU).parts == 1
-    assert cutting.cut(model.game, nobody, Limits(80, 8.0), False, CPU).parts == 10
+    assert cutting.cut(model.game, fv.Coalitions(nobody, model.players), Limits(80, 0.0), CPU).parts == 1
+    assert cutting.cut(model.game, fv.Coalitions(nobody, model.players), Limits(80, 8.0), CPU).parts == 10
 
 
 @torch.no_grad()
@@ -253,7 +253,7 @@ def test_bad_arguments():
         with pytest.raises(ValueError, match="`max_rows`"):
             model.coalition_values(x, bits, max_rows=max_rows)
     with pytest.raises(ValueError, match="M even"):
-        model.coalition_values(x, bits, paired=True)
+        model.coalition_values(x, fv.Coalitions(bits, model.players, paired=True))
 
 
 def test_the_limit_of_a_container(tmp_path):

@@ -26,9 +26,10 @@ from .._modes import evaluation_mode
 from .._runtime.precision import at_least_float32
 from ..explanations.explanation import Explanation, LogProbabilityExplanation, ProbabilityExplanation
 from ..explanations.link import LINKS, log_distribution
+from ..games.coalitions import Coalitions
 from ..models.self_explaining import SelfExplainingClassifier, convert
 from ..objectives.base import ObjectiveTerms, explained_share, variance_of
-from ..objectives.sampling import SIZES, CoalitionObjective, Draw, evaluate_draw
+from ..objectives.sampling import SIZES, CoalitionObjective, values_of_step
 
 _EXPLANATIONS: dict[str, type[Explanation]] = {
     "probability": ProbabilityExplanation,
@@ -77,16 +78,13 @@ class SurrogateObjective(CoalitionObjective):
             self._check(model)
             self.teacher.to(images.device)
             self._checked = model
-        bits, rows = self.draw(model, images)
-        return (self._compiled or self.terms)(model, images, bits, rows)
+        return (self._compiled or self.terms)(model, images, self.draw(model, images))
 
-    def terms(
-        self, model: SelfExplainingClassifier, images: Tensor, bits: Tensor, rows: int | None = None
-    ) -> ObjectiveTerms:
-        """The loss of one batch and given coalitions: bits int32 (B, M, W), rows as in `JointObjective.terms`."""
+    def terms(self, model: SelfExplainingClassifier, images: Tensor, coalitions: Coalitions) -> ObjectiveTerms:
+        """The loss of one batch and given coalitions."""
         with torch.no_grad():
             logits = self.teacher(images)
-        values = evaluate_draw(model, images, Draw(bits, rows), paired=False)
+        values = values_of_step(model, images, coalitions)
         if not isinstance(logits, Tensor) or logits.shape != values[:, 0].shape:
             expected = f"one that returns logits (B, K) = {tuple(values[:, 0].shape)}, as the surrogate does"
             fail("SurrogateObjective", "teacher", expected, logits, "Convert a model with as many classes.")
@@ -172,9 +170,9 @@ class FastSHAPExplainer(nn.Module):
         """The surrogate's logits (B, K) of the full images (B, C, H, W), whatever the link."""
         return self.surrogate(images)
 
-    def coalition_values(self, images: Tensor, bits: Tensor, **options: Any) -> Tensor:
+    def coalition_values(self, images: Tensor, coalitions: Coalitions | Tensor, **options: Any) -> Tensor:
         """v(S) under the link, (B, M, K), float32 at least; arguments as `SelfExplainingClassifier`'s."""
-        return LINKS[self.link](self.surrogate.coalition_values(images, bits, **options))
+        return LINKS[self.link](self.surrogate.coalition_values(images, coalitions, **options))
 
     def null_value(self) -> Tensor:
         """v(∅) under the link: (K,), float32 at least."""
@@ -263,17 +261,16 @@ class FastSHAPObjective(CoalitionObjective):
         _check_kind(
             "FastSHAPObjective", model, FastSHAPExplainer, "fv.baselines.FastSHAPExplainer(surrogate, backbone)"
         )
-        bits, rows = self.draw(model.surrogate, images)
-        return (self._compiled or self.terms)(model, images, bits, rows)
+        return (self._compiled or self.terms)(model, images, self.draw(model.surrogate, images))
 
-    def terms(self, model: FastSHAPExplainer, images: Tensor, bits: Tensor, rows: int | None = None) -> ObjectiveTerms:
-        """The loss of one batch and given coalitions: bits int32 (B, M, W), rows as in `JointObjective.terms`."""
+    def terms(self, model: FastSHAPExplainer, images: Tensor, coalitions: Coalitions) -> ObjectiveTerms:
+        """The loss of one batch and given coalitions."""
         link = LINKS[model.link]
         with torch.no_grad():
-            values = link(evaluate_draw(model.surrogate, images, Draw(bits, rows), self.is_packed_in_pairs))
+            values = link(values_of_step(model.surrogate, images, coalitions))
             grand, null = link(model.surrogate(images)), model.null_value()
         features, _ = model.network.game.features_and_logits(images)
-        loss = model.network.regression_loss(features, grand, bits, values, null)
+        loss = model.network.regression_loss(features, grand, coalitions, values, null)
         return ObjectiveTerms(loss, regression=loss.detach(), value_r2=explained_share(loss.detach(), values))
 
 

@@ -26,6 +26,7 @@ from fastshap_kernels._checks import check_count, check_dense, fail, words
 from .._checks import check_choice
 from .._modes import evaluating
 from .._runtime.precision import PRECISIONS
+from ..games.coalitions import Coalitions
 from ..models.self_explaining import SelfExplainingClassifier
 from ..objectives.base import variance_of
 
@@ -229,7 +230,7 @@ def record_coalitions(
             bits = sample_coalitions(
                 len(images), coalitions, model.players, seed=seed, offset=done * coalitions, device=images.device
             )
-            values = model.coalition_values(images, bits, paired=True, precision=precision)
+            values = model.coalition_values(images, Coalitions(bits, model.players, paired=True), precision=precision)
             all_bits.append(bits.cpu())
             all_values.append(values.float().cpu())
             done += len(images)

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from .coalitions import Coalitions
+
 SUPPORTED = (
     "Supported: timm models with a linear classifier that end in a feature map which they average (ResNet, RegNet, "
     "EfficientNet, MobileNet, ConvNeXt and the like), or in the tokens of a grid of patches (VisionTransformer, DeiT, "
@@ -33,8 +35,7 @@ class JointPass(NamedTuple):
 class Game(Protocol):
     """The game v_x(S) of a backbone, and the features that explain it.
 
-    `paired` promises that coalitions 2j and 2j + 1 of an image are complements; `rows` pads the packed batch of
-    coalitions that are not paired to that many rows. Games that don't pack ignore both.
+    Games that don't pack ignore whether coalitions are paired, and the rows that they are padded to.
     """
 
     backbone: Any  # the timm model
@@ -54,9 +55,9 @@ class Game(Protocol):
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]: ...
 
-    def values(self, images: Tensor, bits: Tensor, paired: bool = False, rows: int | None = None) -> Tensor: ...
+    def values(self, images: Tensor, coalitions: Coalitions) -> Tensor: ...
 
-    def joint(self, images: Tensor, bits: Tensor, paired: bool = False, rows: int | None = None) -> JointPass: ...
+    def joint(self, images: Tensor, coalitions: Coalitions) -> JointPass: ...
 
     def null(self) -> Tensor: ...
 

@@ -19,6 +19,7 @@ from fastshap_kernels import pack_tokens, packed_attention
 from .._log import say_once
 from .._runtime.onednn_linear import cpu_linears
 from .base import JointPass, UnsupportedModelError, pass_of_nothing
+from .coalitions import Coalitions
 from .features import forward_features
 from .hooks import check_backbone
 from .readout import linear_classifier, mean_patch, vote
@@ -32,9 +33,9 @@ class MaskedTwin(Protocol):
 
     def check_blocks(self) -> None: ...
 
-    def values(self, images: Tensor, bits: Tensor) -> Tensor: ...
+    def values(self, images: Tensor, coalitions: Coalitions) -> Tensor: ...
 
-    def joint(self, images: Tensor, bits: Tensor) -> JointPass: ...
+    def joint(self, images: Tensor, coalitions: Coalitions) -> JointPass: ...
 
     def null(self) -> Tensor: ...
 
@@ -149,31 +150,27 @@ class TokenDropping:
 
     # -- coalitions --------------------------------------------------------------------------------------
 
-    def values(self, images: Tensor, bits: Tensor, paired: bool = False, rows: int | None = None) -> Tensor:
-        """v(S) of every coalition: (B, M, K).
-
-        `paired` promises complements, so that the packed batch has as many rows in every step. Without it, `rows`
-        pads the batch to a number that the caller knows to be enough: Σ|S| + B·M·Q at least.
-        """
+    def values(self, images: Tensor, coalitions: Coalitions) -> Tensor:
+        """v(S) of every coalition: (B, M, K)."""
         masked = self._without_packing()
         if masked is not None:
-            return masked.values(images, bits)
+            return masked.values(images, coalitions)
         tokens, rotary = self._embed(images)
-        layout, packed = self._pack(tokens, bits, paired, rows)
+        layout, packed = self._pack(tokens, coalitions)
         packed = self._encode(tokens, packed, rotary, layout)
-        return self._read_values(packed, layout).unflatten(0, bits.shape[:2])
+        return self._read_values(packed, layout).unflatten(0, coalitions.bits.shape[:2])
 
-    def joint(self, images: Tensor, bits: Tensor, paired: bool = False, rows: int | None = None) -> JointPass:
-        """Full images and coalitions in one ragged batch; `paired` and `rows` as for `values`.
+    def joint(self, images: Tensor, coalitions: Coalitions) -> JointPass:
+        """Full images and coalitions in one ragged batch.
 
         Where v(∅) takes a pass through the blocks, it is one more sequence: by itself it would read all weights for a
         few rows.
         """
         masked = self._without_packing()
         if masked is not None:
-            return masked.joint(images, bits)
+            return masked.joint(images, coalitions)
         tokens, rotary = self._embed(images)
-        layout, packed = self._pack(tokens, bits, paired, rows)
+        layout, packed = self._pack(tokens, coalitions)
         nobody = self.prefix if self._reads_prefix_only() and len(images) else 0
         layout, packed = _with_full_images(layout, packed, tokens, nobody)
         earlier: list[Tensor] = []
@@ -183,7 +180,9 @@ class TokenDropping:
         values = self._read_values(coalition_rows, layout)
         null, values = (values[0], values[1:]) if nobody else (None, values)
         image_tokens = self.backbone.norm(image_rows).unflatten(0, tokens.shape[:2])
-        return JointPass(*self._read_images(image_tokens, earlier), values.unflatten(0, bits.shape[:2]), null)
+        return JointPass(
+            *self._read_images(image_tokens, earlier), values.unflatten(0, coalitions.bits.shape[:2]), null
+        )
 
     def null(self) -> Tensor:
         """v(∅): (K,), zeros where patches vote."""
@@ -207,13 +206,14 @@ class TokenDropping:
 
     # -- the packed pass ---------------------------------------------------------------------------------
 
-    def _pack(self, tokens: Tensor, bits: Tensor, paired: bool, rows: int | None) -> tuple[Layout, Tensor]:
+    def _pack(self, tokens: Tensor, coalitions: Coalitions) -> tuple[Layout, Tensor]:
+        bits, paired, rows = coalitions.bits, coalitions.paired, coalitions.rows
+
         def pack(x: Tensor) -> Tensor:
             return pack_tokens(x, bits, self.prefix, paired=paired, rows=rows)[0]
 
         packed, cu_seqlens, max_seqlen = pack_tokens(tokens, bits, self.prefix, paired=paired, rows=rows)
-        coalitions = bits.shape[0] * bits.shape[1]
-        return Layout(pack, cu_seqlens, max_seqlen, 0, coalitions, cu_seqlens), packed
+        return Layout(pack, cu_seqlens, max_seqlen, 0, bits.shape[0] * bits.shape[1], cu_seqlens), packed
 
     def _encode(
         self,

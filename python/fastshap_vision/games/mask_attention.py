@@ -19,6 +19,7 @@ from fastshap_kernels import unpack_bits
 
 from .._modes import evaluation_mode
 from .base import JointPass, UnsupportedModelError, pass_of_nothing
+from .coalitions import Coalitions
 from .drop_tokens import TokenDropping
 from .probe import is_close, perturbed, probe_images
 from .transformer import additive_mask, check_supported
@@ -56,30 +57,30 @@ class MaskedAttention(TokenDropping):
                 "Use removal='cell'.",
             )
 
-    def values(self, images: Tensor, bits: Tensor, paired: bool = False, rows: int | None = None) -> Tensor:
-        """v(S) of every coalition: (B, M, K). `paired` and `rows` change nothing here."""
+    def values(self, images: Tensor, coalitions: Coalitions) -> Tensor:
+        """v(S) of every coalition: (B, M, K)."""
         self._without_packing()
         tokens, rope = self._embed_with_rope(images)
-        present = unpack_bits(bits, self.players).flatten(0, 1)
+        present = unpack_bits(coalitions.bits, self.players).flatten(0, 1)
         tokens, mask = self._coalitions(tokens, present)
         tokens = self._run_blocks(tokens, rope, mask)
-        return self._read_coalitions(self.backbone.norm(tokens), present).unflatten(0, bits.shape[:2])
+        return self._read_coalitions(self.backbone.norm(tokens), present).unflatten(0, coalitions.bits.shape[:2])
 
-    def joint(self, images: Tensor, bits: Tensor, paired: bool = False, rows: int | None = None) -> JointPass:
+    def joint(self, images: Tensor, coalitions: Coalitions) -> JointPass:
         """Full images and coalitions in one batch."""
         self._without_packing()
         if not len(images):
-            return pass_of_nothing(self, bits.shape[1])
+            return pass_of_nothing(self, coalitions.count)
         tokens, rope = self._embed_with_rope(images)
-        present = unpack_bits(bits, self.players).flatten(0, 1)
-        coalitions, mask = self._coalitions(tokens, present)
+        present = unpack_bits(coalitions.bits, self.players).flatten(0, 1)
+        masked, mask = self._coalitions(tokens, present)
         everybody = mask.new_zeros(tokens.shape[0], *mask.shape[1:])
         earlier: list[Tensor] = []
-        tokens = self._run_blocks(torch.cat([tokens, coalitions]), rope, torch.cat([everybody, mask]), earlier)
-        of_images, of_coalitions = self.backbone.norm(tokens).split([images.shape[0], coalitions.shape[0]])
+        tokens = self._run_blocks(torch.cat([tokens, masked]), rope, torch.cat([everybody, mask]), earlier)
+        of_images, of_coalitions = self.backbone.norm(tokens).split([images.shape[0], masked.shape[0]])
         earlier = [stage[: images.shape[0], self.prefix :] for stage in earlier]
         features, logits = self._read_images(of_images, earlier)
-        values = self._read_coalitions(of_coalitions, present).unflatten(0, bits.shape[:2])
+        values = self._read_coalitions(of_coalitions, present).unflatten(0, coalitions.bits.shape[:2])
         return JointPass(features, logits, values)
 
     def null(self) -> Tensor:
@@ -90,7 +91,7 @@ class MaskedAttention(TokenDropping):
         # No patch is present, so any image gives the prefix alone.
         image = self.vote_weight()[0].new_zeros(1, *self.input_size)
         nobody = torch.zeros(1, 1, (self.players + 31) // 32, dtype=torch.int32, device=image.device)
-        return self.values(image, nobody)[0, 0]
+        return self.values(image, Coalitions(nobody, self.players))[0, 0]
 
     def explanation_block(self) -> nn.Module:
         """A transformer block of the model's width."""

@@ -8,11 +8,12 @@ import torch
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
-from fastshap_kernels import coalition_sum, mask_patches, unpack_bits
+from fastshap_kernels import coalition_sum, mask_patches
 
 from .._checks import check_choice
 from .._modes import evaluation_mode
 from .base import SUPPORTED, JointPass, UnsupportedModelError, pass_of_nothing
+from .coalitions import Coalitions
 from .features import forward_features
 from .hooks import check_backbone
 from .probe import is_close, perturbed, probe_features
@@ -90,28 +91,28 @@ class CellRemoval:
             return pass_of_nothing(self)[:2]
         return self._read_images(*forward_features(self, images, len(images)))
 
-    def values(self, images: Tensor, bits: Tensor, paired: bool = False, rows: int | None = None) -> Tensor:
-        """v(S) of every coalition: (B, M, K). `paired` and `rows` change nothing here."""
+    def values(self, images: Tensor, coalitions: Coalitions) -> Tensor:
+        """v(S) of every coalition: (B, M, K)."""
         check_backbone(self.backbone)
         inputs, dtype = self._inputs(images)
-        masked = mask_patches(inputs, bits, self.grid, dtype=dtype)
+        masked = mask_patches(inputs, coalitions.bits, self.grid, dtype=dtype)
         feature_map = self.backbone.forward_features(masked) if self.split is None else self.split.behind_stem(masked)
-        return self._read_values(feature_map, bits)
+        return self._read_values(feature_map, coalitions)
 
-    def joint(self, images: Tensor, bits: Tensor, paired: bool = False, rows: int | None = None) -> JointPass:
+    def joint(self, images: Tensor, coalitions: Coalitions) -> JointPass:
         """Full images and coalitions in one batch, so that batch norm sees both."""
         check_backbone(self.backbone)
         if not len(images):
-            return pass_of_nothing(self, bits.shape[1])
+            return pass_of_nothing(self, coalitions.count)
         inputs, dtype = self._inputs(images)
-        masked = mask_patches(inputs, bits, self.grid, dtype=dtype)
+        masked = mask_patches(inputs, coalitions.bits, self.grid, dtype=dtype)
         both = torch.cat([inputs.to(dtype), masked])
         feature_map, earlier = (
             forward_features(self, both, len(inputs)) if self.split is None else (self.split.behind_stem(both), [])
         )
         image_map, coalition_map = feature_map.split([inputs.shape[0], masked.shape[0]])
         features, logits = self._read_images(image_map, earlier)
-        return JointPass(features, logits, self._read_values(coalition_map, bits))
+        return JointPass(features, logits, self._read_values(coalition_map, coalitions))
 
     def null(self) -> Tensor:
         """v(∅): (K,), zeros where cells vote."""
@@ -155,18 +156,17 @@ class CellRemoval:
         before_linear = self.backbone.forward_head(cells.flatten(0, 1)[:, :, None, None], pre_logits=True)
         return before_linear.unflatten(0, cells.shape[:2])
 
-    def _read_values(self, feature_map: Tensor, bits: Tensor) -> Tensor:
+    def _read_values(self, feature_map: Tensor, coalitions: Coalitions) -> Tensor:
         """(B·M, L', h, w) → (B, M, K)."""
-        batch, coalitions, words = bits.shape
-        each = bits.reshape(batch * coalitions, 1, words)
+        each = coalitions.bits.flatten(0, 1).unsqueeze(1)
         if self.patches_vote:
             features = self._vote_features(feature_map)
             pooled = coalition_sum(features, each)[:, 0] / self.players
-            values = vote(self.backbone, pooled, unpack_bits(each, self.players).sum(2), self.players)
+            values = vote(self.backbone, pooled, coalitions.sizes.view(-1, 1), self.players)
         else:
             pooled = coalition_sum(feature_map.flatten(2).transpose(1, 2), each)[:, 0] / self.players
             values = self.backbone.forward_head(pooled[:, :, None, None])
-        return values.unflatten(0, (batch, coalitions))
+        return values.unflatten(0, coalitions.bits.shape[:2])
 
 
 class _GridBlock(nn.Module):

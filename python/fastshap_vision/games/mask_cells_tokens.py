@@ -14,10 +14,11 @@ from timm.layers import PatchDropout, PatchDropoutWithIndices
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from fastshap_kernels import coalition_sum, mask_patches, unpack_bits
+from fastshap_kernels import coalition_sum, mask_patches
 
 from .._modes import evaluation_mode
 from .base import SUPPORTED, JointPass, UnsupportedModelError, pass_of_nothing
+from .coalitions import Coalitions
 from .features import forward_features
 from .hooks import check_backbone
 from .probe import empty_image_value, is_close, perturbed, probe_output
@@ -75,22 +76,22 @@ class TokenCellRemoval:
             return pass_of_nothing(self)[:2]
         return self._read_images(*forward_features(self, images, len(images)))
 
-    def values(self, images: Tensor, bits: Tensor, paired: bool = False, rows: int | None = None) -> Tensor:
-        """v(S) of every coalition: (B, M, K). `paired` and `rows` change nothing here."""
+    def values(self, images: Tensor, coalitions: Coalitions) -> Tensor:
+        """v(S) of every coalition: (B, M, K)."""
         check_backbone(self.backbone)
-        masked = mask_patches(images, bits, self.grid)
-        return self._read_values(self.backbone.forward_features(masked), bits)
+        masked = mask_patches(images, coalitions.bits, self.grid)
+        return self._read_values(self.backbone.forward_features(masked), coalitions)
 
-    def joint(self, images: Tensor, bits: Tensor, paired: bool = False, rows: int | None = None) -> JointPass:
+    def joint(self, images: Tensor, coalitions: Coalitions) -> JointPass:
         """Full images and coalitions in one batch."""
         check_backbone(self.backbone)
         if not len(images):
-            return pass_of_nothing(self, bits.shape[1])
-        masked = mask_patches(images, bits, self.grid)
+            return pass_of_nothing(self, coalitions.count)
+        masked = mask_patches(images, coalitions.bits, self.grid)
         output, earlier = forward_features(self, torch.cat([images, masked]), len(images))
         of_images, of_coalitions = output.split([images.shape[0], masked.shape[0]])
         features, logits = self._read_images(of_images, earlier)
-        return JointPass(features, logits, self._read_values(of_coalitions, bits))
+        return JointPass(features, logits, self._read_values(of_coalitions, coalitions))
 
     def null(self) -> Tensor:
         """v(∅): (K,), zeros where patches vote."""
@@ -138,19 +139,19 @@ class TokenCellRemoval:
         )
         return torch.cat([features, *earlier], -1) if earlier else features, logits
 
-    def _read_values(self, output: Tensor, bits: Tensor) -> Tensor:
+    def _read_values(self, output: Tensor, coalitions: Coalitions) -> Tensor:
         """The outputs (B·M, …) of the masked images → (B, M, K)."""
-        each = bits.flatten(0, 1).unsqueeze(1)
+        each = coalitions.bits.flatten(0, 1).unsqueeze(1)
         if self.patches_vote:
             features = self._features(output)
             pooled = coalition_sum(features, each)[:, 0] / self.players
-            values = vote(self.backbone, pooled, unpack_bits(each, self.players).sum(2), self.players)
+            values = vote(self.backbone, pooled, coalitions.sizes.view(-1, 1), self.players)
         elif self._averages:
             pooled = coalition_sum(self._cells(output), each)[:, 0] / self.players
             values = self.backbone.forward_head(self._one_cell(pooled))
         else:
             values = self.backbone.forward_head(output)
-        return values.unflatten(0, bits.shape[:2])
+        return values.unflatten(0, coalitions.bits.shape[:2])
 
     @torch.no_grad()
     def _probe_head(self, output: Tensor) -> tuple[bool, bool, bool]:

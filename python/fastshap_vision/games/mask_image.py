@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .base import UnsupportedModelError
+from .coalitions import Coalitions
 from .mask_cells_cnn import CellRemoval
 from .mask_cells_tokens import TokenCellRemoval
 from .probe import empty_image_value
@@ -35,9 +36,9 @@ class _WholeImage:
         """v(∅): (K,)."""
         return empty_image_value(self.backbone, self.input_size)
 
-    def _read_values(self, output: Tensor, bits: Tensor) -> Tensor:
+    def _read_values(self, output: Tensor, coalitions: Coalitions) -> Tensor:
         """What `forward_features` makes of B·M masked images → (B, M, K)."""
-        return self.backbone.forward_head(output).unflatten(0, bits.shape[:2])
+        return self.backbone.forward_head(output).unflatten(0, coalitions.bits.shape[:2])
 
 
 class WholeImageCells(_WholeImage, CellRemoval):

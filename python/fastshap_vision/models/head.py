@@ -7,13 +7,15 @@ from torch import Tensor, nn
 
 from fastshap_kernels import coalition_sum, linear_shapley_loss
 
+from ..games.coalitions import Coalitions
+
 
 def loss_of_classes(
     classes: Tensor | None,
     features: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    bits: Tensor,
+    coalitions: Coalitions,
     values: Tensor,
     null: Tensor,
     grand: Tensor | None = None,
@@ -21,13 +23,15 @@ def loss_of_classes(
     """`linear_shapley_loss` of some classes of each image, (B, k), or of all; normalised additively to a `grand`."""
     if classes is None:
         normalization = "none" if grand is None else "additive"
-        return linear_shapley_loss(features, weight, bias, bits, values, null, grand, normalization=normalization)
+        return linear_shapley_loss(
+            features, weight, bias, coalitions.bits, values, null, grand, normalization=normalization
+        )
     with torch.autocast(features.device.type, enabled=False):  # differences of near numbers
         dtype = torch.promote_types(features.dtype, torch.float32)
         features, values, null = features.to(dtype), values.to(dtype), null.to(dtype)
         rows, null = weight.to(dtype)[classes], null[classes].unsqueeze(1)
-        size = coalition_sum(features.new_ones(*features.shape[:2], 1), bits)
-        found = coalition_sum(features, bits) @ rows.mT
+        size = coalitions.sizes.unsqueeze(2).to(dtype)
+        found = coalition_sum(features, coalitions.bits) @ rows.mT
         if bias is not None:
             found = found + size * bias.to(dtype)[classes].unsqueeze(1)
         if grand is not None:

@@ -22,6 +22,7 @@ from .._runtime.packed_sdpa import cpu_attention
 from .._runtime.precision import at_least_float32, lowered
 from ..explanations.explanation import Explanation
 from ..games.base import JointPass, UnsupportedModelError
+from ..games.coalitions import Coalitions
 from ..games.factory import make_game
 from ..games.features import probe_widths
 from ..games.hooks import check_backbone
@@ -446,10 +447,9 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
     def coalition_values(
         self,
         images: Tensor,
-        bits: Tensor,
+        coalitions: Coalitions | Tensor,
         *,
         max_rows: int | str = "auto",
-        paired: bool = False,
         precision: str = "same",
         progress: bool = False,
     ) -> Tensor:
@@ -457,14 +457,13 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
 
         Args:
             images: (B, C, H, W), normalised as in training.
-            bits (int32): (B, M, W) coalitions; empty and full ones are allowed. On the images' device, or on the CPU,
-                where counting them waits for no GPU.
+            coalitions: M of every image, `Coalitions` or their bits alone, int32 (B, M, W); empty and full ones are
+                allowed. On the images' device, or on the CPU, where counting them waits for no GPU.
             max_rows: rows computed at once: present tokens of a transformer that drops the absent ones, all patches
                 of other models; at least one coalition. "auto" takes half of the free memory at most, and no more
                 than makes a difference.
-            paired: promises that coalitions 2j and 2j + 1 of an image are complements (M even).
             precision: "same" (the model's own), "bf16", "fp8" (without gradients only) or "auto"; see
-                `fastshap_vision.precision.lowered`.
+                `_runtime.precision.lowered`.
             progress: show a progress bar.
 
         Returns:
@@ -473,27 +472,28 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
             norms in training mode normalise each chunk by itself, and count it once.
 
         Raises:
-            ValueError: for images or bits of the wrong shape, an odd M that is `paired`, or `max_rows` below 1.
+            ValueError: for images or coalitions of the wrong shape, or `max_rows` below 1.
 
         Deterministic: yes, for equal `max_rows`; chunks of another size differ by rounding.
         """
         self._check_images(images)
-        is_on_cpu = isinstance(bits, Tensor) and bits.device.type == "cpu"  # which they may be, wherever images are
-        like = images.new_empty(len(images), device="cpu") if is_on_cpu else images
-        check_bits("coalition_values", bits, self.players, like)
+        coalitions = self._coalitions("coalition_values", coalitions, images, or_on_cpu=True)
         with lowered(self, precision):
-            return stream(self.game, images, bits, max_rows, paired, progress, variant=precision)
+            return stream(self.game, images, coalitions, max_rows, progress, variant=precision)
 
-    def joint(self, images: Tensor, bits: Tensor, paired: bool = False, rows: int | None = None) -> JointPass:
-        """Full images and coalitions in one forward pass: features (B, P, L), logits (B, K), values (B, M, K).
-
-        `paired` promises that coalitions 2j and 2j + 1 of an image are complements: the packed batch then has a
-        static number of rows. Without it, `rows` pads a packed batch to that number, at least Σ|S| + B·M·Q; games
-        that don't pack ignore it.
-        """
+    def joint(self, images: Tensor, coalitions: Coalitions | Tensor) -> JointPass:
+        """Full images and coalitions in one forward pass: features (B, P, L), logits (B, K), values (B, M, K)."""
         self._check_images(images)
-        check_bits("joint", bits, self.players, images)
-        return self.game.joint(images, bits, paired, rows)
+        return self.game.joint(images, self._coalitions("joint", coalitions, images))
+
+    def _coalitions(
+        self, op: str, coalitions: Coalitions | Tensor, images: Tensor, or_on_cpu: bool = False
+    ) -> Coalitions:
+        """`Coalitions` of the images, of themselves or of their bits."""
+        bits = coalitions.bits if isinstance(coalitions, Coalitions) else coalitions
+        is_on_cpu = or_on_cpu and isinstance(bits, Tensor) and bits.device.type == "cpu"
+        check_bits(op, bits, self.players, images.new_empty(len(images), device="cpu") if is_on_cpu else images)
+        return coalitions if isinstance(coalitions, Coalitions) else Coalitions(bits, self.players)
 
     def null_value(self) -> Tensor:
         """v(∅): (K,); exactly zero where patches vote."""
@@ -503,7 +503,7 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
         self,
         features: Tensor,
         logits: Tensor,
-        bits: Tensor,
+        coalitions: Coalitions | Tensor,
         values: Tensor,
         null: Tensor,
         classes: Tensor | None = None,
@@ -514,6 +514,7 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
         the shares head, logits and base are detached: the regression moves the shares, and the encoder as far as
         `backbone_gradient` says. `classes`, int64 (B, k), are those of each image that count; None for all.
         """
+        coalitions = self._coalitions("regression_loss", coalitions, features)
         if self.backbone_gradient == 0.0:
             features = features.detach()
         elif self.backbone_gradient < 1.0:
@@ -521,24 +522,24 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
         if self.head == "votes":
             weight, bias = self.game.vote_weight()
             bias = None if bias is None else bias / self.players
-            return loss_of_classes(classes, features, weight / self.players, bias, bits, values, null)
+            return loss_of_classes(classes, features, weight / self.players, bias, coalitions, values, null)
         if self.base == "even":
             grand = logits.detach()
         else:
             # What the votes leave is a game whose grand value is 0.
-            values, null = values - self._votes_of(self._last(features.detach()), bits), null.detach() * 0
+            values, null = values - self._votes_of(self._last(features.detach()), coalitions), null.detach() * 0
             grand = torch.zeros_like(logits)
         with cpu_linears(features), cpu_attention(features):
             explained = self.explainer(features)
-        return loss_of_classes(classes, explained, self.shares.weight, None, bits, values, null, grand)
+        return loss_of_classes(classes, explained, self.shares.weight, None, coalitions, values, null, grand)
 
-    def _votes_of(self, features: Tensor, bits: Tensor) -> Tensor:
+    def _votes_of(self, features: Tensor, coalitions: Coalitions) -> Tensor:
         """Σ_{p∈S} (W e_p + b)/P without gradient: (B, M, K)."""
         with torch.no_grad():
             weight, bias = self.game.vote_weight()
-            votes = coalition_sum(features, bits) @ weight.T
+            votes = coalition_sum(features, coalitions.bits) @ weight.T
             if bias is not None:
-                votes = votes + coalition_sum(features.new_ones(*features.shape[:2], 1), bits) * bias
+                votes = votes + coalitions.sizes.unsqueeze(2).to(features.dtype) * bias
             return votes / self.players
 
     def _last(self, features: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastshap_kernels import coalition_sum
+from ..games.coalitions import Coalitions
 
 
 class ObjectiveTerms(NamedTuple):
@@ -27,12 +27,12 @@ def variance_of(values: Tensor) -> Tensor:
     return _wide(values).flatten(0, 1).var(0, correction=0).mean()
 
 
-def even_split_error(values: Tensor, logits: Tensor, null: Tensor, bits: Tensor, players: int) -> Tensor:
+def even_split_error(values: Tensor, logits: Tensor, null: Tensor, coalitions: Coalitions) -> Tensor:
     """Mean squared error that the even split (f − v(∅))/P leaves of v(S), (B, M, K).
 
     Logits (B, K); v(∅) (K,), or of each image (B, 1, K).
     """
-    share = coalition_sum(values.new_ones(len(values), players, 1), bits) / players
+    share = coalitions.sizes.unsqueeze(2).to(values.dtype) / coalitions.players
     even = null + share * (logits.unsqueeze(1) - null)
     return _wide(values - even).square().mean()
 

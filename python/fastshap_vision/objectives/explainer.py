@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .._modes import evaluating
+from ..games.coalitions import Coalitions
 from ..models.self_explaining import SelfExplainingClassifier
 from .base import ObjectiveTerms, even_split_error, explained_share, in_unit
 
@@ -58,11 +59,12 @@ class ExplainerObjective:
                 "fv.record_coalitions(model, data) to fit in place of the data."
             )
         _, bits, values = recorded
+        coalitions = Coalitions(bits, model.players)
         with evaluating(model):
             features, logits = model.game.features_and_logits(images)
             null = model.null_value()
-        residual = model.regression_loss(features, logits, bits, values.to(logits.dtype), null)
-        regression = in_unit(residual, even_split_error(values, logits, null, bits, model.players), values)
+        residual = model.regression_loss(features, logits, coalitions, values.to(logits.dtype), null)
+        regression = in_unit(residual, even_split_error(values, logits, null, coalitions), values)
         explained = explained_share(residual.detach(), values)
         return ObjectiveTerms(regression, regression=regression.detach(), value_r2=explained)
 

@@ -14,9 +14,10 @@ from .._checks import check_choice
 from .._modes import evaluating
 from .._runtime.precision import PRECISIONS
 from ..games.base import JointPass
+from ..games.coalitions import Coalitions
 from ..models.self_explaining import SelfExplainingClassifier
 from .base import ObjectiveTerms, even_split_error, explained_share, in_unit, variance_of
-from .sampling import CoalitionObjective, Draw, evaluate_draw
+from .sampling import CoalitionObjective, values_of_step
 from .task import TaskLoss, TaskObjective
 
 TARGETS = ("detached", "live")
@@ -109,38 +110,36 @@ class JointObjective(CoalitionObjective):
         masked_task_weight = self.masked_task_weight * self._rise(self.masked_task_ramp)
         if regression_weight == masked_task_weight == 0:
             return self._without_coalitions(model, images, labels)
-        bits, rows = self.draw(model, images)
+        coalitions = self.draw(model, images)
         # In tensors: a compiled step would be compiled anew for each number.
         weights = [torch.full((), weight, device=images.device) for weight in (regression_weight, masked_task_weight)]
         masked = weights[1] if masked_task_weight else None
-        return (self._compiled or self.terms)(model, images, labels, bits, weights[0], masked, rows)
+        return (self._compiled or self.terms)(model, images, labels, coalitions, weights[0], masked)
 
     def terms(
         self,
         model: SelfExplainingClassifier,
         images: Tensor,
         labels: Tensor,
-        bits: Tensor,
+        coalitions: Coalitions,
         regression_weight: Tensor | float,
         masked_task_weight: Tensor | float | None,
-        rows: int | None = None,
     ) -> ObjectiveTerms:
         """The loss of one batch and given coalitions: a pure function, which `torch.compile` takes whole.
 
         Args:
             model: whose coalitions are evaluated.
             images, labels: as in a call of the objective.
-            bits (int32): (B, M, W) coalitions, complements where the objective is `paired` and M even.
+            coalitions: of every image.
             regression_weight: λ; a tensor where it changes from step to step, so that nothing is compiled anew.
             masked_task_weight: μ, likewise; None for no task on masked images.
-            rows: that a packed batch of unpaired coalitions is padded to, so that its shape is known; None: it is not.
 
         Returns:
             the terms of the loss.
 
         Deterministic: yes.
         """
-        features, logits, values, null = self._forward(model, images, Draw(bits, rows), masked_task_weight is not None)
+        features, logits, values, null = self._forward(model, images, coalitions, masked_task_weight is not None)
         if null is None:
             null = self._null(model)
         elif self.target != "live":
@@ -149,7 +148,7 @@ class JointObjective(CoalitionObjective):
         classes = None
         if self.top_classes is not None:
             classes = logits.detach().topk(min(self.top_classes, logits.shape[1]), 1).indices
-        residual = model.regression_loss(features, logits, bits, target_values, null, classes)
+        residual = model.regression_loss(features, logits, coalitions, target_values, null, classes)
         regressed = values.detach()
         if classes is not None:
             regressed = regressed.gather(2, classes.unsqueeze(1).expand(-1, values.shape[1], -1))
@@ -158,13 +157,13 @@ class JointObjective(CoalitionObjective):
         if self.error == "variance":
             regression = in_unit(residual, variance, regressed)
         elif self.error == "uniform":
-            even = self._even_split_error(regressed, logits.detach(), null.detach(), bits, model.players, classes)
+            even = self._even_split_error(regressed, logits.detach(), null.detach(), coalitions, classes)
             regression = in_unit(residual, even, regressed)
         task = self.task_loss(logits, labels)
         loss = task + regression_weight * regression
         masked_task = None
         if masked_task_weight is not None:
-            masked_task = self.task_loss(values.flatten(0, 1), labels.repeat_interleave(self.coalitions, 0))
+            masked_task = self.task_loss(values.flatten(0, 1), labels.repeat_interleave(coalitions.count, 0))
             loss = loss + masked_task_weight * masked_task
             masked_task = masked_task.detach()
         explained = explained_share(residual.detach(), regressed)
@@ -188,13 +187,15 @@ class JointObjective(CoalitionObjective):
             return 0.0
         return (self.progress - start) / (end - start)
 
-    def _forward(self, model: SelfExplainingClassifier, images: Tensor, draw: Draw, masked_task: bool) -> JointPass:
+    def _forward(
+        self, model: SelfExplainingClassifier, images: Tensor, coalitions: Coalitions, masked_task: bool
+    ) -> JointPass:
         if self.target == "live" or masked_task:
-            return model.joint(images, draw.bits, self.is_packed_in_pairs, draw.rows)
+            return model.joint(images, coalitions)
         # Nothing flows back through v(S): its activations need not be kept, and less precision will do. It is the game
         # of the trained model: without dropout, and no batch norm's running statistics count masked images.
         with evaluating(model):
-            values = evaluate_draw(model, images, draw, self.is_packed_in_pairs, self.target_precision)
+            values = values_of_step(model, images, coalitions, self.target_precision)
             null = model.null_value()
         features, logits = model.game.features_and_logits(images)
         return JointPass(features, logits, values.to(logits.dtype), null)
@@ -204,9 +205,9 @@ class JointObjective(CoalitionObjective):
             return model.null_value()
 
     def _even_split_error(
-        self, values: Tensor, logits: Tensor, null: Tensor, bits: Tensor, players: int, classes: Tensor | None
+        self, values: Tensor, logits: Tensor, null: Tensor, coalitions: Coalitions, classes: Tensor | None
     ) -> Tensor:
         """What the even split leaves of the values, (B, M, k), which are of `classes`, int64 (B, k), or of all."""
         if classes is not None:
             logits, null = logits.gather(1, classes), null[classes].unsqueeze(1)
-        return even_split_error(values, logits, null, bits, players)
+        return even_split_error(values, logits, null, coalitions)

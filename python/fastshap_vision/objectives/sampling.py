@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from fastshap_kernels import pack_bits, sample_coalitions, unpack_bits
+from fastshap_kernels import coalition_sizes, pack_bits, sample_coalitions
 from fastshap_kernels._checks import check_count, check_flag
 
 from .._checks import check_choice
 from .._runtime.precision import lowered
+from ..games.coalitions import Coalitions
 from ..games.drop_tokens import TokenDropping
 from ..models.self_explaining import SelfExplainingClassifier
 from .base import ObjectiveTerms
@@ -21,13 +22,6 @@ from .base import ObjectiveTerms
 SIZES = ("shapley", "uniform")
 #: The seed of the second draw, of the coalitions that become empty or full: another stream than the first's.
 _OF_ENDS = 2**64 - 1
-
-
-class Draw(NamedTuple):
-    """The coalitions of one step."""
-
-    bits: Tensor  # int32 (B, M, W)
-    rows: int | None = None  # that the packed batch is padded to; None where it is not
 
 
 class CoalitionObjective:
@@ -76,7 +70,7 @@ class CoalitionObjective:
     def is_packed_in_pairs(self) -> bool:
         return self.paired and self.coalitions % 2 == 0
 
-    def draw(self, model: SelfExplainingClassifier, images: Tensor) -> Draw:
+    def draw(self, model: SelfExplainingClassifier, images: Tensor) -> Coalitions:
         """The next coalitions, on the device of `images`; no device is waited for.
 
         The packed batch of unpaired coalitions has as many rows as tokens are present, which only the bits say: they
@@ -88,11 +82,13 @@ class CoalitionObjective:
         self._drawn += batch * self.coalitions
         # Without a device to wait for, and nothing compiled, the count can be left to the packing.
         if not is_counted or (device.type == "cpu" and self._compiled is None):
-            return Draw(bits)
-        present = int(unpack_bits(bits, model.players).sum())
+            return Coalitions(bits, model.players, self.is_packed_in_pairs)
+        drawn = Coalitions(bits, model.players)
+        present = int(drawn.sizes.sum())
         number = batch * self.coalitions
         rows = _padded(present, number, model.players) + number * cast(TokenDropping, model.game).prefix
-        return Draw(bits.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else bits, rows)
+        bits = bits.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else bits
+        return Coalitions(bits, model.players, rows=rows)
 
     def _sample(self, batch: int, players: int, device: torch.device) -> Tensor:
         def sampled(players: int, seed: int) -> Tensor:
@@ -112,7 +108,7 @@ class CoalitionObjective:
         if not self.with_ends:
             return bits
         # Of P + 2 players, each of the P + 1 sizes is as likely: the first stands for 0, the last for P.
-        size = unpack_bits(sampled(players + 2, _OF_ENDS - self.seed), players + 2).sum(2, keepdim=True)
+        size = coalition_sizes(sampled(players + 2, _OF_ENDS - self.seed), players + 2).unsqueeze(2)
         everyone = pack_bits(torch.ones(players, dtype=torch.bool, device=device))
         return bits.where(size > 1, 0).where(size <= players, everyone)
 
@@ -124,17 +120,17 @@ class CoalitionObjective:
         self._drawn = int(state["drawn"])
 
 
-def evaluate_draw(
-    model: SelfExplainingClassifier, images: Tensor, draw: Draw, paired: bool, precision: str = "same"
+def values_of_step(
+    model: SelfExplainingClassifier, images: Tensor, coalitions: Coalitions, precision: str = "same"
 ) -> Tensor:
     """v(S) of a step's coalitions, (B, M, K): in chunks that bound the memory where they can be cut.
 
     Cutting chunks reads the bits of unpaired coalitions, and is Python: neither for padded nor for compiled steps.
     """
-    if draw.rows is None and not torch.compiler.is_compiling():
-        return model.coalition_values(images, draw.bits, paired=paired, precision=precision)
+    if coalitions.rows is None and not torch.compiler.is_compiling():
+        return model.coalition_values(images, coalitions, precision=precision)
     with lowered(model, precision):
-        return model.game.values(images, draw.bits, paired, draw.rows)
+        return model.game.values(images, coalitions)
 
 
 def _first_of_process() -> int:

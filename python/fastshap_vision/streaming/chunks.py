@@ -8,9 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastshap_kernels import coalition_sum
-
 from ..games.base import Game
+from ..games.coalitions import Coalitions
 from .memory import free_bytes, pair_rows, row_bytes
 
 #: Bytes of live tensors past which a chunk without gradient gains nothing. On the CPU larger ones leave the caches:
@@ -49,16 +48,16 @@ class Limits(NamedTuple):
     per_coalition: float
 
 
-def cut(game: Game, bits: Tensor, limits: Limits, paired: bool, device: torch.device) -> Chunks:
+def cut(game: Game, coalitions: Coalitions, limits: Limits, device: torch.device) -> Chunks:
     """The fewest chunks within the limits; a unit that is larger is a chunk of its own."""
     packs = game.packs
     prefix = getattr(game, "prefix", 0)
-    batch, coalitions = bits.shape[:2]
-    unit = 2 if paired and packs else 1
-    units = coalitions // unit
+    batch, count = coalitions.batch, coalitions.count
+    unit = 2 if coalitions.paired and packs else 1
+    units = count // unit
     order = None
     if packs and unit == 1:
-        sizes = prefix + _sizes(bits, game.players)
+        sizes = prefix + coalitions.sizes.long()
         sizes, order = sizes.sort(dim=1, stable=True)
         rows, order = sizes.cpu(), order.to(device, non_blocking=True)
     else:
@@ -67,17 +66,17 @@ def cut(game: Game, bits: Tensor, limits: Limits, paired: bool, device: torch.de
     # On a GPU the packed batch gets a size of its own, or counting it would wait for the device.
     is_padded = order is not None and device.type == "cuda"
     least = limits.per_coalition
-    image_rows = rows.sum(1).clamp_min(max(1, int(least * max(coalitions, 2))))
+    image_rows = rows.sum(1).clamp_min(max(1, int(least * max(count, 2))))
     largest = int(image_rows.max())
     if largest <= limits.rows:
         groups = -(-batch // (limits.rows // largest))
         images = -(-batch // groups)
         together = nn.functional.pad(rows.sum(1), (0, -batch % images)).view(-1, images).sum(1)
         return Chunks(images, 1, None, unit, max(1, int(together.max())) if is_padded else None)
-    count = min(units, -(-largest // limits.rows))
-    while (load := _largest_load(rows, count)) > limits.rows and count < units:
-        count = min(units, max(count + 1, count * load // limits.rows))
-    return Chunks(1, count, order, unit, max(1, load) if is_padded else None)
+    parts = min(units, -(-largest // limits.rows))
+    while (load := _largest_load(rows, parts)) > limits.rows and parts < units:
+        parts = min(units, max(parts + 1, parts * load // limits.rows))
+    return Chunks(1, parts, order, unit, max(1, load) if is_padded else None)
 
 
 def _largest_load(rows: Tensor, count: int) -> int:
@@ -86,19 +85,13 @@ def _largest_load(rows: Tensor, count: int) -> int:
     return int(torch.cat([rows, short], 1).unflatten(1, (-1, count)).sum(1).max())
 
 
-def _sizes(bits: Tensor, players: int) -> Tensor:
-    """|S| of every coalition: int64 (B, M)."""
-    ones = torch.ones(1, players, 1, device=bits.device)
-    return coalition_sum(ones.expand(bits.shape[0], -1, -1), bits)[..., 0].long()
-
-
-def measured_limits(game: Game, images: Tensor, bits: Tensor, keeps_graph: bool, variant: str) -> Limits:
+def measured_limits(game: Game, images: Tensor, coalitions: Coalitions, keeps_graph: bool, variant: str) -> Limits:
     """The rows that free memory and, without gradient, the caches have room for."""
     device = images.device
     per_pair = pair_rows(game)
-    if bits.shape[0] * bits.shape[1] <= 2:
+    if coalitions.batch * coalitions.count <= 2:
         return Limits(2**62, 0.0)
-    value_bytes = 4 * bits.shape[0] * bits.shape[1] * game.vote_weight()[0].shape[0]
+    value_bytes = 4 * coalitions.batch * coalitions.count * game.vote_weight()[0].shape[0]
     needed = row_bytes(game, images, keeps_graph, variant)
     rows = max(0.0, _SHARE_OF_FREE * (free_bytes(device) - value_bytes)) / needed
     if not keeps_graph:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..games.base import Game
+from ..games.coalitions import Coalitions
 
 #: Bytes per row of a game, by what they depend on; measured once.
 _row_bytes: weakref.WeakKeyDictionary[Game, dict[Any, float]] = weakref.WeakKeyDictionary()
@@ -73,7 +74,7 @@ def _measure_pair(game: Game, image: Tensor, keeps_graph: bool) -> int:
     gradients = torch.set_grad_enabled(keeps_graph)
     live = LiveBytes(list(game.backbone.parameters()))
     with torch.random.fork_rng(devices), statistics_kept(game.backbone), gradients, live:
-        values = game.values(image, both[None], True)
+        values = game.values(image, Coalitions(both[None], game.players, paired=True))
         if keeps_graph:
             torch.autograd.grad(values.sum(), image, allow_unused=True)
     return live.peak

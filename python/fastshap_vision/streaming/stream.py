@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from numbers import Integral
 
 import torch
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from fastshap_kernels._checks import check_flag, describe
+from fastshap_kernels._checks import describe
 
 from .._log import say_once
 from ..games.base import Game
+from ..games.coalitions import Coalitions
 from .chunks import Chunks, Limits, Values, cut, measured_limits, take
 from .memory import statistics_kept
 
@@ -28,55 +30,53 @@ _GRAPH_CHUNKS, _GRAPH_UNITS = 16, 16
 
 
 def stream(
-    game: Game, images: Tensor, bits: Tensor, max_rows: int | str, paired: bool, progress: bool, variant: str = ""
+    game: Game, images: Tensor, coalitions: Coalitions, max_rows: int | str, progress: bool, variant: str = ""
 ) -> Tensor:
     """v(S) of every coalition, (B, M, K); see `SelfExplainingClassifier.coalition_values`.
 
     Bits on the CPU are counted there, so that a GPU is never waited for; those on a GPU are counted once, at the
     start. `variant` names whatever else changes a row's memory.
     """
-    batch, coalitions = bits.shape[:2]
-    check_flag("coalition_values", "paired", paired)
-    if paired and coalitions % 2:
-        raise ValueError(f"Argument `bits` must hold pairs (M even), since `paired` is True, but M is {coalitions}.")
+    batch, count = coalitions.batch, coalitions.count
     is_count = isinstance(max_rows, Integral) and not isinstance(max_rows, bool) and max_rows >= 1
     if not is_count and not (isinstance(max_rows, str) and max_rows == "auto"):
         raise ValueError(f"Argument `max_rows` must be 'auto' or at least 1, but it is {describe(max_rows)}.")
-    if not batch or not coalitions:
-        return images.new_zeros(batch, coalitions, game.vote_weight()[0].shape[0])
+    if not batch or not count:
+        return images.new_zeros(batch, count, game.vote_weight()[0].shape[0])
     keeps_graph = torch.is_grad_enabled() and any(x.requires_grad for x in (images, *game.backbone.parameters()))
     if isinstance(max_rows, str):
-        limits = measured_limits(game, images, bits, keeps_graph, variant)
+        limits = measured_limits(game, images, coalitions, keeps_graph, variant)
     else:
         limits = Limits(max_rows, 0.0)
-    chunks = cut(game, bits, limits, paired, images.device)
-    bits = bits.to(images.device, non_blocking=True)
-    with tqdm(total=batch * coalitions, desc="coalitions", unit_scale=True, disable=not progress, leave=False) as bar:
-        return evaluate(game, images, bits, chunks, paired, keeps_graph, bar)
+    chunks = cut(game, coalitions, limits, images.device)
+    coalitions = coalitions.with_bits(coalitions.bits.to(images.device, non_blocking=True))
+    with tqdm(total=batch * count, desc="coalitions", unit_scale=True, disable=not progress, leave=False) as bar:
+        return evaluate(game, images, coalitions, chunks, keeps_graph, bar)
 
 
 def evaluate(
-    game: Game, images: Tensor, bits: Tensor, chunks: Chunks, paired: bool, keeps_graph: bool, bar: tqdm
+    game: Game, images: Tensor, coalitions: Coalitions, chunks: Chunks, keeps_graph: bool, bar: tqdm
 ) -> Tensor:
     """v(S), (B, M, K), chunk by chunk; nothing in here waits for a GPU, capturing a graph apart."""
-    batch, coalitions = bits.shape[:2]
+    bits, batch, count = coalitions.bits, coalitions.batch, coalitions.count
+    of_chunk = replace(coalitions, paired=chunks.unit == 2, rows=chunks.rows)  # others are cut apart
 
     def values(images: Tensor, bits: Tensor) -> Tensor:
-        return game.values(images, bits, paired, chunks.rows)
+        return game.values(images, of_chunk.with_bits(bits))
 
     number = -(-batch // chunks.images) * chunks.parts
     if number == 1:
         out = values(images, bits)
-        bar.update(batch * coalitions)
+        bar.update(batch * count)
         return out
-    parts = list(_parts(batch, coalitions, chunks, bits.device))
+    parts = list(_parts(batch, count, chunks, bits.device))
     if keeps_graph:
         return _joined(_checkpointed(values, game.backbone), images, bits, parts, chunks, bar)
     run = _captured(values, images, bits, parts, chunks) if number >= _GRAPH_CHUNKS else values
     for index, (part, chosen) in enumerate(parts):
         block = run(images[part], take(bits, part, chosen))
         if index == 0:
-            out = block.new_empty(batch, coalitions, block.shape[2])
+            out = block.new_empty(batch, count, block.shape[2])
         if chosen is None:
             out[part] = block
         else:
