@@ -15,7 +15,8 @@ from .games.coalitions import Coalitions
 from .games.masked_image import MaskedImageGame
 from .images.preprocessing import Preprocessing
 from .metrics.fidelity import Fidelity, fidelity
-from .models.self_explaining import SelfExplainingClassifier, convert
+from .models.convert import convert
+from .models.self_explaining import SelfExplainingClassifier
 from .objectives.base import ObjectiveTerms
 from .objectives.explainer import ExplainerObjective
 from .objectives.joint import JointObjective

@@ -36,7 +36,7 @@ def convert(kind):
     else:
         vit = create(kind)
     model = fv.convert(vit).cuda().train()
-    torch.nn.init.normal_(model.shares.weight, std=0.1)
+    torch.nn.init.normal_(model.head.shares.weight, std=0.1)
     return model
 
 

@@ -73,7 +73,7 @@ def test_captums_metrics_run():
     torch.manual_seed(0)
     options = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 5}
     model = fv.convert(timm.create_model("vit_tiny_patch16_224", **options)).eval()
-    torch.nn.init.normal_(model.shares.weight)
+    torch.nn.init.normal_(model.head.shares.weight)
     images = torch.randn(2, 3, 16, 16)
     found = metrics.sensitivity_max(Attribution(model).attribute, images, target=1, n_perturb_samples=2)
     assert found.shape == (2,)
@@ -99,7 +99,7 @@ def test_pixels_that_the_model_does_not_see_get_nothing(shap):
     torch.manual_seed(0)
     options = {"img_size": 32, "embed_dim": 48, "depth": 1, "num_heads": 3, "num_classes": 5}
     model = fv.convert(timm.create_model("eva02_tiny_patch14_224", **options)).eval()
-    torch.nn.init.normal_(model.shares.weight)
+    torch.nn.init.normal_(model.head.shares.weight)
     images = torch.randn(2, 3, 32, 32)
     explanation = model.explain(images)
     out = Attribution(model).attribute(images)

@@ -25,7 +25,7 @@ def tiny(head_depth=1, **options):
     torch.manual_seed(0)
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=7, **TINY | options)
     model = fv.convert(vit, head_depth=head_depth)
-    torch.nn.init.normal_(model.shares.weight, std=0.1)
+    torch.nn.init.normal_(model.head.shares.weight, std=0.1)
     return model
 
 

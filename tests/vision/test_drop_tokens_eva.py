@@ -91,7 +91,7 @@ def test_dropping_equals_dense_masking(kind):
 def test_joint_pass_efficiency_and_removed_content(kind):
     eva, x, bits = create(kind), images(), coalitions()
     model = fv.convert(eva).eval()
-    torch.nn.init.normal_(model.shares.weight, std=0.1)
+    torch.nn.init.normal_(model.head.shares.weight, std=0.1)
     nobody, everybody = (fk.pack_bits(torch.full((3, 1, PLAYERS), present)) for present in (False, True))
     null, values = model.null_value(), model.coalition_values(x, bits)
     assert torch.equal(null, torch.zeros(7)) is (kind in VOTING)
@@ -101,7 +101,7 @@ def test_joint_pass_efficiency_and_removed_content(kind):
     assert (phi.sum(1) - (logits - null)).abs().max() <= 1e-5
     joint = model.joint(x, fv.Coalitions(bits, model.players, paired=True))
     features, _ = model.game.features_and_logits(x)
-    for found, expected in zip(joint[:3], (features, logits, values), strict=True):
+    for found, expected in zip((joint.features.last, *joint[1:3]), (features.last, logits, values), strict=True):
         assert (found - expected).abs().max() <= 1e-5
     for m in range(bits.shape[1]):
         one = bits[:, m : m + 1].contiguous()

@@ -93,9 +93,9 @@ def test_mixed_precision_stays_near_full_precision(kind, dtype):
         model.zero_grad()
         with torch.autocast("cpu", dtype, enabled=enabled):
             features, logits, values, _ = model.joint(x, fv.Coalitions(bits, model.players, paired=True))
-        (features.float().sin().mean() + logits.float().sin().mean() + values.float().sin().mean()).backward()
+        (features.last.float().sin().mean() + logits.float().sin().mean() + values.float().sin().mean()).backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-        return [t.detach().float() for t in (features, logits, values, gradient)]
+        return [t.detach().float() for t in (features.last, logits, values, gradient)]
 
     for mixed, full in zip(outputs_and_gradient(True), outputs_and_gradient(False), strict=True):
         assert (mixed - full).norm() <= 0.05 * full.norm()
@@ -123,7 +123,7 @@ def test_gradients_of_both_passes_agree(kind, head):
         else:
             features, logits = model.game.features_and_logits(x)
             values = model.coalition_values(x, bits)
-        (features.sin().sum() + logits.sin().sum() + values.sin().sum()).backward()
+        (features.last.sin().sum() + logits.sin().sum() + values.sin().sum()).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     separate, joint = gradients(False), gradients(True)
@@ -139,9 +139,15 @@ def test_padding_changes_nothing(kind):
     def outputs_and_gradients(rows):
         model.zero_grad()
         features, logits, values, _ = model.joint(x, fv.Coalitions(bits, model.players, rows=rows))
-        (features.sin().sum() + logits.sin().sum() + values.sin().sum()).backward()
+        (features.last.sin().sum() + logits.sin().sum() + values.sin().sum()).backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-        return features, logits, values, model.game.values(x, fv.Coalitions(bits, model.players, rows=rows)), gradient
+        return (
+            features.last,
+            logits,
+            values,
+            model.game.values(x, fv.Coalitions(bits, model.players, rows=rows)),
+            gradient,
+        )
 
     exact = outputs_and_gradients(None)
     for surplus in (0, 3, 50):

@@ -66,7 +66,7 @@ def surrogate(teacher):
 def explainer(kind="class token", link="probability", **options):
     """With weights far from the initialisation, in float64."""
     model = fv.baselines.FastSHAPExplainer(fv.convert(create(kind), **options), create(kind), link)
-    nn.init.normal_(model.network.shares.weight, std=0.1)
+    nn.init.normal_(model.network.head.shares.weight, std=0.1)
     return model.double()
 
 
@@ -207,10 +207,10 @@ def test_no_error_and_no_gradient_at_the_truth_of_an_additive_game():
     for backbone in (model.surrogate.backbone, network.backbone):
         for block in backbone.blocks:
             nn.init.zeros_(block.attn.proj.weight)
-    for layer in (network.explainer[0].attn.proj, network.explainer[0].mlp.fc2):
+    for layer in (network.head.explainer.blocks[0].attn.proj, network.head.explainer.blocks[0].mlp.fc2):
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
-    network.shares.weight.data = network.backbone.head.weight.data / 16
+    network.head.shares.weight.data = network.backbone.head.weight.data / 16
     x = images().double()
     terms = fv.baselines.FastSHAPObjective(8)(model, x, LABELS)
     assert terms.loss < 1e-20
@@ -220,7 +220,7 @@ def test_no_error_and_no_gradient_at_the_truth_of_an_additive_game():
     assert len(gradients) > 10
     assert max(gradients) < 1e-9
     features, logits = network.game.features_and_logits(x)
-    votes = (features @ network.backbone.head.weight.T + network.backbone.head.bias) / 16
+    votes = (features.last @ network.backbone.head.weight.T + network.backbone.head.bias) / 16
     assert torch.allclose(votes.sum(1), logits)
     assert torch.allclose(model.shapley_values(x)[0], votes)
 
@@ -251,7 +251,7 @@ def test_networks_of_two_families_play_together_and_the_surrogate_never_moves():
         fv.baselines.FastSHAPObjective(2)(model, images(size=64), LABELS).loss.backward()
         optimizer.step()
         moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-        assert "network.shares.weight" in moved
+        assert "network.head.shares.weight" in moved
         assert all(name.startswith("network.") for name in moved)
         phi, grand = model.shapley_values(images(size=64))
         assert phi.shape == (3, 4, 7)
@@ -302,7 +302,7 @@ def test_steps_compile_whole_and_change_nothing(stage):
         model, make = game, lambda: fv.baselines.SurrogateObjective(tiny(seed=1), coalitions=2)
     else:
         model, make = fv.baselines.FastSHAPExplainer(game, tiny(seed=1)), lambda: fv.baselines.FastSHAPObjective(4)
-        nn.init.normal_(model.network.shares.weight, std=0.1)
+        nn.init.normal_(model.network.head.shares.weight, std=0.1)
     compiled, plain = make(), make()
     compiled.compile(fullgraph=True, dynamic=False, backend="aot_eager")
     for _ in range(2):
@@ -380,7 +380,7 @@ def test_what_a_classifier_takes_and_says_an_explainer_does_too(caplog):
     assert model.explain(x[0]).values.shape == (1, PLAYERS)
     empty = model.explain(x[:0], "all")
     assert (len(empty), empty.values.shape, empty.values.dtype) == (0, (0, PLAYERS, CLASSES), torch.float32)
-    nn.init.ones_(model.network.shares.weight)
+    nn.init.ones_(model.network.head.shares.weight)
     assert not model.explain(x).untrained
 
 
@@ -392,7 +392,7 @@ def test_what_a_classifier_takes_and_says_an_explainer_does_too(caplog):
 def test_values_add_up_whatever_the_networks_compute_in(link, way):
     """To float32's rounding; rounded to bfloat16 they missed by a hundredth."""
     model, x = explainer(link=link).float(), images()
-    nn.init.normal_(model.network.shares.weight, std=0.5)
+    nn.init.normal_(model.network.head.shares.weight, std=0.5)
     if way != "autocast":
         model, x = model.to(way), x.to(way)
     with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):

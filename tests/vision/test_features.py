@@ -31,7 +31,7 @@ WIDTHS = {"windows": [16], "convolutional": [64, 64, 128, 256]}
 def build(name, **options):
     torch.manual_seed(0)
     made = fv.SelfExplainingClassifier(num_classes=5, img_size=64, intermediates=True, **MODELS[name], **options)
-    torch.nn.init.normal_(made.shares.weight)
+    torch.nn.init.normal_(made.head.shares.weight)
     return made.eval()
 
 
@@ -44,14 +44,15 @@ def images_of(generator, count=3):
     return torch.randn(count, 3, 64, 64, generator=generator)
 
 
-def test_the_last_features_come_first_and_earlier_ones_follow(name, generator):
+def test_the_features_of_every_stage_are_given(name, generator):
     model, x = build(name), images_of(generator)
     features, logits = model.game.features_and_logits(x)
     assert model.game.intermediate_widths == WIDTHS.get(name, [32, 32])
-    assert features.shape == (3, model.players, model.game.feature_width + sum(model.game.intermediate_widths))
+    widths = [stage.shape for stage in features.earlier]
+    assert widths == [(3, model.players, width) for width in model.game.intermediate_widths]
     plain = fv.convert(model.backbone, img_size=64)
     expected, expected_logits = plain.game.features_and_logits(x)
-    torch.testing.assert_close(features[..., : model.game.feature_width], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features.last, expected.last, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-5)
 
 
@@ -59,7 +60,8 @@ def test_they_are_what_timm_says(generator):
     model, x = build("class token"), images_of(generator)
     features, _ = model.game.features_and_logits(x)
     stages = model.backbone.forward_intermediates(x, intermediates_only=True, output_fmt="NLC")
-    torch.testing.assert_close(features[..., 32:], torch.cat(stages[:-1], -1))
+    for found, stage in zip(features.earlier, stages[:-1], strict=True):
+        torch.testing.assert_close(found, stage)
 
 
 def test_maps_finer_than_the_grid_are_averaged_to_it(generator):
@@ -68,8 +70,7 @@ def test_maps_finer_than_the_grid_are_averaged_to_it(generator):
     stem = model.backbone.forward_intermediates(x, intermediates_only=True)[0]
     assert stem.shape[2:] == (32, 32)
     assert model.grid == (2, 2)
-    width = model.game.feature_width
-    torch.testing.assert_close(features[:, 1, width : width + 64], stem[:, :, :16, 16:].mean((2, 3)))
+    torch.testing.assert_close(features.earlier[0][:, 1], stem[:, :, :16, 16:].mean((2, 3)))
 
 
 def test_the_joint_pass_gives_the_same(name, generator):
@@ -95,7 +96,7 @@ def test_the_regression_moves_every_stage(name, generator):
     objective = fv.JointObjective(coalitions=2, regression_weight=1.0, regression_ramp=(0.0, 0.0))
     terms = objective(model, x, torch.arange(4))
     terms.loss.backward()
-    merged = model.explainer[0]
+    merged = model.head.explainer
     assert merged.linear.weight.grad.abs().sum(0).gt(0).all()
     before = [parameter.clone() for parameter in merged.parameters()]
     torch.optim.SGD(model.parameters(), lr=0.1).step()

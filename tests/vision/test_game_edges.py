@@ -49,7 +49,7 @@ def test_no_images(kind):
     assert model.explain(nothing).values.shape == (0, model.players)
     assert model.coalition_values(nothing, bits).shape == (0, 2, 5)
     joint = model.joint(nothing, bits)
-    assert joint.features.shape == (0, model.players, model.game.feature_width)
+    assert joint.features.last.shape == (0, model.players, model.game.feature_width)
     assert joint.logits.shape == (0, 5)
     assert joint.values.shape == (0, 2, 5)
 

@@ -64,7 +64,7 @@ def model(kind, fused):
         for parameter in backbone.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     converted = fv.convert(backbone, **arguments).eval()
-    torch.nn.init.normal_(converted.shares.weight, std=0.2)
+    torch.nn.init.normal_(converted.head.shares.weight, std=0.2)
     return converted
 
 

@@ -132,7 +132,7 @@ def change(backbone, name, function):
 
 def shares_moved(model):
     torch.manual_seed(2)
-    nn.init.normal_(model.shares.weight, std=0.1)
+    nn.init.normal_(model.head.shares.weight, std=0.1)
     return model
 
 

@@ -84,7 +84,7 @@ def test_joint_pass_efficiency_and_removed_content(kind, head):
     backbone, x, bits = create(kind), images(), coalitions()
     model = fv.convert(backbone, head=head).eval()
     if head == "shares":
-        torch.nn.init.normal_(model.shares.weight, std=0.1)
+        torch.nn.init.normal_(model.head.shares.weight, std=0.1)
     nobody, everybody = (fk.pack_bits(torch.full((3, 1, PLAYERS), present)) for present in (False, True))
     null, values = model.null_value(), model.coalition_values(x, bits)
     phi, logits = model.shapley_values(x)

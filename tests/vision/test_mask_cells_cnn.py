@@ -131,7 +131,10 @@ def test_joint_pass_is_both_passes(kind, removal):
     bits = draw(ours)
     features, logits = ours.features_and_logits(x)
     joint = ours.joint(x, Coalitions(bits, ours.players))[:3]  # patches vote: no v(∅)
-    for mine, theirs in zip(joint, (features, logits, ours.values(x, Coalitions(bits, ours.players))), strict=True):
+    joint = (joint.features.last, *joint[1:])
+    for mine, theirs in zip(
+        joint, (features.last, logits, ours.values(x, Coalitions(bits, ours.players))), strict=True
+    ):
         assert torch.allclose(mine, theirs, atol=1e-5 * float(theirs.abs().max()))
 
 

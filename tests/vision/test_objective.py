@@ -16,7 +16,7 @@ def model_and_images(kind="class token", **options):
     size = 64 if kind == "resnet18" else 32
     model = fv.convert(create(kind), img_size=size, **options)
     if hasattr(model, "shares"):
-        torch.nn.init.normal_(model.shares.weight, std=0.1)
+        torch.nn.init.normal_(model.head.shares.weight, std=0.1)
     return model.eval(), images(size=size)
 
 
@@ -221,7 +221,7 @@ def constant_game(kind):
 def test_a_constant_game_leaves_nothing_to_explain(kind, error):
     """R is what the shares miss, in logits²; steps of SGD shrink it; value_r2, a share of nothing, is no number."""
     model, x = constant_game(kind)
-    shares = [*model.explainer.parameters(), model.shares.weight]
+    shares = [*model.head.explainer.parameters(), model.head.shares.weight]
     losses = []
     for _ in range(10):
         objective = fv.JointObjective(4, error=error, regression_ramp=(0, 0), task_loss=lambda f, y: f.sum() * 0)
@@ -242,7 +242,7 @@ def test_a_game_of_any_size_is_explained_in_its_own_unit(scale):
     model, x = model_and_images()
     options = {"regression_ramp": (0, 0), "seed": 1}
     expected = fv.JointObjective(4, **options)(model, x, LABELS)
-    for weight in (*model.backbone.head.parameters(), model.shares.weight):
+    for weight in (*model.backbone.head.parameters(), model.head.shares.weight):
         weight.data *= scale
     found = fv.JointObjective(4, **options)(model, x, LABELS)
     torch.testing.assert_close(found.regression, expected.regression, rtol=1e-3, atol=0)

@@ -34,7 +34,7 @@ def test_heads_that_are_the_identity_at_initialisation():
     trained(backbone, 128)
     again = fv.convert(backbone).eval()
     model.eval()
-    nn.init.normal_(model.shares.weight, std=0.1)
+    nn.init.normal_(model.head.shares.weight, std=0.1)
     again.load_state_dict(model.state_dict())
     x = images(2, 128)
     everybody = fk.pack_bits(torch.ones(2, 1, model.players, dtype=torch.bool))

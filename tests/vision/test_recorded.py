@@ -168,7 +168,7 @@ def test_a_constant_game_leaves_nothing_to_explain(precision):
     for block in backbone.blocks:  # the class token sees no patch
         torch.nn.init.zeros_(block.attn.proj.weight)
     model, data = fv.convert(backbone, img_size=32), dataset("class token", 10)
-    torch.nn.init.normal_(model.shares.weight, std=0.1)
+    torch.nn.init.normal_(model.head.shares.weight, std=0.1)
     games = fv.record_coalitions(model, data, 8, precision=precision)
     options = {"epochs": 6, "batch_size": 5, "opt": "sgd", "lr": 0.1, "sched": "none", "weight_decay": 0}
     history = fv.fit(model, games, games, objective=fv.ExplainerObjective(), **options).history
@@ -196,7 +196,7 @@ def test_playing_leaves_modes_as_they_were():
 @pytest.mark.parametrize("base", ["even", "votes"])
 def test_the_regression_follows_its_formula(base):
     model, data = converted("average pooling", base=base).train(), dataset("average pooling", 3)
-    torch.nn.init.normal_(model.shares.weight, std=0.1)
+    torch.nn.init.normal_(model.head.shares.weight, std=0.1)
     games = fv.record_coalitions(model, data, 8)
     x = data.tensors[0]
     terms = fv.ExplainerObjective()(model, x, [data.tensors[1], games.bits, games.values])
@@ -210,7 +210,7 @@ def test_the_regression_follows_its_formula(base):
     torch.testing.assert_close(terms.value_r2, 1 - residual.square().mean() / variance, rtol=1e-4, atol=1e-5)
     terms.loss.backward()
     assert all(weight.grad is None for weight in model.backbone.parameters())
-    assert all(weight.grad is not None for weight in [*model.explainer.parameters(), model.shares.weight])
+    assert all(weight.grad is not None for weight in [*model.head.explainer.parameters(), model.head.shares.weight])
 
 
 @pytest.mark.parametrize("kind", ["class token", "resnet18"])

@@ -30,7 +30,7 @@ def trained(kind, **options):
     """A converted model whose shares are not zero."""
     model = fv.convert(create(kind), img_size=size(kind), **options).eval()
     if hasattr(model, "shares"):
-        torch.nn.init.normal_(model.shares.weight, std=0.1)
+        torch.nn.init.normal_(model.head.shares.weight, std=0.1)
     return model
 
 
@@ -84,7 +84,7 @@ def test_the_head_takes_the_dtype_of_the_backbone_and_a_file_keeps_it(kind, dtyp
     else:
         backbone = create(kind) if kind == "class token" else narrow_resnet(num_classes=7)
     model = fv.convert(backbone.to(dtype), img_size=64 if kind == "convolutional" else None).eval()
-    torch.nn.init.normal_(model.shares.weight, std=0.1)
+    torch.nn.init.normal_(model.head.shares.weight, std=0.1)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     x = images(size=model.game.input_size[1]).to(dtype)
     explanation = model.explain(x, "all")
@@ -161,10 +161,10 @@ def test_regression_loss_is_that_of_the_shapley_values(kind, options):
     values, null = torch.randn(3, 4, 7), model.null_value().detach()
     features, logits = model.game.features_and_logits(x)
     pooled = model.regression_loss(features, logits, bits, values, null)
-    phi = model._phi(features, logits if options["head"] == "votes" else logits.detach(), null)
+    phi = model.head(features, logits if options["head"] == "votes" else logits.detach(), null)
     explicit = fk.shapley_regression_loss(phi, bits, values, null)
     assert torch.allclose(pooled, explicit, rtol=1e-4)
-    parameter = model.shares.weight if options["head"] == "shares" else model.backbone.get_classifier().weight
+    parameter = model.head.shares.weight if options["head"] == "shares" else model.backbone.get_classifier().weight
     ours, theirs = (torch.autograd.grad(loss, parameter, retain_graph=True)[0] for loss in (pooled, explicit))
     assert torch.allclose(ours, theirs, atol=1e-5 * float(theirs.abs().max()))
 
@@ -177,7 +177,7 @@ def test_shares_regression_never_moves_the_classifier(kind):
         bits = fk.sample_coalitions(3, 4, model.players, seed=0)
         features, logits = model.game.features_and_logits(x)
         model.regression_loss(features, logits, bits, torch.randn(3, 4, 7), model.null_value().detach()).backward()
-        assert model.shares.weight.grad.abs().sum() > 0
+        assert model.head.shares.weight.grad.abs().sum() > 0
         assert model.backbone.get_classifier().weight.grad is None
         moved = sum(float(p.grad.abs().sum()) for p in model.backbone.parameters() if p.grad is not None)
         assert (moved > 0) == (gamma > 0)
@@ -446,7 +446,7 @@ def test_what_was_never_trained_says_so(caplog, tmp_path):
     assert caplog.text.count("never trained to explain") == 1
     model.save_pretrained(tmp_path)
     assert fv.SelfExplainingClassifier.from_pretrained(tmp_path).is_untrained
-    torch.nn.init.normal_(model.shares.weight)
+    torch.nn.init.normal_(model.head.shares.weight)
     assert not model.is_untrained
     assert "untrained" not in repr(model.explain(images()))
 
@@ -799,5 +799,5 @@ def test_a_frozen_backbone_is_explained():
     before = copy.deepcopy(model.backbone.state_dict())
     objective = fv.JointObjective(coalitions=4)
     objective(model, images(), torch.tensor([0, 1, 2])).loss.backward()
-    assert model.shares.weight.grad.abs().sum() > 0
+    assert model.head.shares.weight.grad.abs().sum() > 0
     assert all(torch.equal(value, before[key]) for key, value in model.backbone.state_dict().items())

@@ -262,7 +262,7 @@ def test_without_gradient_from_the_regression_the_encoder_trains_as_if_alone(nam
 
     (plain, _), (explained, result) = run("plain"), run("self-explaining")
     assert result.history[-1]["regression"] > 0
-    assert explained.shares.weight.abs().sum() > 0
+    assert explained.head.shares.weight.abs().sum() > 0
     assert_same_weights(plain.backbone, explained.backbone)
 
 

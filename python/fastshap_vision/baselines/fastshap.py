@@ -23,11 +23,11 @@ from fastshap_kernels._checks import fail
 
 from .._checks import check_choice
 from .._modes import evaluation_mode
-from .._runtime.precision import at_least_float32
 from ..explanations.explanation import Explanation, LogProbabilityExplanation, ProbabilityExplanation
 from ..explanations.link import LINKS, log_distribution
 from ..games.coalitions import Coalitions
-from ..models.self_explaining import SelfExplainingClassifier, convert
+from ..models.convert import convert
+from ..models.self_explaining import SelfExplainingClassifier
 from ..objectives.base import ObjectiveTerms, explained_share, variance_of
 from ..objectives.sampling import SIZES, CoalitionObjective, values_of_step
 
@@ -193,9 +193,7 @@ class FastSHAPExplainer(nn.Module):
             return null.new_zeros(0, self.players, self.num_classes), null.new_zeros(0, self.num_classes), null
         grand = LINKS[self.link](self.surrogate(images))
         features, _ = self.network.game.features_and_logits(images)
-        delta = at_least_float32(self.network.shares(self.network.explainer(features)))
-        missing = grand - null - delta.sum(1)
-        return delta + (missing / self.players).unsqueeze(1), grand, null
+        return self.network.head(features, grand, null), grand, null
 
     def preprocess(self, images: Any) -> Tensor:
         """The input (B, C, H, W) that `explain` makes of images of any kind; see `SelfExplainingClassifier`'s."""

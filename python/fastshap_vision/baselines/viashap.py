@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from fastshap_kernels._checks import check_number
 
+from ..models.head import VotesHead
 from ..models.self_explaining import SelfExplainingClassifier
 from ..objectives.base import ObjectiveTerms
 from ..objectives.joint import JointObjective
@@ -52,9 +53,8 @@ class ViaSHAPObjective(JointObjective):
 
     def __call__(self, model: SelfExplainingClassifier, images: Tensor, labels: Tensor) -> ObjectiveTerms:
         """The loss of one batch: images (B, C, H, W), labels int64 (B,)."""
-        if model.head != "votes":
+        if not isinstance(model.head, VotesHead):
             raise ValueError(
-                f"ViaSHAP's objective regresses votes, but the model has head={model.head!r}. Create it with "
-                "head='votes'."
+                "ViaSHAP's objective regresses votes, but the model has another head. Create it with head='votes'."
             )
         return super().__call__(model, images, labels)

@@ -28,7 +28,9 @@ from ..data.mirrored import WithMirrorImages
 from ..data.recorded import RecordedCoalitions, record_coalitions
 from ..explanations.explanation import Explanation
 from ..metrics.fidelity import fidelity
-from ..models.self_explaining import SelfExplainingClassifier, convert
+from ..models.convert import convert
+from ..models.head import SharesHead
+from ..models.self_explaining import SelfExplainingClassifier
 from ..objectives.explainer import ExplainerObjective
 from ..objectives.joint import JointObjective
 from ..training import recipe
@@ -76,7 +78,7 @@ def train_explainer(options: argparse.Namespace) -> None:
     _check_output(options.output)
     find_checkpoint(options.output, options.resume)  # before the coalitions, which take longest
     run = Run.read(options.checkpoint, PartialState().device)
-    if run.model.head != "shares":
+    if not isinstance(run.model.head, SharesHead):
         raise ValueError(
             "argument --checkpoint: the run's votes are its explanation already. Pass a run of --head shares."
         )

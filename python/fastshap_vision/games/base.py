@@ -23,10 +23,27 @@ class UnsupportedModelError(ValueError):
         self.reason = reason
 
 
+class Features(NamedTuple):
+    """What an encoder makes of the patches of full images."""
+
+    last: Tensor  # (B, P, L), before the classifier
+    earlier: tuple[Tensor, ...] = ()  # (B, P, C) of every stage before, where a head reads them
+
+    def scaled_gradient(self, share: float) -> Features:
+        """The same features, of whose gradient that share goes on into the encoder."""
+        return Features(_scaled(self.last, share), tuple(_scaled(stage, share) for stage in self.earlier))
+
+
+def _scaled(features: Tensor, share: float) -> Tensor:
+    if share == 0.0:
+        return features.detach()
+    return features if share == 1.0 else features.detach() + share * (features - features.detach())
+
+
 class JointPass(NamedTuple):
     """Full images and their coalitions from one forward pass."""
 
-    features: Tensor  # (B, P, L) of the full images, or (B, P, L + ΣC) with intermediate ones
+    features: Features  # of the full images
     logits: Tensor  # (B, K) of the full images
     values: Tensor  # (B, M, K), v(S)
     null: Tensor | None = None  # (K,), v(∅), where it came with the pass
@@ -44,7 +61,7 @@ class Game(Protocol):
     input_size: tuple[int, int, int]  # (C, H, W)
     view: tuple[int, int]  # (height, width) in pixels, from the top left, that the grid covers; the rest is not seen
     feature_width: int  # L
-    intermediate_widths: list[int]  # C of each earlier stage whose features follow the last ones'; empty for none
+    intermediate_widths: list[int]  # C of each earlier stage whose features are wanted; empty for none
     patches_vote: bool  # v(S) is a sum of votes and v(∅) = 0
     is_exact_conversion: bool  # the logits are the timm model's
 
@@ -53,7 +70,7 @@ class Game(Protocol):
         """Whether a coalition costs its tokens only; the game then has a `prefix`, Q."""
         ...
 
-    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]: ...
+    def features_and_logits(self, images: Tensor) -> tuple[Features, Tensor]: ...
 
     def values(self, images: Tensor, coalitions: Coalitions) -> Tensor: ...
 
@@ -63,18 +80,20 @@ class Game(Protocol):
 
     def vote_weight(self) -> tuple[Tensor, Tensor | None]: ...
 
-    def explanation_block(self) -> nn.Module:
-        """A new block of the model's own kind, on features (B, P, L)."""
+    def explanation_block(self, width: int) -> nn.Module:
+        """A new block of the model's own kind, on features (B, P, width)."""
         ...
 
 
 def pass_of_nothing(game: Game, coalitions: int = 0) -> JointPass:
     """What a game makes of no images, which timm's own layers may not take."""
     weight = game.vote_weight()[0]
-    width = game.feature_width + sum(game.intermediate_widths)
     classes = weight.shape[0]
+    last, *earlier = (
+        weight.new_zeros(0, game.players, width) for width in (game.feature_width, *game.intermediate_widths)
+    )
     return JointPass(
-        features=weight.new_zeros(0, game.players, width),
+        features=Features(last, tuple(earlier)),
         logits=weight.new_zeros(0, classes),
         values=weight.new_zeros(0, coalitions, classes),
     )

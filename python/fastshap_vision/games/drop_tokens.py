@@ -18,12 +18,12 @@ from fastshap_kernels import pack_tokens, packed_attention
 
 from .._log import say_once
 from .._runtime.onednn_linear import cpu_linears
-from .base import JointPass, UnsupportedModelError, pass_of_nothing
+from .base import Features, JointPass, UnsupportedModelError, pass_of_nothing
 from .coalitions import Coalitions
 from .features import forward_features
 from .hooks import check_backbone
 from .readout import linear_classifier, mean_patch, vote
-from .transformer import Layout, additive_mask, attend_nothing, normed_sums, pooling_problems
+from .transformer import Layout, additive_mask, attend_nothing, heads_of, normed_sums, pooling_problems
 
 
 class MaskedTwin(Protocol):
@@ -99,12 +99,13 @@ class TokenDropping:
         """(W, b) of the votes; a distilled model's two classifiers are averaged, as in its own forward pass."""
         return linear_classifier(self.backbone)
 
-    def explanation_block(self) -> nn.Module:
-        """A transformer block with the heads and width of the model's last one."""
+    def explanation_block(self, width: int) -> nn.Module:
+        """A transformer block whose heads and MLP have the proportions of the model's last one."""
         last = self.backbone.blocks[-1]
         # timm rounds width · ratio down: the half keeps a quotient that is inexact from losing one.
         ratio = (last.mlp.fc2.in_features + 0.5) / self.feature_width
-        return Block(self.feature_width, last.attn.num_heads, mlp_ratio=ratio, qkv_bias=True)
+        heads = heads_of(width, self.feature_width, last.attn.num_heads)
+        return Block(width, heads, mlp_ratio=ratio, qkv_bias=True)
 
     # -- whether to pack ---------------------------------------------------------------------------------
 
@@ -141,8 +142,8 @@ class TokenDropping:
 
     # -- one image ---------------------------------------------------------------------------------------
 
-    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The full image, through timm's own forward pass: features (B, P, L + ΣC), logits (B, K)."""
+    def features_and_logits(self, images: Tensor) -> tuple[Features, Tensor]:
+        """The full image, through timm's own forward pass: its features, and logits (B, K)."""
         check_backbone(self.backbone)
         if not len(images):
             return pass_of_nothing(self)[:2]
@@ -299,14 +300,14 @@ class TokenDropping:
 
     # -- reading logits and values -----------------------------------------------------------------------
 
-    def _read_images(self, tokens: Tensor, earlier: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Features (B, P, L + ΣC) and logits (B, K) from the full images' tokens after the final norm.
+    def _read_images(self, tokens: Tensor, earlier: list[Tensor]) -> tuple[Features, Tensor]:
+        """Features and logits (B, K) from the full images' tokens after the final norm.
 
         `earlier` are the patches' features, (B, P, C) each, behind the blocks before.
         """
         features = self.backbone.fc_norm(tokens[:, self.prefix :])
         logits = self.backbone.forward_head(tokens) if self.is_exact_conversion else self._vote(mean_patch(features))
-        return torch.cat([features, *earlier], -1) if earlier else features, logits
+        return Features(features, tuple(earlier)), logits
 
     def _read_values(self, rows: Tensor, layout: Layout) -> Tensor:
         """(B·M, K) from the coalitions' rows before the final norm."""

@@ -12,6 +12,7 @@ from .._log import say_once
 from .base import Game, UnsupportedModelError
 from .drop_tokens_eva import EvaGame
 from .drop_tokens_vit import VisionTransformerGame
+from .features import probe_widths
 from .mask_attention import MaskedAttention
 from .mask_cells_cnn import CellRemoval
 from .mask_cells_tokens import TokenCellRemoval
@@ -24,13 +25,22 @@ from .probe import probe_output
 REMOVALS = ("token", "cell", "stem", "pixel")
 
 
-def make_game(backbone: Any, votes: bool, input_size: tuple[int, int, int], removal: str | None) -> tuple[Game, str]:
+def make_game(
+    backbone: Any,
+    votes: bool,
+    input_size: tuple[int, int, int],
+    removal: str | None,
+    intermediates: bool = False,
+) -> tuple[Game, str]:
     """The game of a timm model, and its removal, chosen where it is None: "token" if the model can, else "cell".
 
     Within "token", packed tokens come before attention masks. A choice slower than packed tokens is logged once.
 
+    With `intermediates` it gives the features of every stage beside the last ones.
+
     Raises:
         UnsupportedModelError: for a model that has no such game, or whose images are one patch.
+        ValueError: for `intermediates` with a removal that runs the network in parts.
     """
     if isinstance(backbone, VisionTransformer | Eva) and not len(backbone.blocks):
         raise UnsupportedModelError(
@@ -46,6 +56,13 @@ def make_game(backbone: Any, votes: bool, input_size: tuple[int, int, int], remo
             "for shares.",
             f"Pass img_size={2 * side}, or make the patches smaller (patch_size) where the model has such.",
         )
+    if intermediates and chosen == "stem":
+        raise ValueError(
+            "Argument `intermediates` can't be True with removal='stem', which runs the network in parts. Use "
+            "removal='cell'."
+        )
+    if intermediates:
+        game.intermediate_widths = probe_widths(game)
     return game, chosen
 
 

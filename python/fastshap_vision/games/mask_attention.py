@@ -22,7 +22,7 @@ from .base import JointPass, UnsupportedModelError, pass_of_nothing
 from .coalitions import Coalitions
 from .drop_tokens import TokenDropping
 from .probe import is_close, perturbed, probe_images
-from .transformer import additive_mask, check_supported
+from .transformer import additive_mask, check_supported, heads_of
 
 
 class MaskedAttention(TokenDropping):
@@ -93,10 +93,10 @@ class MaskedAttention(TokenDropping):
         nobody = torch.zeros(1, 1, (self.players + 31) // 32, dtype=torch.int32, device=image.device)
         return self.values(image, Coalitions(nobody, self.players))[0, 0]
 
-    def explanation_block(self) -> nn.Module:
-        """A transformer block of the model's width."""
-        attention = next(part for part in self.backbone.blocks.modules() if hasattr(part, "num_heads"))
-        return Block(self.feature_width, attention.num_heads, qkv_bias=True)
+    def explanation_block(self, width: int) -> nn.Module:
+        """A transformer block with heads as wide as the model's."""
+        attention: Any = next(part for part in self.backbone.blocks.modules() if hasattr(part, "num_heads"))
+        return Block(width, heads_of(width, self.feature_width, attention.num_heads), qkv_bias=True)
 
     def _embed_with_rope(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Tokens before the first block, (B, Q + P, D), and timm's rotary positions, if any."""

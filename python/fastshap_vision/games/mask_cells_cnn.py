@@ -12,7 +12,7 @@ from fastshap_kernels import coalition_sum, mask_patches
 
 from .._checks import check_choice
 from .._modes import evaluation_mode
-from .base import SUPPORTED, JointPass, UnsupportedModelError, pass_of_nothing
+from .base import SUPPORTED, Features, JointPass, UnsupportedModelError, pass_of_nothing
 from .coalitions import Coalitions
 from .features import forward_features
 from .hooks import check_backbone
@@ -21,7 +21,6 @@ from .readout import check_votes, linear_classifier, mean_patch, vote
 from .stem import split_at_stem
 
 REMOVALS = ("cell", "stem")
-_WIDEST = 2048
 
 
 class CellRemoval:
@@ -84,8 +83,8 @@ class CellRemoval:
         self.patches_vote = votes or averages_linearly
         self.is_exact_conversion = averages_linearly or not votes
 
-    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The full image, through timm's own forward pass: features (B, P, L + ΣC), logits (B, K)."""
+    def features_and_logits(self, images: Tensor) -> tuple[Features, Tensor]:
+        """The full image, through timm's own forward pass: its features, and logits (B, K)."""
         check_backbone(self.backbone)
         if not len(images):
             return pass_of_nothing(self)[:2]
@@ -125,9 +124,9 @@ class CellRemoval:
         """(W, b) of the votes."""
         return linear_classifier(self.backbone)
 
-    def explanation_block(self) -> nn.Module:
+    def explanation_block(self, width: int) -> nn.Module:
         """A convolutional block on the feature grid: ConvNeXt's, which needs no batch statistics."""
-        return _GridBlock(self.feature_width, self.grid)
+        return _GridBlock(width, self.grid)
 
     def _inputs(self, images: Tensor) -> tuple[Tensor, torch.dtype]:
         """What cells are removed from, images or the stem's output, in channels_last; and the dtype of the result."""
@@ -140,15 +139,15 @@ class CellRemoval:
         stem_map = self.split.stem(images.to(dtype, memory_format=torch.channels_last))
         return stem_map, stem_map.dtype
 
-    def _read_images(self, feature_map: Tensor, earlier: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Features (B, P, L + ΣC) and logits (B, K) of the images' map (B, L', h, w); `earlier`, (B, P, C) each."""
+    def _read_images(self, feature_map: Tensor, earlier: list[Tensor]) -> tuple[Features, Tensor]:
+        """Features and logits (B, K) of the images' map (B, L', h, w); `earlier`, (B, P, C) each."""
         features = self._vote_features(feature_map)
         logits = (
             self.backbone.forward_head(feature_map)
             if self.is_exact_conversion
             else vote(self.backbone, mean_patch(features))
         )
-        return torch.cat([features, *earlier], -1) if earlier else features, logits
+        return Features(features, tuple(earlier)), logits
 
     def _vote_features(self, feature_map: Tensor) -> Tensor:
         """(N, L', h, w) → (N, P, L): what the classifier would see if a cell were the whole image."""
@@ -170,15 +169,12 @@ class CellRemoval:
 
 
 class _GridBlock(nn.Module):
-    """A ConvNeXt block on features (B, P, L) laid out as their grid.
-
-    It is four times as wide inside, but no wider than `_WIDEST`: a quarter of the weights at ResNet-50's 2048 features.
-    """
+    """A ConvNeXt block on features (B, P, L) laid out as their grid."""
 
     def __init__(self, width: int, grid: tuple[int, int]) -> None:
         super().__init__()
         self.grid = grid
-        self.block = ConvNeXtBlock(width, kernel_size=3, mlp_ratio=min(4.0, _WIDEST / width), ls_init_value=None)
+        self.block = ConvNeXtBlock(width, kernel_size=3, ls_init_value=None)
 
     def forward(self, features: Tensor) -> Tensor:
         cells = features.transpose(1, 2).unflatten(2, self.grid)

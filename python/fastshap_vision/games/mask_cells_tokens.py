@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastshap_kernels import coalition_sum, mask_patches
 
 from .._modes import evaluation_mode
-from .base import SUPPORTED, JointPass, UnsupportedModelError, pass_of_nothing
+from .base import SUPPORTED, Features, JointPass, UnsupportedModelError, pass_of_nothing
 from .coalitions import Coalitions
 from .features import forward_features
 from .hooks import check_backbone
@@ -69,8 +69,8 @@ class TokenCellRemoval:
         self.patches_vote = votes or averages_linearly
         self.is_exact_conversion = averages_linearly or not votes
 
-    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The full image, through timm's own forward pass: features (B, P, L + ΣC), logits (B, K)."""
+    def features_and_logits(self, images: Tensor) -> tuple[Features, Tensor]:
+        """The full image, through timm's own forward pass: its features, and logits (B, K)."""
         check_backbone(self.backbone)
         if not len(images):
             return pass_of_nothing(self)[:2]
@@ -106,10 +106,10 @@ class TokenCellRemoval:
         """(W, b) of the votes; a distilled model's two classifiers are averaged, as in its own forward pass."""
         return linear_classifier(self.backbone)
 
-    def explanation_block(self) -> nn.Module:
+    def explanation_block(self, width: int) -> nn.Module:
         """A transformer block on the tokens."""
-        heads = next(n for n in range(max(1, self.feature_width // 64), 0, -1) if self.feature_width % n == 0)
-        return Block(self.feature_width, heads, qkv_bias=True)
+        heads = next(n for n in range(max(1, width // 64), 0, -1) if width % n == 0)
+        return Block(width, heads, qkv_bias=True)
 
     def _cells(self, output: Tensor) -> Tensor:
         """The tokens of the players: (N, P, L')."""
@@ -129,15 +129,15 @@ class TokenCellRemoval:
         read = self.backbone.forward_head(self._one_cell(cells.flatten(0, 1)), pre_logits=True)
         return read.unflatten(0, cells.shape[:2])
 
-    def _read_images(self, output: Tensor, earlier: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Features (B, P, L + ΣC) and logits (B, K) of the full images; `earlier` (B, P, C) each."""
+    def _read_images(self, output: Tensor, earlier: list[Tensor]) -> tuple[Features, Tensor]:
+        """Features and logits (B, K) of the full images; `earlier` (B, P, C) each."""
         features = self._features(output)
         logits = (
             self.backbone.forward_head(output)
             if self.is_exact_conversion
             else vote(self.backbone, mean_patch(features))
         )
-        return torch.cat([features, *earlier], -1) if earlier else features, logits
+        return Features(features, tuple(earlier)), logits
 
     def _read_values(self, output: Tensor, coalitions: Coalitions) -> Tensor:
         """The outputs (B·M, …) of the masked images → (B, M, K)."""

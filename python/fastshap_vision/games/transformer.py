@@ -103,3 +103,11 @@ def attend_nothing(pool: Any) -> Tensor:
     if pool.mlp is not None:
         pooled = pooled + pool.mlp(pool.norm(pooled))
     return pooled[:, 0] if pool.pool == "token" else pooled.mean(1)
+
+
+def heads_of(width: int, model_width: int, model_heads: int) -> int:
+    """The heads of a block of another width than the model's: about as wide each, of a number that divides it."""
+    if width == model_width:
+        return model_heads
+    wanted = max(1, round(width * model_heads / model_width))
+    return next(number for number in range(wanted, 0, -1) if width % number == 0)

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
+import torch
 from timm.data import resolve_model_data_config
 from timm.layers import get_act_layer, get_norm_layer
 from timm.models import get_model_args, get_model_input_config
-from torch import nn
+from torch import Tensor, nn
 
 from fastshap_kernels._checks import describe
 
@@ -128,3 +129,26 @@ def preprocessing_of(
         for values in (config["mean"], config["std"])
     )
     return Preprocessing(input_size, mean, std, config["crop_pct"])
+
+
+def check_unchanged(model: Any) -> None:
+    """Raises an error where the backbone of a self-explaining model is not as it was converted."""
+    if torch.compiler.is_compiling():
+        return
+    now = settings_of(model.backbone)
+    if now != model._converted:
+        key = next(key for key in now if now[key] != model._converted[key])
+        raise _was_reset(f"{key} was {model._converted[key]!r} and is {now[key]!r}")
+
+
+def check_classes_unchanged(model: Any, logits: Tensor) -> None:
+    """Raises an error where the backbone has other classes than when it was converted."""
+    if logits.shape[-1] != model.num_classes:
+        raise _was_reset(f"it had {model.num_classes} classes and has {logits.shape[-1]}")
+
+
+def _was_reset(what: str) -> ValueError:
+    return ValueError(
+        f"The backbone was changed after its conversion: {what}. Change it first and then convert it: "
+        "fastshap_vision.convert(model.backbone)."
+    )

@@ -7,7 +7,185 @@ from torch import Tensor, nn
 
 from fastshap_kernels import coalition_sum, linear_shapley_loss
 
+from .._runtime.onednn_linear import cpu_linears
+from .._runtime.packed_sdpa import cpu_attention
+from .._runtime.precision import at_least_float32
+from ..games.base import Features, Game
 from ..games.coalitions import Coalitions
+
+#: Past this width an explanation costs more, and R² gains nothing.
+WIDEST = 256
+#: Up to this width (or the model's own) the layers that explain may have any share of the model's parameters.
+_ALWAYS = 128
+#: Beyond it they have at most this share, so that an explanation stays cheap beside the prediction.
+_SHARE = 0.15
+_STEP = 32
+
+
+class VotesHead(nn.Module):
+    """Φ_p = (W e_p + b)/P, W and b the classifier's own, and an equal part of what that leaves of f(x) − v(∅).
+
+    Args:
+        game: of the model, whose patches vote.
+        backbone_gradient: γ, how much of the regression's gradient goes on into the encoder.
+    """
+
+    def __init__(self, game: Game, backbone_gradient: float = 1.0) -> None:
+        super().__init__()
+        self._game, self.backbone_gradient = (game,), backbone_gradient
+
+    @property
+    def game(self) -> Game:
+        return self._game[0]  # in a tuple: the encoder is no part of its head
+
+    def forward(self, features: Features, logits: Tensor, null: Tensor) -> Tensor:
+        """Shapley values (B, P, K), float32 at least, that add up to logits (B, K) − null (K,)."""
+        return _completed(at_least_float32(votes_of_patches(self.game, features.last)), logits, null)
+
+    def regression_loss(
+        self,
+        features: Features,
+        logits: Tensor,
+        coalitions: Coalitions,
+        values: Tensor,
+        null: Tensor,
+        classes: Tensor | None = None,
+    ) -> Tensor:
+        """As `SelfExplainingClassifier.regression_loss`."""
+        last = features.scaled_gradient(self.backbone_gradient).last
+        weight, bias = self.game.vote_weight()
+        players = self.game.players
+        bias = None if bias is None else bias / players
+        return loss_of_classes(classes, last, weight / players, bias, coalitions, values, null)
+
+
+class SharesHead(nn.Module):
+    """Φ_p = base_p + δ_p, δ = G(E) W_sᵀ minus its mean over p: the logits never move.
+
+    G brings the features to its width, where that is another, adds a linear map of the normalised features of earlier
+    stages, and then has `depth` blocks of the model's own kind. W_s starts at 0: training starts from the base.
+
+    Args:
+        game: of the model; it says which features there are, and gives the blocks and the votes.
+        classes: K.
+        base: "even", (f − v(∅))/P, or "votes", where patches vote.
+        depth: blocks of G.
+        width: of G; None for `width_of`.
+        backbone_gradient: γ, how much of the regression's gradient goes on into the encoder.
+    """
+
+    def __init__(
+        self,
+        game: Game,
+        classes: int,
+        base: str = "even",
+        depth: int = 1,
+        width: int | None = None,
+        backbone_gradient: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self._game, self.base, self.backbone_gradient = (game,), base, backbone_gradient
+        width = width_of(game, classes, depth) if width is None else width
+        self.explainer = Explainer(game, depth, width)
+        self.shares = nn.Linear(self.explainer.width, classes, bias=False)
+        nn.init.zeros_(self.shares.weight)
+        self.to(next(game.backbone.parameters()))
+
+    @property
+    def game(self) -> Game:
+        return self._game[0]  # in a tuple: the encoder is no part of its head
+
+    @property
+    def is_untrained(self) -> bool:
+        """Whether W_s is still 0, so that nothing was learnt."""
+        return not self.shares.weight.is_meta and not bool(self.shares.weight.any())
+
+    def forward(self, features: Features, logits: Tensor, null: Tensor) -> Tensor:
+        """Shapley values (B, P, K), float32 at least, that add up to logits (B, K) − null (K,)."""
+        with cpu_linears(features.last):
+            found = at_least_float32(self.shares(self.explainer(features)))
+        if self.base == "votes":
+            found = found + at_least_float32(votes_of_patches(self.game, features.last))
+        return _completed(found, logits, null)
+
+    def regression_loss(
+        self,
+        features: Features,
+        logits: Tensor,
+        coalitions: Coalitions,
+        values: Tensor,
+        null: Tensor,
+        classes: Tensor | None = None,
+    ) -> Tensor:
+        """As `SelfExplainingClassifier.regression_loss`; logits and base are detached."""
+        features = features.scaled_gradient(self.backbone_gradient)
+        if self.base == "even":
+            grand = logits.detach()
+        else:
+            # What the votes leave is a game whose grand value is 0.
+            values = values - votes_of_coalitions(self.game, features.last.detach(), coalitions)
+            null, grand = null.detach() * 0, torch.zeros_like(logits)
+        with cpu_linears(features.last), cpu_attention(features.last):
+            explained = self.explainer(features)
+        return loss_of_classes(classes, explained, self.shares.weight, None, coalitions, values, null, grand)
+
+
+class Explainer(nn.Module):
+    """G: features to (B, P, width).
+
+    Args:
+        game: says which features there are, and gives the blocks.
+        depth: blocks.
+        width: of the blocks. Without blocks and earlier features, G is the identity.
+    """
+
+    def __init__(self, game: Game, depth: int, width: int) -> None:
+        super().__init__()
+        is_identity = depth == 0 and not game.intermediate_widths
+        self.width = game.feature_width if is_identity else width
+        self.projection = nn.Identity() if self.width == game.feature_width else nn.Linear(game.feature_width, width)
+        self.norms = nn.ModuleList(nn.LayerNorm(earlier) for earlier in game.intermediate_widths)
+        self.linear = nn.Linear(sum(game.intermediate_widths), self.width) if game.intermediate_widths else None
+        self.blocks = nn.Sequential(*(game.explanation_block(self.width) for _ in range(depth)))
+
+    def forward(self, features: Features) -> Tensor:
+        found = self.projection(features.last)
+        if self.linear is not None:
+            normed = [norm(stage) for norm, stage in zip(self.norms, features.earlier, strict=True)]
+            found = found + self.linear(torch.cat(normed, -1))
+        return self.blocks(found)
+
+
+def width_of(game: Game, classes: int, depth: int) -> int:
+    """G's width: the model's own, where that is at most 256 and G then has at most 15 % of the model's parameters.
+
+    Else the largest multiple of 32 of which this holds, and in any case 128, or the model's own where that is less.
+    """
+    own = game.feature_width
+    allowed = _SHARE * sum(parameter.numel() for parameter in game.backbone.parameters())
+    for width in [min(own, WIDEST), *range(min(own, WIDEST) // _STEP * _STEP, _ALWAYS, -_STEP)]:
+        if width <= _ALWAYS:
+            return width
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            explainer = Explainer(game, depth, width)
+        if sum(parameter.numel() for parameter in explainer.parameters()) + width * classes <= allowed:
+            return width
+    return _ALWAYS
+
+
+def votes_of_patches(game: Game, features: Tensor) -> Tensor:
+    """(W e_p + b)/P of features (B, P, L): (B, P, K)."""
+    return nn.functional.linear(features, *game.vote_weight()) / game.players
+
+
+def votes_of_coalitions(game: Game, features: Tensor, coalitions: Coalitions) -> Tensor:
+    """Σ_{p∈S} (W e_p + b)/P without gradient: (B, M, K)."""
+    with torch.no_grad():
+        weight, bias = game.vote_weight()
+        votes = coalition_sum(features, coalitions.bits) @ weight.T
+        if bias is not None:
+            votes = votes + coalitions.sizes.unsqueeze(2).to(features.dtype) * bias
+        return votes / game.players
 
 
 def loss_of_classes(
@@ -41,21 +219,7 @@ def loss_of_classes(
         return (wanted - null - found).square().mean()
 
 
-class MergedFeatures(nn.Module):
-    """The last features plus a linear map of the normalised earlier ones: (B, P, L + ΣC) → (B, P, L).
-
-    Args:
-        width: L, of the last features, which come first.
-        earlier_widths: C of each stage before the last.
-    """
-
-    def __init__(self, width: int, earlier_widths: list[int]) -> None:
-        super().__init__()
-        self.widths = [width, *earlier_widths]
-        self.norms = nn.ModuleList(nn.LayerNorm(earlier) for earlier in earlier_widths)
-        self.linear = nn.Linear(sum(earlier_widths), width)
-
-    def forward(self, features: Tensor) -> Tensor:
-        last, *earlier = features.split(self.widths, -1)
-        normed = [norm(stage) for norm, stage in zip(self.norms, earlier, strict=True)]
-        return last + self.linear(torch.cat(normed, -1))
+def _completed(found: Tensor, logits: Tensor, null: Tensor) -> Tensor:
+    """Shapley values (B, P, K) with an equal part each of what they leave of f(x) − v(∅)."""
+    missing = at_least_float32(logits) - at_least_float32(null) - found.sum(1)
+    return found + (missing / found.shape[1]).unsqueeze(1)

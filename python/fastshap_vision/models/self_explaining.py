@@ -4,64 +4,42 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fastshap_kernels import coalition_sum
-from fastshap_kernels._checks import check_bits, check_dense
+from fastshap_kernels._checks import check_bits
 
-from .._checks import check_choice, check_classes, shortened
+from .._checks import check_choice, check_classes
 from .._modes import evaluation_mode
-from .._runtime.onednn_linear import cpu_linears
-from .._runtime.packed_sdpa import cpu_attention
 from .._runtime.precision import at_least_float32, lowered
 from ..explanations.explanation import Explanation
-from ..games.base import JointPass, UnsupportedModelError
+from ..games.base import Features, JointPass
 from ..games.coalitions import Coalitions
 from ..games.factory import make_game
-from ..games.features import probe_widths
 from ..games.hooks import check_backbone
-from ..games.probe import probe_images
 from ..images.batch import as_batch
 from ..images.preprocessing import Preprocessing
 from ..streaming.stream import stream
-from .arguments import check_choices, check_name, checked_gradient, checked_model_kwargs, checked_size
+from .arguments import check_choices, check_name, check_width, checked_gradient, checked_model_kwargs, checked_size
 from .backbone import (
+    check_classes_unchanged,
+    check_unchanged,
     create_backbone,
-    describe_model,
     input_size_of,
     other_size,
     preprocessing_of,
     settings_of,
-    timm_arguments,
 )
-from .file import (
-    CONFIG,
-    WEIGHTS,
-    Header,
-    Probe,
-    check_description,
-    check_probe,
-    check_size,
-    find_file,
-    read_config,
-    read_header,
-    read_weights,
-    write_weights,
-)
-from .head import MergedFeatures, loss_of_classes
-
-_HALF_OR_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
+from .head import SharesHead, VotesHead
+from .input import check_images
+from .pretrained import Pretrained
 
 _log = logging.getLogger(__name__)
 
 
-class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
+class SelfExplainingClassifier(Pretrained):
     """A timm classifier whose Shapley values add up to its logits: Σ_p Φ_p = f(x) − v(∅).
 
     Heads (E are the features of the patches, (B, P, L)):
@@ -79,6 +57,8 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
         head: "shares" or "votes".
         base: "even" or "votes"; default "votes" where patches vote. Of the shares head only.
         head_depth: blocks between the features and the shares, 0, 1 or 2. Of the shares head only.
+        head_width: features of these blocks. None for the model's own, up to 256, or so many that the head has at most
+            15 % of the model's parameters, but 128 at least. Of the shares head only.
         intermediates: whether these blocks read the features of every stage of the encoder (each block of a
             transformer), added up by a linear layer, instead of the last ones alone. Of the shares head only.
         backbone_gradient: γ in [0, 1], how much of the regression's gradient goes on into the encoder. Default 0 with
@@ -124,6 +104,7 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
         head: str = "shares",
         base: str | None = None,
         head_depth: int = 1,
+        head_width: int | None = None,
         intermediates: bool = False,
         backbone_gradient: float | None = None,
         removal: str | None = None,
@@ -135,13 +116,16 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
         super().__init__()
         check_name(model_name, num_classes)
         check_choices(head, base, head_depth, intermediates, removal)
+        check_width(head_width)
         backbone_gradient = checked_gradient(backbone_gradient, head)
         size, arguments = checked_size(img_size), checked_model_kwargs(model_kwargs)
         if backbone is None:
             backbone = create_backbone(model_name, num_classes, size, arguments, pretrained)
         self.backbone = backbone
-        self.head, self.backbone_gradient = head, backbone_gradient
-        self.game, self.removal = make_game(backbone, head == "votes", input_size_of(backbone, size), removal)
+        wants_earlier = intermediates and head == "shares"
+        self.game, self.removal = make_game(
+            backbone, head == "votes", input_size_of(backbone, size), removal, wants_earlier
+        )
         if size is not None and self.game.input_size[1:] != size:
             raise other_size(backbone, self.game.input_size[1:], size)
         if base == "votes" and not self.game.patches_vote:
@@ -149,10 +133,14 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
                 "Argument `base` can be 'votes' where the model averages its patches before a linear classifier; this "
                 "one does not. Use base='even'."
             )
-        self.base = base or ("votes" if self.game.patches_vote else "even")
         self.num_classes: int = self.game.vote_weight()[0].shape[0]
+        self.base = base or ("votes" if self.game.patches_vote else "even")
+        self.head: SharesHead | VotesHead
         if head == "shares":
-            self._add_shares(head_depth, intermediates)
+            self.head = SharesHead(self.game, self.num_classes, self.base, head_depth, head_width, backbone_gradient)
+            head_width = self.head.explainer.width
+        else:
+            self.head = VotesHead(self.game, backbone_gradient)
         self._converted = settings_of(backbone)
         self._says_untrained = True
         # What is saved beside the weights; they replace timm's own, which need not be fetched again. A checkpoint's
@@ -161,32 +149,12 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
             **(self._hub_mixin_config or {}),
             "num_classes": self.num_classes,
             "img_size": None if size is None else list(size),
+            "head_width": head_width,
             "removal": self.removal,
             "pretrained": False,
             "model_kwargs": arguments,
         }
         self.preprocessing = preprocessing_of(backbone, self.game.input_size, preprocessing)
-
-    def _add_shares(self, head_depth: int, intermediates: bool) -> None:
-        """The layers that explain, in the dtype and on the device of the backbone."""
-        if intermediates and self.removal == "stem":
-            raise ValueError(
-                "Argument `intermediates` can't be True with removal='stem', which runs the network in parts. "
-                "Use removal='cell'."
-            )
-        if intermediates:
-            self.game.intermediate_widths = probe_widths(self.game)
-        merged = [MergedFeatures(self.game.feature_width, self.game.intermediate_widths)] if intermediates else []
-        blocks = [self.game.explanation_block() for _ in range(head_depth)]
-        like = next(self.backbone.parameters())
-        self.explainer = nn.Sequential(*merged, *blocks).to(like)
-        self.shares = nn.Linear(self.game.feature_width, self.num_classes, bias=False).to(like)
-        nn.init.zeros_(self.shares.weight)  # δ = 0: training starts from the base
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The JSON-able constructor arguments, as saved beside the weights."""
-        return dict(self._hub_mixin_config)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -225,115 +193,7 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
 
         Of a votes head it can't be known: its weights are the classifier's.
         """
-        return self.head == "shares" and not self.shares.weight.is_meta and not bool(self.shares.weight.any())
-
-    # -- saving and loading ------------------------------------------------------------------------------
-
-    def check_saveable(self) -> None:
-        """Whether a saved model could be loaded again; saving makes sure of it, training may before it starts.
-
-        Raises:
-            ValueError: where the backbone is not what its arguments describe, such as one with replaced layers.
-        """
-        self._check_backbone()
-        name, size, kwargs = (self._hub_mixin_config[key] for key in ("model_name", "img_size", "model_kwargs"))
-        arguments = timm_arguments(name, self.num_classes, size, kwargs)
-        check_description(self.backbone, name, arguments, probe_images(self.backbone, self.game.input_size))
-
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
-        """Writes config.json and model.safetensors, which `from_pretrained` reads; options are the Hub's.
-
-        The answers of the model to two fixed images are kept with the weights, and compared on loading.
-
-        Raises:
-            ValueError: where the backbone is not what its arguments describe; nothing is written then.
-        """
-        self.check_saveable()
-        return super().save_pretrained(save_directory, **options)
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        write_weights(self, save_directory, self._probe())
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        map_location: str | torch.device = "cpu",
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        **arguments: Any,
-    ) -> SelfExplainingClassifier:
-        """Loads what `save_pretrained` wrote, from a folder or the Hub, in evaluation mode.
-
-        It has the dtype that it was saved in. No pickle is ever read, and no backbone larger than the file is built.
-
-        Args:
-            pretrained_model_name_or_path: a folder, or the name of a model on the Hub.
-            map_location: the device of the model.
-            revision, cache_dir, force_download, local_files_only, token: as in `huggingface_hub.hf_hub_download`.
-            arguments: of `SelfExplainingClassifier`, in place of those that were saved.
-
-        Raises:
-            ValueError: for what can't be found or read, or is another model than the one that was saved.
-        """
-        name = str(pretrained_model_name_or_path)
-        known = [key for key in cls._hub_mixin_init_parameters if key != "self"]
-        for argument in arguments:
-            if argument not in known:
-                raise TypeError(f"from_pretrained: there is no argument `{argument}`. Pass one of {', '.join(known)}.")
-        hub: dict[str, Any] = {
-            "revision": revision,
-            "cache_dir": cache_dir,
-            "force_download": force_download,
-            "local_files_only": local_files_only,
-            "token": token,
-        }
-        try:
-            config = read_config(find_file(name, CONFIG, hub))
-            path = find_file(name, WEIGHTS, hub)
-            header = read_header(path)
-            model = cls._build({key: config[key] for key in config if key in known} | arguments, header)
-            read_weights(model, path, header, map_location)
-            if header.probe is not None:
-                check_probe(model._probe(), header.probe, next(model.parameters()).dtype)
-        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-            raise ValueError(
-                f"The checkpoint {name!r} can't be read: {shortened(error).rstrip('.')}. It must be a folder written "
-                f"by save_pretrained ({CONFIG}, {WEIGHTS}), or the name of a model on the Hub."
-            ) from error
-        return model.eval()
-
-    @classmethod
-    def _build(cls, arguments: dict[str, Any], header: Header) -> SelfExplainingClassifier:
-        """The model of a configuration that comes from elsewhere: its types and size are checked first."""
-        if "model_name" not in arguments:
-            raise ValueError(f"{CONFIG} has no `model_name`")
-        try:
-            name, classes = arguments["model_name"], arguments.get("num_classes", 1000)
-            size, kwargs = checked_size(arguments.get("img_size")), checked_model_kwargs(arguments.get("model_kwargs"))
-            for key in ("backbone", "pretrained"):
-                if arguments.get(key):
-                    raise ValueError(f"`{key}` must be null or false, but it is {arguments[key]!r}")
-            check_name(name, classes)
-            check_size(name, timm_arguments(name, classes, size, kwargs), header)
-            return cls(**arguments)
-        except Exception as error:  # whatever a model raises that nobody would build
-            raise ValueError(f"{CONFIG} describes no model of these weights: {error}") from error
-
-    @torch.no_grad()
-    def _probe(self) -> Probe:
-        """What the model answers to two fixed images, whatever autocast is on."""
-        images = probe_images(self.backbone, self.game.input_size)
-        with evaluation_mode(self), torch.autocast(images.device.type, enabled=False):
-            features, logits = self.game.features_and_logits(images)
-            values = self._phi(features, logits, self.null_value())
-        return Probe(features.mean(1), logits, values[..., 0])
-
-    # -- the model ---------------------------------------------------------------------------------------
+        return isinstance(self.head, SharesHead) and self.head.is_untrained
 
     def no_weight_decay(self) -> set[str]:
         """The backbone's parameters that timm's optimisers don't decay."""
@@ -347,7 +207,7 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K) of images (B, C, H, W)."""
-        self._check_backbone()
+        check_unchanged(self)
         if self.is_exact_conversion:
             logits = self.backbone(images)
             if isinstance(logits, tuple):
@@ -367,24 +227,8 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
             values = at_least_float32(null.new_zeros(0, self.players, self.num_classes))
             return values, null.new_zeros(0, self.num_classes), null
         features, logits = self.game.features_and_logits(images)
-        self._check_classes(logits)
-        return self._phi(features, logits, null), logits, null
-
-    def _phi(self, features: Tensor, logits: Tensor, null: Tensor) -> Tensor:
-        """Shapley values (B, P, K), float32 at least: what is learnt, and an equal part of what that leaves."""
-        if self.head == "votes":
-            found = at_least_float32(self._votes(features))
-        else:
-            with cpu_linears(features):
-                found = at_least_float32(self.shares(self.explainer(features)))
-            if self.base == "votes":
-                found = found + at_least_float32(self._votes(self._last(features)))
-        missing = at_least_float32(logits) - at_least_float32(null) - found.sum(1)
-        return found + (missing / self.players).unsqueeze(1)
-
-    def _votes(self, features: Tensor) -> Tensor:
-        """(W e_p + b)/P of features (B, P, L): (B, P, K)."""
-        return nn.functional.linear(features, *self.game.vote_weight()) / self.players
+        check_classes_unchanged(self, logits)
+        return self.head(features, logits, null), logits, null
 
     def preprocess(self, images: Any) -> Tensor:
         """The input (B, C, H, W) that `explain` makes of images of any kind: for calls, plots and metrics.
@@ -501,7 +345,7 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
 
     def regression_loss(
         self,
-        features: Tensor,
+        features: Features,
         logits: Tensor,
         coalitions: Coalitions | Tensor,
         values: Tensor,
@@ -510,88 +354,16 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
     ) -> Tensor:
         """Mean over B, M, K of (v(S) − v(∅) − Σ_{p∈S} Φ_p)², with no (B, P, K) tensor.
 
-        Features (B, P, L), with `intermediates` (B, P, L + ΣC), and logits (B, K) are those of the full images. With
-        the shares head, logits and base are detached: the regression moves the shares, and the encoder as far as
-        `backbone_gradient` says. `classes`, int64 (B, k), are those of each image that count; None for all.
+        Features and logits (B, K) are those of the full images. With the shares head, logits and base are detached: the
+        regression moves the shares, and the encoder as far as `backbone_gradient` says. `classes`, int64 (B, k), are
+        those of each image that count; None for all.
         """
-        coalitions = self._coalitions("regression_loss", coalitions, features)
-        if self.backbone_gradient == 0.0:
-            features = features.detach()
-        elif self.backbone_gradient < 1.0:
-            features = features.detach() + self.backbone_gradient * (features - features.detach())
-        if self.head == "votes":
-            weight, bias = self.game.vote_weight()
-            bias = None if bias is None else bias / self.players
-            return loss_of_classes(classes, features, weight / self.players, bias, coalitions, values, null)
-        if self.base == "even":
-            grand = logits.detach()
-        else:
-            # What the votes leave is a game whose grand value is 0.
-            values, null = values - self._votes_of(self._last(features.detach()), coalitions), null.detach() * 0
-            grand = torch.zeros_like(logits)
-        with cpu_linears(features), cpu_attention(features):
-            explained = self.explainer(features)
-        return loss_of_classes(classes, explained, self.shares.weight, None, coalitions, values, null, grand)
-
-    def _votes_of(self, features: Tensor, coalitions: Coalitions) -> Tensor:
-        """Σ_{p∈S} (W e_p + b)/P without gradient: (B, M, K)."""
-        with torch.no_grad():
-            weight, bias = self.game.vote_weight()
-            votes = coalition_sum(features, coalitions.bits) @ weight.T
-            if bias is not None:
-                votes = votes + coalitions.sizes.unsqueeze(2).to(features.dtype) * bias
-            return votes / self.players
-
-    def _last(self, features: Tensor) -> Tensor:
-        """Of the features (B, P, L + ΣC) the encoder's last ones, (B, P, L)."""
-        return features[..., : self.game.feature_width]
-
-    def _check_backbone(self) -> None:
-        """The game was made for the backbone as it was converted."""
-        if torch.compiler.is_compiling():
-            return
-        now = settings_of(self.backbone)
-        if now != self._converted:
-            key = next(key for key in now if now[key] != self._converted[key])
-            raise self._was_reset(f"{key} was {self._converted[key]!r} and is {now[key]!r}")
-
-    def _check_classes(self, logits: Tensor) -> None:
-        if logits.shape[-1] != self.num_classes:
-            raise self._was_reset(f"it had {self.num_classes} classes and has {logits.shape[-1]}")
-
-    def _was_reset(self, what: str) -> ValueError:
-        return ValueError(
-            f"The backbone was changed after its conversion: {what}. Change it first and then convert it: "
-            "fastshap_vision.convert(model.backbone)."
-        )
+        coalitions = self._coalitions("regression_loss", coalitions, features.last)
+        return self.head.regression_loss(features, logits, coalitions, values, null, classes)
 
     def _check_images(self, images: Tensor) -> None:
-        self._check_backbone()
-        expected = self.game.input_size
-        form = f"(B, {', '.join(map(str, expected))})"
-        check_dense("SelfExplainingClassifier", "images", images, f"a tensor {form}", "Pass model.preprocess(images).")
-        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
-            raise ValueError(
-                f"Argument `images` must be a tensor {form}, but it is {tuple(images.shape)}. Resize the images, or "
-                "create the model with another img_size or in_chans."
-            )
-        weight = next(self.parameters())
-        if images.device != weight.device and weight.device.type != "meta":  # where accelerate keeps it elsewhere
-            raise ValueError(
-                f"Argument `images` must be on the model's device, {weight.device}, but it is on {images.device}. Pass "
-                f"images.to({str(weight.device)!r})."
-            )
-        if not images.is_floating_point():
-            raise ValueError(
-                f"Argument `images` must be normalised {weight.dtype}, but it is {images.dtype}. Pass uint8 pixels to "
-                "model.preprocess(images), which normalises them."
-            )
-        is_cast = torch.is_autocast_enabled(images.device.type) and images.dtype in _HALF_OR_SINGLE
-        if images.dtype != weight.dtype and not is_cast:
-            raise ValueError(
-                f"Argument `images` must be {weight.dtype} like the model's weights, but it is {images.dtype}. Pass "
-                f"images.to({weight.dtype})."
-            )
+        check_unchanged(self)
+        check_images(self, self.game.input_size, images)
 
     def _target(self, target: int | Sequence[int] | Tensor | str | None, logits: Tensor) -> Tensor | None:
         batch, classes = logits.shape
@@ -601,53 +373,3 @@ class SelfExplainingClassifier(nn.Module, PyTorchModelHubMixin):
             check_choice("target", target, ("all",))
             return None
         return check_classes("explain", "target", target, batch, classes, "None, 'all', ").to(logits.device)
-
-
-def convert(
-    model: nn.Module,
-    *,
-    img_size: int | tuple[int, int] | None = None,
-    head: str = "shares",
-    base: str | None = None,
-    head_depth: int = 1,
-    intermediates: bool = False,
-    backbone_gradient: float | None = None,
-    removal: str | None = None,
-    preprocessing: dict[str, Any] | Preprocessing | None = None,
-) -> SelfExplainingClassifier:
-    """Makes a timm model, trained or not, self-explaining. The model itself becomes the backbone: no copy is made.
-
-    With head="shares" (the default) its logits stay bit-identical.
-
-    Args:
-        model: made by `timm.create_model`, from arguments that JSON can hold.
-        img_size: image size in pixels, one number or (H, W), of a model that takes any; default timm's. Others have
-            the size that they were created for.
-        head, base, head_depth, intermediates, backbone_gradient, removal, preprocessing: as in
-            `SelfExplainingClassifier`.
-
-    Raises:
-        UnsupportedModelError: for a model that timm did not make, or a family that has no game.
-        ValueError: for an image size that the model can't take, or a model made from arguments that can't be saved.
-    """
-    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
-    if not name:
-        raise UnsupportedModelError(
-            f"Argument `model` must be made by timm.create_model, but it is a {type(model).__name__} without timm's "
-            "configuration."
-        )
-    arguments = describe_model(model)
-    return SelfExplainingClassifier(
-        name,
-        arguments.pop("num_classes", 1000),
-        img_size=img_size,
-        head=head,
-        base=base,
-        head_depth=head_depth,
-        intermediates=intermediates,
-        backbone_gradient=backbone_gradient,
-        removal=removal,
-        model_kwargs=arguments,
-        preprocessing=preprocessing,
-        backbone=model,
-    )

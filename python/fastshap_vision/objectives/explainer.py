@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._modes import evaluating
 from ..games.coalitions import Coalitions
+from ..models.head import SharesHead
 from ..models.self_explaining import SelfExplainingClassifier
 from .base import ObjectiveTerms, even_split_error, explained_share, in_unit
 
@@ -48,7 +49,7 @@ class ExplainerObjective:
         Raises:
             ValueError: for a model with another head, or data that `record_coalitions` did not make.
         """
-        if getattr(model, "head", None) != "shares":
+        if not isinstance(getattr(model, "head", None), SharesHead):
             raise ValueError(
                 "ExplainerObjective trains the shares of a model that stays as it is, but this one has none. Use "
                 "fv.convert(timm_model)."

@@ -1,0 +1,64 @@
+"""Making a timm model self-explaining."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..games.base import UnsupportedModelError
+from ..images.preprocessing import Preprocessing
+from .backbone import describe_model
+from .self_explaining import SelfExplainingClassifier
+
+
+def convert(
+    model: nn.Module,
+    *,
+    img_size: int | tuple[int, int] | None = None,
+    head: str = "shares",
+    base: str | None = None,
+    head_depth: int = 1,
+    head_width: int | None = None,
+    intermediates: bool = False,
+    backbone_gradient: float | None = None,
+    removal: str | None = None,
+    preprocessing: dict[str, Any] | Preprocessing | None = None,
+) -> SelfExplainingClassifier:
+    """Makes a timm model, trained or not, self-explaining. The model itself becomes the backbone: no copy is made.
+
+    With head="shares" (the default) its logits stay bit-identical.
+
+    Args:
+        model: made by `timm.create_model`, from arguments that JSON can hold.
+        img_size: image size in pixels, one number or (H, W), of a model that takes any; default timm's. Others have
+            the size that they were created for.
+        head, base, head_depth, head_width, intermediates, backbone_gradient, removal, preprocessing: as in
+            `SelfExplainingClassifier`.
+
+    Raises:
+        UnsupportedModelError: for a model that timm did not make, or a family that has no game.
+        ValueError: for an image size that the model can't take, or a model made from arguments that can't be saved.
+    """
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    if not name:
+        raise UnsupportedModelError(
+            f"Argument `model` must be made by timm.create_model, but it is a {type(model).__name__} without timm's "
+            "configuration."
+        )
+    arguments = describe_model(model)
+    return SelfExplainingClassifier(
+        name,
+        arguments.pop("num_classes", 1000),
+        img_size=img_size,
+        head=head,
+        base=base,
+        head_depth=head_depth,
+        head_width=head_width,
+        intermediates=intermediates,
+        backbone_gradient=backbone_gradient,
+        removal=removal,
+        model_kwargs=arguments,
+        preprocessing=preprocessing,
+        backbone=model,
+    )
