@@ -119,7 +119,7 @@ def test_the_explainer_of_a_run_is_trained_and_all_else_stays(run, tmp_path, cap
     assert main([*arguments, "--lr", "0.01", "--output", str(output)]) == 0
     assert "after 2 epochs" in capsys.readouterr().out
     before, after = (SelfExplainingClassifier.from_pretrained(folder).state_dict() for folder in (run, output))
-    assert after["shares.weight"].abs().max() > 0
+    assert after["head.shares.weight"].abs().max() > 0
     encoder = [name for name in before if name.startswith("backbone.")]
     assert encoder
     assert all(torch.equal(before[name], after[name]) for name in encoder)

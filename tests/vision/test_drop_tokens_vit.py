@@ -104,7 +104,7 @@ def test_mixed_precision_stays_near_full_precision(kind, dtype):
 def test_explanation_blocks_are_as_wide_as_the_models_own():
     for kind in ("class token", "DINOv2 with SwiGLU", "AIMv2 (RMS norm, SwiGLU)"):
         vit = create(kind)
-        block = fv.convert(vit).game.explanation_block()
+        block = fv.convert(vit).game.explanation_block(vit.embed_dim)
         assert block.mlp.fc2.in_features == vit.blocks[-1].mlp.fc2.in_features
         assert block(torch.zeros(2, PLAYERS, vit.embed_dim)).shape == (2, PLAYERS, vit.embed_dim)
 

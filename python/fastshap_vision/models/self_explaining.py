@@ -34,6 +34,7 @@ from .backbone import (
 )
 from .head import SharesHead, VotesHead
 from .input import check_images
+from .null import KeptNull
 from .pretrained import Pretrained
 
 _log = logging.getLogger(__name__)
@@ -142,6 +143,7 @@ class SelfExplainingClassifier(Pretrained):
         else:
             self.head = VotesHead(self.game, backbone_gradient)
         self._converted = settings_of(backbone)
+        self._null = KeptNull(self.game)
         self._says_untrained = True
         # What is saved beside the weights; they replace timm's own, which need not be fetched again. A checkpoint's
         # game is the one that its weights were trained in, whatever is chosen elsewhere.
@@ -340,8 +342,8 @@ class SelfExplainingClassifier(Pretrained):
         return coalitions if isinstance(coalitions, Coalitions) else Coalitions(bits, self.players)
 
     def null_value(self) -> Tensor:
-        """v(∅): (K,); exactly zero where patches vote."""
-        return self.game.null()
+        """v(∅): (K,); exactly zero where patches vote. In evaluation it is kept from one call to the next."""
+        return self._null()
 
     def regression_loss(
         self,
