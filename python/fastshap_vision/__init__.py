@@ -17,7 +17,7 @@ from .images.preprocessing import Preprocessing
 from .metrics.fidelity import Fidelity, fidelity
 from .models.convert import convert
 from .models.self_explaining import SelfExplainingClassifier
-from .objectives.base import ObjectiveTerms
+from .objectives.base import Objective, ObjectiveTerms
 from .objectives.explainer import ExplainerObjective
 from .objectives.joint import JointObjective
 from .objectives.task import TaskObjective
@@ -38,6 +38,7 @@ __all__ = [
     "FitResult",
     "JointObjective",
     "MaskedImageGame",
+    "Objective",
     "ObjectiveTerms",
     "Preprocessing",
     "RecordedCoalitions",

@@ -47,9 +47,7 @@ def batch(seed=0):
 
 def objective_for(paired, **options):
     arguments = {"paired": paired, "masked_task_weight": 0.5, "masked_task_ramp": (0.0, 1.0)} | options
-    objective = fv.JointObjective(4, 2.0, **arguments)
-    objective.progress = 0.4
-    return objective
+    return fv.JointObjective(4, 2.0, **arguments)
 
 
 def step(objective, model, x, labels):
@@ -79,8 +77,7 @@ def test_a_step_never_waits(kind, paired, target, checkpointing):
     torch.cuda.set_sync_debug_mode("error")
     try:
         for number in range(3):
-            objective.progress = 0.5 + number / 10
-            step(objective, model, x, labels)
+            step(objective, model, x, labels, 0.5 + number / 10)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(gradient(model)).all()
@@ -190,9 +187,7 @@ def test_inductor_makes_one_program_of_fifty_steps(kind, paired):
     objective.draw = drawn
     counters.clear()
     for number in range(50):
-        objective.progress = plain.progress = 0.2 + number / 100
-        losses.append(step(objective, model, x, labels))
+        losses.append(step(objective, model, x, labels, 0.2 + number / 100))
     assert counters["stats"]["unique_graphs"] == len(sizes) <= (1 if paired else 6)
     assert len(torch.stack(losses).unique()) == 50
-    plain.progress = 0.2
-    torch.testing.assert_close(losses[0], step(plain, model, x, labels), rtol=2e-2, atol=1e-2)
+    torch.testing.assert_close(losses[0], step(plain, model, x, labels, 0.2), rtol=2e-2, atol=1e-2)

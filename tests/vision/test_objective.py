@@ -139,13 +139,11 @@ def test_masked_images_leave_the_batch_norms_alone_when_nothing_flows_back():
 def test_ramps():
     model, x = model_and_images()
     objective = fv.JointObjective(2, 2.0, 3.0, regression_ramp=(0.25, 0.75), masked_task_ramp=(0.5, 0.5))
-    objective.progress = 0.0
-    plain = objective(model, x, LABELS)
+    plain = objective(model, x, LABELS, progress=0.0)
     assert plain.regression is None
     assert torch.equal(plain.loss, F.cross_entropy(model(x), LABELS))
     for progress, regression, masked in ((0.375, 0.25, 0), (0.5, 0.5, 1), (0.75, 1, 1), (1.0, 1, 1)):
-        objective.progress = progress
-        terms = objective(model, x, LABELS)
+        terms = objective(model, x, LABELS, progress=progress)
         expected = terms.task + 2.0 * regression * terms.regression
         if masked:
             expected = expected + 3.0 * terms.masked_task

@@ -608,7 +608,7 @@ def test_other_weights_than_were_saved_are_refused(folder):
     with_probe = (folder / "model.safetensors").read_bytes()
     length = int.from_bytes(with_probe[:8], "little")
     metadata = json.loads(with_probe[8 : 8 + length])["__metadata__"]
-    weights["shares.weight"] *= 2
+    weights["head.shares.weight"] *= 2
     save_file(weights, folder / "model.safetensors", metadata)
     with pytest.raises(ValueError, match="answers other values"):
         fv.SelfExplainingClassifier.from_pretrained(folder)

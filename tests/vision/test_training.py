@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import ChainDataset, DataLoader, Subset, TensorDataset
 
-from fastshap_vision import JointObjective, SelfExplainingClassifier, TaskObjective, convert, load_dataset
+from fastshap_vision import JointObjective, Objective, SelfExplainingClassifier, TaskObjective, convert, load_dataset
 from fastshap_vision.training.evaluate import evaluate
 from fastshap_vision.training.fit import fit
 from fastshap_vision.training.monitor import TrainingError, check_not_lost
@@ -46,7 +46,7 @@ class NoisyNet(nn.Module):
         return self.head(self.layers(images))
 
 
-class CountingObjective:
+class CountingObjective(Objective):
     """Cross-entropy with a counter in its state that moves the loss, and an optional event at one call."""
 
     def __init__(self, at=None, event=None, spread=lambda progress: 1.0):
@@ -54,7 +54,6 @@ class CountingObjective:
         self.calls = 0
         self.at, self.event = at, event
         self.spread = spread
-        self.progress = None
         self.progresses = []
 
     def state_dict(self):
@@ -63,8 +62,8 @@ class CountingObjective:
     def load_state_dict(self, state):
         self.counter = state["counter"]
 
-    def __call__(self, model, images, labels):
-        self.progresses.append(self.progress)
+    def __call__(self, model, images, labels, *, progress=1.0):
+        self.progresses.append(progress)
         if self.calls == self.at:
             self.event()
         self.calls += 1
@@ -75,7 +74,7 @@ class CountingObjective:
             task=task.detach(),
             regression=None,
             value_r2=torch.tensor(0.5),
-            spread=torch.tensor(self.spread(self.progress)),
+            spread=torch.tensor(self.spread(progress)),
         )
 
 
@@ -208,10 +207,10 @@ def test_resumed_run_ends_in_the_same_bits(tmp_path, workers):
 @pytest.mark.parametrize(("head", "opt"), [("shares", "adamw"), ("shares", "muon"), ("votes", "adamw")])
 def test_resumed_self_explaining_run_ends_in_the_same_bits(tmp_path, head, opt):
     class Interrupted(JointObjective):
-        def __call__(self, model, images, labels):
-            if self.progress > 0.6:
+        def __call__(self, model, images, labels, *, progress=1.0):
+            if progress > 0.6:
                 raise KeyboardInterrupt
-            return super().__call__(model, images, labels)
+            return super().__call__(model, images, labels, progress=progress)
 
     def run(kind=JointObjective, **options):
         torch.manual_seed(0)
@@ -368,8 +367,8 @@ def test_nan_images_stop_the_run():
 
 def test_non_finite_loss_names_epoch_and_step(tmp_path):
     class Exploding(CountingObjective):
-        def __call__(self, model, images, labels):
-            terms = super().__call__(model, images, labels)
+        def __call__(self, model, images, labels, *, progress=1.0):
+            terms = super().__call__(model, images, labels, progress=progress)
             if self.calls == 8:
                 terms.loss = terms.loss * torch.inf
             return terms
@@ -464,17 +463,17 @@ def test_a_frozen_backbone_beside_a_ramp_is_told_what_to_do():
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     train(model=model, objective=JointObjective(2, regression_ramp=(0, 0)), epochs=1)
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
-    assert "shares.weight" in changed
+    assert "head.shares.weight" in changed
     assert not any(name.startswith("backbone.") for name in changed)
 
 
 def test_an_objective_without_a_loss_is_refused():
     class Vector(CountingObjective):
-        def __call__(self, model, images, labels):
+        def __call__(self, model, images, labels, *, progress=1.0):
             return SimpleNamespace(loss=functional.cross_entropy(model(images), labels, reduction="none"))
 
     class Nothing(CountingObjective):
-        def __call__(self, model, images, labels):
+        def __call__(self, model, images, labels, *, progress=1.0):
             return {"loss": functional.cross_entropy(model(images), labels)}
 
     for kind, found in ((Vector, r"float32 \(8,\)"), (Nothing, "None")):
@@ -502,7 +501,7 @@ def test_an_objective_without_a_loss_is_refused():
         ({"mixed_precision": "fp8"}, "`mixed_precision` must be one of 'no', 'bf16', 'fp16'"),
         ({"objective": "shapley"}, r"`objective` must be an objective.*'shapley'.*Use fv\.JointObjective\(\)"),
         ({"objective": JointObjective}, r"`objective` must be an objective.*Use fv\.JointObjective\(\)"),
-        ({"objective": lambda model, images, labels: 0}, "`objective` must be .* with state_dict and load_state_dict"),
+        ({"objective": lambda model, images, labels: 0}, "`objective` must be .* a subclass of fv.Objective"),
         ({"model": "resnet18"}, r"`model` must be a torch\.nn\.Module.*'resnet18'.*timm\.create_model"),
         ({"output": 5}, "`output` must be the path of a folder"),
         ({"resume": 5}, "`resume` must be None, 'auto', or the path of a run .* but it is 5"),

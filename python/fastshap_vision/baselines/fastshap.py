@@ -52,9 +52,6 @@ class SurrogateObjective(CoalitionObjective):
         sizes: "uniform", 0 … P alike, so that v(∅) and v(N) are trained too; or "shapley", the Shapley kernel's.
         seed: of the sampler.
 
-    Attributes:
-        progress: share of the training done, in [0, 1]; `fit` sets it each step.
-
     Raises:
         ValueError: for arguments out of range, and when called: for a model without a game, or a teacher that
             shares its weights or has other classes.
@@ -72,7 +69,9 @@ class SurrogateObjective(CoalitionObjective):
         self.teacher = teacher.eval()
         self._checked: nn.Module | None = None
 
-    def __call__(self, model: SelfExplainingClassifier, images: Tensor, labels: Tensor) -> ObjectiveTerms:
+    def __call__(
+        self, model: SelfExplainingClassifier, images: Tensor, labels: Tensor, *, progress: float = 1.0
+    ) -> ObjectiveTerms:
         """The loss of one batch: images (B, C, H, W); the labels have no part in it."""
         if model is not self._checked:
             self._check(model)
@@ -239,9 +238,6 @@ class FastSHAPObjective(CoalitionObjective):
         paired: coalitions come as complements, which lowers the variance and keeps shapes static.
         seed: of the sampler.
 
-    Attributes:
-        progress: share of the training done, in [0, 1]; `fit` sets it each step.
-
     Raises:
         ValueError: for arguments out of range, and when called: for a model that is no FastSHAPExplainer.
 
@@ -254,7 +250,9 @@ class FastSHAPObjective(CoalitionObjective):
         check_choice("sizes", sizes, SIZES)
         super().__init__(coalitions, paired=paired, sizes=sizes, seed=seed)
 
-    def __call__(self, model: FastSHAPExplainer, images: Tensor, labels: Tensor) -> ObjectiveTerms:
+    def __call__(
+        self, model: FastSHAPExplainer, images: Tensor, labels: Tensor, *, progress: float = 1.0
+    ) -> ObjectiveTerms:
         """The loss of one batch: images (B, C, H, W); the labels have no part in it."""
         _check_kind(
             "FastSHAPObjective", model, FastSHAPExplainer, "fv.baselines.FastSHAPExplainer(surrogate, backbone)"

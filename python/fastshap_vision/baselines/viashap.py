@@ -51,10 +51,12 @@ class ViaSHAPObjective(JointObjective):
         wanted = nn.functional.one_hot(labels, logits.shape[1]).to(logits.dtype)
         return self.alpha * nn.functional.mse_loss(logits, wanted)
 
-    def __call__(self, model: SelfExplainingClassifier, images: Tensor, labels: Tensor) -> ObjectiveTerms:
+    def __call__(
+        self, model: SelfExplainingClassifier, images: Tensor, labels: Tensor, *, progress: float = 1.0
+    ) -> ObjectiveTerms:
         """The loss of one batch: images (B, C, H, W), labels int64 (B,)."""
         if not isinstance(model.head, VotesHead):
             raise ValueError(
                 "ViaSHAP's objective regresses votes, but the model has another head. Create it with head='votes'."
             )
-        return super().__call__(model, images, labels)
+        return super().__call__(model, images, labels, progress=progress)

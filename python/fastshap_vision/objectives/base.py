@@ -3,12 +3,52 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..games.coalitions import Coalitions
+
+
+class Objective(Protocol):
+    """What `fit` needs of an objective; a subclass gives the call and inherits the rest."""
+
+    def __call__(self, model: Any, images: Tensor, labels: Any, *, progress: float = 1.0) -> ObjectiveTerms:
+        """The loss of one batch.
+
+        Args:
+            model: what is trained.
+            images: (B, C, H, W).
+            labels: what the data give beside the images.
+            progress: the share of the training that is done, in [0, 1].
+        """
+        ...
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it was made with, as far as words and numbers say it: a resumed run must have the same."""
+        return {}
+
+    def check(self, model: Any, data: Any) -> None:
+        """Raises a ValueError, before the first step, for a model or data that it can't learn from."""
+        return None
+
+    def label_classes(self, model: Any) -> int | None:
+        """K where labels must be class numbers below K, as each batch is then checked for; else None."""
+        return None
+
+    def evaluate(self, model: Any, data: Any, *, batch_size: int, workers: int = 0) -> dict[str, float | None]:
+        """Further columns of the history, of data that are not trained on, in evaluation mode."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on from: tensors, numbers, words, None, lists, tuples and dicts."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+        return None
 
 
 class ObjectiveTerms(NamedTuple):
@@ -63,3 +103,12 @@ def _is_rounding(square: Tensor, values: Tensor) -> Tensor:
 def _wide(values: Tensor) -> Tensor:
     """At least float32: squares of float16 vanish."""
     return values if values.dtype == torch.float64 else values.float()
+
+
+def check_not_recorded(objective: Objective, data: Any) -> None:
+    """Raises a ValueError for recorded coalitions given to an objective of labelled images."""
+    if hasattr(data, "bits") and hasattr(data, "values"):
+        raise ValueError(
+            f"fit: {type(objective).__name__} learns from labelled images, but train_data are recorded coalitions. "
+            "Pass the images, or use ExplainerObjective."
+        )

@@ -18,7 +18,7 @@ from ..games.coalitions import Coalitions
 from ..models.self_explaining import SelfExplainingClassifier
 from .base import ObjectiveTerms, even_split_error, explained_share, in_unit, variance_of
 from .sampling import CoalitionObjective, values_of_step
-from .task import TaskLoss, TaskObjective
+from .task import TaskLoss, TaskObjective, label_classes_of
 
 TARGETS = ("detached", "live")
 ERRORS = ("uniform", "variance", "raw")
@@ -53,10 +53,6 @@ class JointObjective(CoalitionObjective):
             are one pass, of one precision.
         task_loss: (logits, labels) → scalar; default cross-entropy. Labels are repeated for masked images.
         seed: of the sampler.
-
-    Attributes:
-        progress: share of the training done, in [0, 1], for the ramps. `fit` sets it each step; it is 1 until then, so
-            that in a loop of your own λ and μ are full from the start unless you set it.
 
     Deterministic: yes, for one seed and sequence of calls. `state_dict` holds the sampler's counter.
 
@@ -104,10 +100,15 @@ class JointObjective(CoalitionObjective):
         self._without_coalitions = TaskObjective(task_loss)
 
     # A compiled step is one call of `terms`, with everything that changes from step to step among its arguments.
-    def __call__(self, model: SelfExplainingClassifier, images: Tensor, labels: Tensor) -> ObjectiveTerms:
-        """The loss of one batch: images (B, C, H, W), labels as `task_loss` takes them, first dimension B."""
-        regression_weight = self.regression_weight * self._rise(self.regression_ramp)
-        masked_task_weight = self.masked_task_weight * self._rise(self.masked_task_ramp)
+    def __call__(
+        self, model: SelfExplainingClassifier, images: Tensor, labels: Tensor, *, progress: float = 1.0
+    ) -> ObjectiveTerms:
+        """The loss of one batch: images (B, C, H, W), labels as `task_loss` takes them, first dimension B.
+
+        `progress`, the share of the training that is done, in [0, 1], is for the ramps; at 1 λ and μ are full.
+        """
+        regression_weight = self.regression_weight * _rise(self.regression_ramp, progress)
+        masked_task_weight = self.masked_task_weight * _rise(self.masked_task_ramp, progress)
         if regression_weight == masked_task_weight == 0:
             return self._without_coalitions(model, images, labels)
         coalitions = self.draw(model, images)
@@ -178,14 +179,9 @@ class JointObjective(CoalitionObjective):
         self._without_coalitions.compile(**options)
         super().compile(**options)
 
-    def _rise(self, ramp: tuple[float, float]) -> float:
-        """Share of a weight in force now."""
-        start, end = ramp
-        if self.progress >= end:
-            return 1.0
-        if self.progress <= start:
-            return 0.0
-        return (self.progress - start) / (end - start)
+    def label_classes(self, model: Any) -> int | None:
+        """K, for cross-entropy."""
+        return label_classes_of(self.task_loss, model)
 
     def _forward(
         self, model: SelfExplainingClassifier, images: Tensor, coalitions: Coalitions, masked_task: bool
@@ -211,3 +207,13 @@ class JointObjective(CoalitionObjective):
         if classes is not None:
             logits, null = logits.gather(1, classes), null[classes].unsqueeze(1)
         return even_split_error(values, logits, null, coalitions)
+
+
+def _rise(ramp: tuple[float, float], progress: float) -> float:
+    """Share of a weight in force at a share of the training."""
+    start, end = ramp
+    if progress >= end:
+        return 1.0
+    if progress <= start:
+        return 0.0
+    return (progress - start) / (end - start)

@@ -17,14 +17,14 @@ from .._runtime.precision import lowered
 from ..games.coalitions import Coalitions
 from ..games.drop_tokens import TokenDropping
 from ..models.self_explaining import SelfExplainingClassifier
-from .base import ObjectiveTerms
+from .base import Objective, ObjectiveTerms, check_not_recorded
 
 SIZES = ("shapley", "uniform")
 #: The seed of the second draw, of the coalitions that become empty or full: another stream than the first's.
 _OF_ENDS = 2**64 - 1
 
 
-class CoalitionObjective:
+class CoalitionObjective(Objective):
     """An objective that draws coalitions anew each step; subclasses give its `terms`.
 
     Args:
@@ -33,9 +33,6 @@ class CoalitionObjective:
         sizes: "shapley" for the Shapley kernel, or "uniform", 1 … P − 1 alike.
         seed: of the sampler.
         with_ends: sizes 0 and P too, each as likely as one of the P + 1 sizes. For uniform sizes.
-
-    Attributes:
-        progress: share of the training done, in [0, 1]; `fit` sets it each step.
 
     Deterministic: yes, for one seed and sequence of calls. `state_dict` holds the sampler's counter.
     """
@@ -47,7 +44,6 @@ class CoalitionObjective:
         self.paired, self.sizes = check_flag(name, "paired", paired), sizes
         self.seed = check_count(name, "seed", seed, 0, _OF_ENDS)
         self.with_ends = with_ends
-        self.progress = 1.0
         self._drawn = 0  # coalitions so far: the counter of the sampler
         self._compiled: Callable[..., ObjectiveTerms] | None = None
 
@@ -61,10 +57,14 @@ class CoalitionObjective:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What it was made with, as far as words and numbers say it: a resumed run must have the same."""
+        """The arguments that are words and numbers."""
         kinds = (bool, int, float, str, tuple, type(None))
-        own = {name: value for name, value in vars(self).items() if not name.startswith("_") and name != "progress"}
+        own = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         return {name: value for name, value in own.items() if isinstance(value, kinds)}
+
+    def check(self, model: Any, data: Any) -> None:
+        """Refuses recorded coalitions, since it draws its own."""
+        check_not_recorded(self, data)
 
     @property
     def is_packed_in_pairs(self) -> bool:

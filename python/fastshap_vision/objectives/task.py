@@ -9,20 +9,29 @@ import torch
 from torch import Tensor, nn
 
 from .._runtime.packed_sdpa import cpu_attention
-from .base import ObjectiveTerms
+from .base import Objective, ObjectiveTerms, check_not_recorded
 
 TaskLoss = Callable[[Tensor, Tensor], Tensor]
 
 
-class TaskObjective:
-    """The task alone, for any model that returns logits: the plain baseline."""
+def label_classes_of(task_loss: TaskLoss, model: Any) -> int | None:
+    """K of a model with `num_classes`, where cross-entropy needs labels below it."""
+    return getattr(model, "num_classes", None) if task_loss is nn.functional.cross_entropy else None
+
+
+class TaskObjective(Objective):
+    """The task alone, for any model that returns logits: the plain baseline.
+
+    Args:
+        task_loss: (logits, labels) → scalar; default cross-entropy.
+    """
 
     def __init__(self, task_loss: TaskLoss | None = None) -> None:
         self.task_loss = task_loss or nn.functional.cross_entropy
-        self.progress = 1.0
         self._compiled: Callable[..., ObjectiveTerms] | None = None
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> ObjectiveTerms:
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, *, progress: float = 1.0) -> ObjectiveTerms:
+        """The loss of one batch: images (B, C, H, W), labels as `task_loss` takes them."""
         return (self._compiled or self.terms)(model, images, labels)
 
     def terms(self, model: nn.Module, images: Tensor, labels: Tensor) -> ObjectiveTerms:
@@ -36,8 +45,10 @@ class TaskObjective:
         """Compiles the step in place, as `nn.Module.compile` does; `options` are those of `torch.compile`."""
         self._compiled = torch.compile(self.terms, **options)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {}
+    def check(self, model: Any, data: Any) -> None:
+        """Refuses recorded coalitions, which have no task."""
+        check_not_recorded(self, data)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+    def label_classes(self, model: Any) -> int | None:
+        """K, for cross-entropy."""
+        return label_classes_of(self.task_loss, model)

@@ -7,31 +7,24 @@ of the objective's terms, and a stop with a clear error when a run is lost.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, set_seed
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fastshap_kernels._checks import describe
 
-from .._modes import evaluation_mode
 from ..data.recorded import RecordedCoalitions
 from ..images.preprocessing import Preprocessing
 from ..models.self_explaining import SelfExplainingClassifier
-from ..objectives.explainer import ExplainerObjective
-from ..objectives.sampling import CoalitionObjective
-from ..objectives.task import TaskObjective
 from .checkpoint import Checkpoints
 from .evaluate import Batch, check_data, evaluate
 from .isolation import as_found
@@ -93,9 +86,9 @@ def fit(
         train_data, eval_data: datasets of (image, label), or what `record_coalitions` returned, for which eval_value_r2
             is known. Labels of eval_data are as in `evaluate`. The `preprocessing` of train_data, if it has one for the
             model's input size, becomes the model's.
-        objective: called as objective(model, images, labels), it returns the terms of the loss; `.progress`, the
-            share of the training that is done, is set before each step. What it holds in its `state_dict` (tensors,
-            numbers, words, lists, tuples, dicts) is part of a checkpoint.
+        objective: an `Objective`, such as `JointObjective`: called with the model, a batch and the share of the
+            training that is done, it returns the terms of the loss. What it holds in its `state_dict` is part of a
+            checkpoint.
         epochs: passes over train_data; the last, incomplete batch of each is left out.
         batch_size: images a step and process.
         opt, lr, weight_decay, sched, warmup_epochs: as in timm (create_optimizer_v2, create_scheduler_v2).
@@ -189,8 +182,8 @@ class TrainingStep(nn.Module):
         # In a tuple, so that an objective that is a module is no part of the model's weights.
         self._objective = (objective,)
 
-    def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        terms = self._objective[0](self.model, images, labels)
+    def forward(self, images: Tensor, labels: Tensor, progress: float) -> dict[str, Tensor]:
+        terms = self._objective[0](self.model, images, labels, progress=progress)
         loss = getattr(terms, "loss", None)
         if not isinstance(loss, Tensor) or loss.ndim:
             raise ValueError(
@@ -205,11 +198,7 @@ class _Run:
 
     def __init__(self, model: nn.Module, data: Dataset, objective: Any, settings: dict[str, Any]) -> None:
         check_data(model, data, "fit", "train_data", settings["mixed_precision"])
-        if isinstance(data, RecordedCoalitions) and isinstance(objective, (TaskObjective, CoalitionObjective)):
-            raise ValueError(
-                f"fit: {type(objective).__name__} learns from labelled images, but train_data are recorded "
-                "coalitions. Pass the images, or use ExplainerObjective."
-            )
+        objective.check(model, data)
         self.accelerator = Accelerator(
             mixed_precision=settings["mixed_precision"],
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
@@ -234,14 +223,13 @@ class _Run:
         set_seed(settings["seed"])  # the seedable sampler takes this seed
         optimizer = create_optimizer(model, settings)
         # Workers live for one epoch: they then draw from its seed, whether or not the run was resumed before it.
-        counted = getattr(objective, "task_loss", None) is functional.cross_entropy
         loader = DataLoader(
             data,
             settings["batch_size"],
             shuffle=True,
             drop_last=True,
             num_workers=settings["workers"],
-            collate_fn=Batch(getattr(model, "num_classes", None) if counted else None),
+            collate_fn=Batch(objective.label_classes(model)),
         )
         self.step, self.optimizer, self.loader = self.accelerator.prepare(
             TrainingStep(model, objective), optimizer, loader
@@ -274,8 +262,8 @@ class _Run:
             if self.scheduler is not None:
                 self.scheduler.step_update(update)
             lr = self.optimizer.param_groups[0]["lr"]
-            self.objective.progress = update / (self.settings["epochs"] * len(self.loader))
-            terms = self.step(images, labels)
+            progress = update / (self.settings["epochs"] * len(self.loader))
+            terms = self.step(images, labels, progress)
             if not terms["loss"].requires_grad:
                 raise ValueError(
                     "fit: the objective's loss depends on none of the model's trainable parameters. Unfreeze those "
@@ -309,22 +297,11 @@ class _Run:
             workers=self.settings["workers"],
             accelerator=self.accelerator,
         )
-        found = self._value_r2(data) if isinstance(data, RecordedCoalitions) else None
-        return {"eval_loss": loss, "eval_accuracy": accuracy, "eval_value_r2": found}
-
-    @torch.no_grad()
-    def _value_r2(self, recorded: RecordedCoalitions) -> float | None:
-        """The objective's value_r2 on coalitions that were held out."""
-        if not isinstance(self.objective, ExplainerObjective):
-            return None
-        model: Any = self.model
-        device, found = self.accelerator.device, []
-        with evaluation_mode(model), self.accelerator.autocast():
-            for images, rows in DataLoader(recorded, self.settings["batch_size"], num_workers=self.settings["workers"]):
-                terms: Any = self.objective(model, images.to(device), [part.to(device) for part in rows])
-                found.append(terms.value_r2.expand(len(images)))
-        mean = float(torch.cat(found).nanmean())
-        return None if math.isnan(mean) else mean
+        with self.accelerator.autocast():
+            more = self.objective.evaluate(
+                self.model, data, batch_size=self.settings["batch_size"], workers=self.settings["workers"]
+            )
+        return {"eval_loss": loss, "eval_accuracy": accuracy} | more
 
 
 def _prepare_file(model: SelfExplainingClassifier, train_data: Dataset, output: str | Path | None) -> None:
@@ -357,8 +334,7 @@ def _prepare_step(model: Any, objective: Any, settings: dict[str, Any]) -> None:
 
 def _identity(data: Any, objective: Any) -> dict[str, Any]:
     """What makes a run another one, beside the arguments of `fit`: the objective's own, and the coalitions recorded."""
-    own = objective.settings if isinstance(objective, CoalitionObjective) else {}
-    found = {f"objective.{name}": value for name, value in own.items()}
+    found = {f"objective.{name}": value for name, value in objective.settings.items()}
     return found | ({"recorded": data.digest} if isinstance(data, RecordedCoalitions) else {})
 
 

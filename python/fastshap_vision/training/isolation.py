@@ -12,9 +12,6 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
-from ..objectives.sampling import CoalitionObjective
-from ..objectives.task import TaskObjective
-
 
 @contextmanager
 def as_found(model: nn.Module, objective: Any) -> Iterator[None]:
@@ -32,7 +29,7 @@ def as_found(model: nn.Module, objective: Any) -> Iterator[None]:
     name = "grad_checkpointing"
     checkpointing = [(module, getattr(module, name)) for module in model.modules() if hasattr(module, name)]
     parts = [objective, *getattr(objective, "__dict__", {}).values()]  # an objective may hold another one
-    compiled = [(part, part._compiled) for part in parts if isinstance(part, TaskObjective | CoalitionObjective)]
+    compiled = [(part, part._compiled) for part in parts if hasattr(part, "_compiled")]
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             yield

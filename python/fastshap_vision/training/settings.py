@@ -19,7 +19,7 @@ _MOST = 2**31 - 1
 # timm's schedules that follow the updates; "none" keeps the learning rate.
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")
 
-_OF_OBJECTIVES = ("state_dict", "load_state_dict")
+_OF_OBJECTIVES = ("state_dict", "load_state_dict", "check", "label_classes", "evaluate")
 
 
 def create_optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimizer:
@@ -48,7 +48,7 @@ def check_kinds(model: object, objective: object, output: object) -> None:
         fail(
             "fit",
             "objective",
-            "an objective: called as objective(model, images, labels), with state_dict and load_state_dict",
+            "an objective: a subclass of fv.Objective, or with all of its methods",
             objective,
             "Use fv.JointObjective() or fv.TaskObjective().",
         )
