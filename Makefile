@@ -2,12 +2,13 @@
 # make demo   train, explain and check a ViT and a CNN on digits: runs/demo/
 # make test   the tests, Triton's kernels in its interpreter and the CUDA ones on the processor included
 # make test-slow  the slow ones
+# make coverage  which lines of Python the tests run: in the terminal, and as pages in build/coverage/html/
 # make test-processors  the tests as on other processors: older instruction sets, more threads, unfused attention
 # make test-matrix  tests and gate with the oldest and the newest versions, each in an environment of its own
 # make sanitize  the tests of the ops under AddressSanitizer and UndefinedBehaviorSanitizer
 # make fuzz   random configurations and malformed calls, counted in bench/results/fuzz/; FUZZ="--malformed 1000" and so on
 # make gate   compile every GPU kernel for every device and hold it to gate/budget.json
-# make lint   ruff, mypy, clang-format
+# make lint   ruff, mypy, clang-format, and GitHub's files by their schemas
 # make bench  every op beside plain PyTorch, written to bench/results/
 # make bench-digits  three seeds of the demo, both heads, written to bench/results/
 # make bench-step  a whole training step beside dense ones, and how it grows, written to bench/results/ and docs/
@@ -30,7 +31,7 @@ EMULATE := FASTSHAP_BACKEND=cuda FASTSHAP_EMULATE_CUDA=$(EMULATED)
 # Where there is no device, compiling for it is left to `make gate`.
 export FASTSHAP_SKIP_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,1)
 
-.PHONY: env build demo test test-main test-triton test-cuda test-slow sanitize fuzz test-processors test-matrix matrix-oldest matrix-newest gate lint format bench bench-digits bench-step bench-precision bench-fidelity gpu gpu-step clean
+.PHONY: env build demo test test-main test-triton test-cuda test-slow coverage sanitize fuzz test-processors test-matrix matrix-oldest matrix-newest gate lint format bench bench-digits bench-step bench-precision bench-fidelity gpu gpu-step clean
 
 env: $(INSTALLED)
 
@@ -71,6 +72,13 @@ $(EMULATED): $(INSTALLED) $(NATIVE) tests/emulation/build.py
 test-slow: $(INSTALLED) $(EMULATED)
 	$(BIN)/python -m pytest -m "slow and not gpu"
 	$(EMULATE) $(BIN)/python -m pytest tests/ops/test_large_tensors.py
+
+# Without the CUDA kernels: their launches are not Python. Triton's run in its interpreter.
+coverage: $(INSTALLED)
+	mkdir -p build/coverage
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" --cov --cov-report=
+	OMP_NUM_THREADS=1 FASTSHAP_BACKEND=triton TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops \
+		-m "not slow and not gpu" --ignore=tests/ops/test_kernel_shap.py --cov --cov-append --cov-report=term --cov-report=html
 
 sanitize: $(INSTALLED)
 	$(BIN)/python tests/sanitize.py
@@ -116,6 +124,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows $(wildcard .github/workflows/*.yml)
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
