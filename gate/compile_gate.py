@@ -56,8 +56,8 @@ def measure(parts: Collection[str], only: str | None) -> tuple[Table, list[str]]
     if "headers" in parts:
         problems += oldest_headers.problems(oldest_headers.sources(only), oldest_headers.fetch())
     for where, resources in rows_of(table).items():
-        if resources.spills or resources.local:
-            problems.append(f"{where}: {resources.spills} bytes of spills, {resources.local} of local memory")
+        if resources.local:
+            problems.append(f"{where}: {resources.local} bytes of local memory, where registers spill")
     return table, problems
 
 

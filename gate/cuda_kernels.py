@@ -1,4 +1,4 @@
-"""Builds the CUDA library for every device, and reads what the compiler says of each kernel."""
+"""Builds the CUDA library for every device, and reads what each kernel in it takes."""
 
 from __future__ import annotations
 
@@ -9,21 +9,14 @@ import sys
 from pathlib import Path
 
 import kernel_cases
-from resources import Resources, cuobjdump
+from resources import Resources, cuobjdump, usage
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "gate"
 
-_ENTRY = re.compile(
-    r"Compiling entry function '(?P<symbol>\w+)' for '(?P<architecture>sm_\w+)'.*?"
-    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
-    r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
-    re.DOTALL,
-)
-
 
 def build() -> None:
-    """Compiles what has changed. The compiler's report of each file lies beside its object."""
+    """Compiles what has changed."""
     environment = os.environ | {"FASTSHAP_FORCE_BUILD": "1", "FASTSHAP_SKIP_CUDA": "0"}
     environment.pop("TORCH_CUDA_ARCH_LIST", None)  # all of them
     command = [sys.executable, "setup.py", "--quiet", "build_ext", f"--build-temp={BUILD}", f"--build-lib={BUILD}"]
@@ -35,24 +28,18 @@ def read(only: str | None) -> tuple[dict[str, dict[str, Resources]], list[str]]:
     found: dict[str, dict[str, Resources]] = {}
     problems = []
     wanted = dict(kernel_cases.CUDA)
-    for log in sorted((BUILD / "csrc" / "cuda").glob("*.cu.log")):
-        file = log.name.removesuffix(".cu.log")
-        if only not in (None, file):
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        if only not in (None, source.stem):
             continue
-        for entry in _ENTRY.finditer(log.read_text()):
-            name = f"{file}: {_kernel_name(entry['symbol'])}"
-            rows = found.setdefault(entry["architecture"], {})
-            rows[name] = rows.get(name, Resources()).at_most(_resources(entry))
-        problems += _missing_instructions(log.with_suffix(".o"), wanted)
+        object_file = BUILD / "cuda" / source.relative_to(ROOT).with_suffix(".o")
+        for architecture, symbol, resources in usage(object_file):
+            name = f"{source.stem}: {_kernel_name(symbol)}"
+            rows = found.setdefault(architecture, {})
+            rows[name] = rows.get(name, Resources()).at_most(resources)
+        problems += _missing_instructions(object_file, wanted)
     if only is None:
         problems += [f"cuda: there is no kernel {name}" for name in wanted]
     return found, problems
-
-
-def _resources(entry: re.Match[str]) -> Resources:
-    shared = re.search(r"(\d+) bytes smem", entry["rest"])
-    spills = int(entry["stores"]) + int(entry["loads"])
-    return Resources(int(entry["registers"]), int(shared[1]) if shared else 0, int(entry["stack"]), spills)
 
 
 def _kernel_name(symbol: str) -> str:

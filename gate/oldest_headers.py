@@ -52,13 +52,13 @@ def problems(files: list[Path], headers: Path) -> list[str]:
     home = build["find_cuda"]()
     if home is None:
         return ["headers: nvcc is not on the PATH and CUDA_HOME is not set"]
-    folders = (ROOT / "csrc" / "include", headers, home / "include")
-    flags = [*build["DEFINITIONS"], '-DFASTSHAP_ARCHITECTURES=""', *(f"-I{folder}" for folder in folders)]
+    folders = (ROOT / "csrc" / "include", headers, Path(home) / "include")
+    flags = ['-DFASTSHAP_ARCHITECTURES=""', *(f"-I{folder}" for folder in folders)]
 
     def compile_one(source: Path) -> str | None:
         if source.suffix == ".cu":
             # One device: the headers are the same for all.
-            command = [str(home / "bin" / "nvcc"), *build["CUDA_FLAGS"], "-arch=compute_80", "-code=compute_80"]
+            command = [str(Path(home) / "bin" / "nvcc"), *build["CUDA_FLAGS"], "-arch=compute_80", "-code=compute_80"]
             command += ["-c", "-o", str(Path(folder) / f"{source.stem}.o")]
         else:
             command = [os.environ.get("CXX", "g++"), *build["CPU_FLAGS"], "-fsyntax-only"]

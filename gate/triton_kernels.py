@@ -84,8 +84,7 @@ def _compile(function: JITFunction, arguments: Any, named: Any, architecture: in
         usage, code = cuobjdump("-res-usage", file), cuobjdump("-sass", file)
     local = sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
     registers = max(int(number) for number in re.findall(r"REG:(\d+)", usage))
-    # Triton's compiler reports no spills; what is spilled lies in local memory.
-    return Resources(registers, int(compiled.metadata.shared), local, local), code
+    return Resources(registers, int(compiled.metadata.shared), local), code
 
 
 def _compile_case(file: str, index: int) -> tuple[dict[str, dict[str, Resources]], list[str]]:

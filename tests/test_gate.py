@@ -1,6 +1,7 @@
 """The compile gate: what it reads of the compilers, and what it lets pass."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import compile_gate
@@ -8,31 +9,82 @@ import cuda_kernels
 import kernel_cases
 import oldest_headers
 import pytest
+import resources
 import torch
 import triton_kernels
 from resources import Resources
 
-LOG = """
-ptxas info    : Compiling entry function '_ZN8fastshap12_GLOBAL__N_119mask_patches_kernelIffLi4EEEvPKf' for 'sm_90'
-ptxas info    : Function properties for _ZN8fastshap12_GLOBAL__N_119mask_patches_kernelIffLi4EEEvPKf
-    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Used 40 registers, used 1 barriers, 528 bytes smem
-ptxas info    : Compiling entry function '_ZN8fastshap12_GLOBAL__N_119mask_patches_kernelIddLi1EEEvPKd' for 'sm_90'
-ptxas info    : Function properties for _ZN8fastshap12_GLOBAL__N_119mask_patches_kernelIddLi1EEEvPKd
-    8 bytes stack frame, 8 bytes spill stores, 16 bytes spill loads
-ptxas info    : Used 56 registers, used 0 barriers, 8 bytes cumulative stack size
+USAGE = """
+Fatbin elf code:
+================
+arch = sm_90
+code version = [1,8]
+
+Resource usage:
+ Common:
+  GLOBAL:28 CONSTANT[4]:224
+ Function _ZN8fastshap12_GLOBAL__N_119mask_patches_kernelIffLi4EEEvPKf:
+  REG:40 STACK:0 SHARED:1552 LOCAL:0 CONSTANT[0]:624 TEXTURE:0 SURFACE:0 SAMPLER:0
+ Function _ZN8fastshap12_GLOBAL__N_119mask_patches_kernelIddLi1EEEvPKd:
+  REG:56 STACK:8 SHARED:0 LOCAL:16 CONSTANT[0]:624 TEXTURE:0 SURFACE:0 SAMPLER:0
+
+Fatbin elf code:
+================
+arch = sm_80
+
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function _ZN8fastshap12_GLOBAL__N_119mask_patches_kernelIffLi4EEEvPKf:
+  REG:41 STACK:0 SHARED:528 LOCAL:0 CONSTANT[0]:624 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+SPILLING = """
+template <int count>
+__global__ void kernel(const float* x, float* y) {
+  __shared__ float all[132];
+  float kept[count];
+#pragma unroll
+  for (int i = 0; i < count; ++i) all[i % 132] = kept[i] = x[threadIdx.x * count + i];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < count; ++i) y[threadIdx.x * count + i] = kept[i] * kept[(i + 7) % count] + all[131 - i % 132];
+}
+template __global__ void kernel<8>(const float*, float*);
+template __global__ void kernel<96>(const float*, float*);
 """
 
 
-def test_the_compilers_report_is_read_by_kernel_the_most_of_any_instantiation(tmp_path, monkeypatch):
-    folder = tmp_path / "csrc" / "cuda"
-    folder.mkdir(parents=True)
-    (folder / "mask_patches.cu.log").write_text(LOG)
-    monkeypatch.setattr(cuda_kernels, "BUILD", tmp_path)
+def test_the_usage_is_read_by_kernel_the_most_of_any_instantiation(monkeypatch):
+    monkeypatch.setattr(resources, "cuobjdump", lambda *arguments: USAGE)
     monkeypatch.setattr(cuda_kernels, "_missing_instructions", lambda file, wanted: [])
     found, problems = cuda_kernels.read("mask_patches")
-    assert found == {"sm_90": {"mask_patches: mask_patches_kernel": Resources(56, 528, 8, 24)}}
+    # From sm_90 on the system keeps 1024 bytes of the shared memory that cuobjdump counts.
+    assert found == {
+        "sm_90": {"mask_patches: mask_patches_kernel": Resources(56, 528, 24)},
+        "sm_80": {"mask_patches: mask_patches_kernel": Resources(41, 528, 0)},
+    }
     assert problems == []
+
+
+def test_the_usage_is_that_of_the_compilers_report_and_tells_spills(tmp_path):
+    source = tmp_path / "spilling.cu"
+    source.write_text(SPILLING)
+    architectures = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in (80, 90)]
+    command = ["nvcc", "-O3", "-maxrregcount=32", "-Xptxas=-v", *architectures, "-c", source, "-o", tmp_path / "x.o"]
+    report = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stderr
+    pattern = (
+        r"entry function '(\w+)' for '(sm_\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, \d+ bytes spill "
+        r"loads.*?Used (\d+) registers.*? (\d+) bytes smem"
+    )
+    told = {
+        (architecture, symbol): (Resources(int(registers), int(shared), int(stack)), int(spills))
+        for symbol, architecture, stack, spills, registers, shared in re.findall(pattern, report, re.DOTALL)
+    }
+    assert len(told) == 4
+    assert {key for key, (_, spills) in told.items() if spills} == {key for key in told if "Li96E" in key[1]}
+    read = {(architecture, symbol): found for architecture, symbol, found in resources.usage(tmp_path / "x.o")}
+    assert read == {key: found for key, (found, _) in told.items()}
+    assert all((read[key].local > 0) == (spills > 0) for key, (_, spills) in told.items())
 
 
 def test_a_kernel_without_its_instruction_is_a_problem(monkeypatch):
@@ -85,10 +137,10 @@ def test_a_tenth_more_or_less_than_the_budget_is_a_problem(now, before, partial,
 def test_spills_are_a_problem_whatever_the_budget_says(monkeypatch):
     monkeypatch.setattr(cuda_kernels, "build", lambda: None)
     monkeypatch.setattr(cuda_kernels, "missing_operators", list)
-    found = {"sm_90": {"a": Resources(40, 0, 8, 16), "b": Resources(40)}}
+    found = {"sm_90": {"a": Resources(40, 0, 24), "b": Resources(40)}}
     monkeypatch.setattr(cuda_kernels, "read", lambda only: (found, []))
     _, problems = compile_gate.measure(["cuda"], None)
-    assert problems == ["cuda sm_90 a: 16 bytes of spills, 8 of local memory"]
+    assert problems == ["cuda sm_90 a: 24 bytes of local memory, where registers spill"]
 
 
 def test_each_version_of_a_compiler_has_a_budget_of_its_own(capsys):
