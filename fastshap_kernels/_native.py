@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 _FOLDER = Path(__file__).parent
-_REINSTALL = "pip install --no-build-isolation --force-reinstall --no-deps fastshap-kernels"
-_NEEDS = {"_C_cpu.so": "a C++20 compiler", "_C_cuda.so": "the CUDA toolkit (nvcc)"}
+# Without --no-cache-dir pip would take the wheel that it built the first time.
+_REINSTALL = "pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps fastshap-kernels"
+_NEEDS = {"_C_cpu.so": "ninja and a C++20 compiler", "_C_cuda.so": "ninja and the CUDA toolkit (nvcc)"}
 
 #: What the CPU kernels are compiled for, each with all of those before it.
 CPU_CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16")

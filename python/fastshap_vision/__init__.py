@@ -1,5 +1,7 @@
 """The thin training API: timm models that explain themselves with Shapley values."""
 
+from fastshap_kernels import __version__ as __version__
+
 from . import baselines, metrics
 from ._runtime.allocator import keep_freed_memory
 from .data.datasets import load_dataset
