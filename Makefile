@@ -12,7 +12,7 @@
 # make bench  every op beside plain PyTorch, written to bench/results/
 # make bench-digits  three seeds of the demo, both heads, written to bench/results/
 # make bench-step  a whole training step beside dense ones, and how it grows, written to bench/results/ and docs/
-# make build  recompile the CPU library in place
+# make build  recompile in place what has changed of the CPU library, with ninja: MAX_JOBS files at a time
 # make bench-precision  what lower precision of v(S) changes, on digits, written to bench/results/
 # make gpu-step  after make gpu: the training step on that device, under nine minutes; again, it goes on
 # make gpu    on a machine with a CUDA device: build, check and measure everything, in PYTHON as it is, no .venv
@@ -35,11 +35,13 @@ export FASTSHAP_SKIP_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,1)
 
 env: $(INSTALLED)
 
-# torch comes first: the build needs its headers, and isolated builds would fetch another one.
+# torch comes first: the build needs it, and pip would hide it from an isolated one. The libraries are built apart from
+# the install, which would compile all of them anew and keep to itself what the build says.
 $(INSTALLED): pyproject.toml setup.py $(wildcard csrc/cpu/*.cpp) $(HEADERS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check timm "setuptools>=77" wheel
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check timm "setuptools>=77" wheel ninja
+	FASTSHAP_SKIP_CPP=1 $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[dev]"
+	$(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/python -m fastshap_kernels.info
 	touch $@
 

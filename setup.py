@@ -26,9 +26,9 @@ CUDA_FLAGS = [*COMMON, "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden", "
 ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 # Nothing calls libtorch_cuda by name, so the linker would leave it out. A static cudart is one thing less to find.
 CUDA_LINK = ["-Wl,--no-as-needed", "-ltorch_cuda", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
-REMEDY = """Every op works all the same, slower. For the kernels, install torch, ninja, a C++20 compiler and, for CUDA,
-its toolkit; then build beside that torch, which pip hides unless told otherwise (in a checkout, `.` is the name):
-  pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps fastshap-kernels"""
+REMEDY = """Every op works all the same, slower. For the kernels, have a C++20 compiler, for CUDA its toolkit, and from
+pip torch, ninja and "setuptools>=77"; then build beside that torch, which pip hides unless told otherwise:
+pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps fastshap-kernels  (in a checkout: `.`)"""
 
 
 def flag(name: str) -> bool:
