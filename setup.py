@@ -24,7 +24,7 @@ COMMON = ["-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 CPU_FLAGS = [*COMMON, "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-psabi"]
 CUDA_FLAGS = [*COMMON, "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
 ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
-# Nothing calls libtorch_cuda by name, so the linker would leave it out. A static cudart is one thing less to find.
+# Nothing calls libtorch_cuda by name: the linker would leave it out. With cudart static no other runtime is needed.
 CUDA_LINK = ["-Wl,--no-as-needed", "-ltorch_cuda", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
 REMEDY = """Every op works all the same, slower. For the kernels, have a C++20 compiler, for CUDA its toolkit, and from
 pip torch, ninja and "setuptools>=77"; then build beside that torch, which pip hides unless told otherwise:
