@@ -125,17 +125,17 @@ def check_choice(op: str, argument: str, value: object, choices: tuple[str, ...]
     return value
 
 
-def check_bits(op: str, bits: object, players: int, like: Tensor | None = None) -> Tensor:
+def check_bits(op: str, bits: object, players: int, like: Tensor | None = None, argument: str = "bits") -> Tensor:
     """Coalitions as int32 (B, M, W) for `players`, with the batch and device of `like` where it is given."""
     remedy = "Make it with sample_coalitions or pack_bits."
     expected = f"int32 (B, M, {words(players)}) for {players} players"
-    tensor = check_dense(op, "bits", bits, expected, remedy)
+    tensor = check_dense(op, argument, bits, expected, remedy)
     if tensor.dtype != torch.int32 or tensor.ndim != 3 or tensor.shape[2] != words(players):
-        fail(op, "bits", expected, tensor, remedy)
+        fail(op, argument, expected, tensor, remedy)
     if like is not None:
         if tensor.shape[0] != like.shape[0]:
-            fail(op, "bits", f"{expected} with B = {like.shape[0]} like the other arguments", tensor, remedy)
-        check_device(op, "bits", tensor, like)
+            fail(op, argument, f"{expected} with B = {like.shape[0]} like the other arguments", tensor, remedy)
+        check_device(op, argument, tensor, like)
     return tensor
 
 

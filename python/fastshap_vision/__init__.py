@@ -27,6 +27,7 @@ from .training import recipe
 from .training.evaluate import Evaluation, evaluate
 from .training.fit import FitResult, fit
 from .training.monitor import TrainingError
+from .training.recipe import train_explainer
 from .training.state import CheckpointError
 
 __all__ = [
@@ -62,4 +63,5 @@ __all__ = [
     "metrics",
     "recipe",
     "record_coalitions",
+    "train_explainer",
 ]

@@ -154,7 +154,7 @@ def test_malformed_calls_of_the_vision_api_name_their_argument():
 
     nested = torch.nested.nested_tensor([torch.rand(9), torch.rand(9)])
     masks = torch.nested.nested_tensor([torch.rand(12, 12) < 0.5, torch.rand(12, 12) < 0.5])
-    spoiled = [("coalition_values", "max_rows", []), ("coalition_values", "paired", np.arange(3))]
+    spoiled = [("coalition_values", "max_rows", []), ("Coalitions", "paired", np.arange(3))]
     spoiled += [("insertion", "attributions", nested), ("segmentation", "masks", masks)]
     spoiled += [("convert", "img_size", list(range(5000))), ("convert", "backbone_gradient", list(range(5000)))]
     spoiled += [

@@ -109,11 +109,15 @@ CALLS = {
             lambda **given: _model().coalition_values(**given),
             lambda: {
                 "images": _images(),
-                "bits": _coalition_bits(),
+                "coalitions": _coalition_bits(),
                 "max_rows": "auto",
-                "paired": True,
                 "precision": "same",
             },
+        ),
+        VisionCall(
+            "Coalitions",
+            fv.Coalitions,
+            lambda: {"bits": _coalition_bits(), "players": 9, "paired": True, "rows": None},
         ),
         VisionCall("convert", fv.convert, lambda: {"model": _backbone()} | _CONVERT),
         VisionCall(

@@ -50,11 +50,11 @@ def objective_for(paired, **options):
     return fv.JointObjective(4, 2.0, **arguments)
 
 
-def step(objective, model, x, labels):
+def step(objective, model, x, labels, progress=0.4):
     """One step in bfloat16, forward and backward: the loss."""
     model.zero_grad(set_to_none=False)
     with torch.autocast("cuda", torch.bfloat16):
-        terms = objective(model, x, labels)
+        terms = objective(model, x, labels, progress=progress)
     terms.loss.backward()
     return terms.loss.detach()
 

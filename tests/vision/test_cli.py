@@ -117,9 +117,10 @@ def test_the_explainer_of_a_run_is_trained_and_all_else_stays(run, tmp_path, cap
     output = tmp_path / "explained"
     arguments = ["train-explainer", "--checkpoint", str(run), "--coalitions", "6", "--epochs", "2", "--batch-size", "4"]
     assert main([*arguments, "--lr", "0.01", "--output", str(output)]) == 0
-    assert "after 2 epochs" in capsys.readouterr().out
+    assert "explained in 2 epochs" in capsys.readouterr().out
     before, after = (SelfExplainingClassifier.from_pretrained(folder).state_dict() for folder in (run, output))
-    assert after["head.shares.weight"].abs().max() > 0
+    last = load_file(output / "checkpoints" / "epoch_0002" / "model.safetensors")
+    assert last["head.shares.weight"].abs().max() > 0
     encoder = [name for name in before if name.startswith("backbone.")]
     assert encoder
     assert all(torch.equal(before[name], after[name]) for name in encoder)
@@ -147,7 +148,7 @@ def test_the_explainers_coalitions_are_recorded_once(run, tmp_path, capsys, monk
     def record_coalitions(*_, **__):
         raise AssertionError("recorded again")
 
-    monkeypatch.setattr("fastshap_vision.cli.commands.record_coalitions", record_coalitions)
+    monkeypatch.setattr("fastshap_vision.training.recipe.record_coalitions", record_coalitions)
     assert main([*arguments, "--resume"]) == 0
     assert "accuracy" in capsys.readouterr().out
     assert "has recorded 6" in fails(capsys, [*arguments, "--resume", "--coalitions", "8"])
@@ -156,7 +157,7 @@ def test_the_explainers_coalitions_are_recorded_once(run, tmp_path, capsys, monk
 
 
 def test_votes_need_no_explainer(run, tmp_path, capsys, monkeypatch):
-    voting = SimpleNamespace(model=SimpleNamespace(head="votes"))
+    voting = SimpleNamespace(model=SimpleNamespace(head=torch.nn.Identity()))
     monkeypatch.setattr("fastshap_vision.cli.commands.Run.read", lambda *_: voting)
     arguments = ["train-explainer", "--checkpoint", run, "--output", tmp_path / "none"]
     assert "votes are its explanation already" in fails(capsys, arguments)

@@ -237,7 +237,7 @@ def test_a_game_with_nothing_to_explain_has_no_r2_and_no_correlation():
 def test_what_is_not_defined_is_none_in_json():
     score = fidelity(QuadraticGame(6), images_for(6, 1) * 0)
     values = json.loads(json.dumps(score.as_dict(), allow_nan=False))
-    assert values["value_r2"] is None
+    assert values["r2"] is None
     assert values["correlation"] == [None] * CLASSES
     assert values["correlation_predicted_standard_error"] is None
     assert values["mean_squared_error"] == 0

@@ -15,7 +15,7 @@ LABELS = torch.tensor([0, 3, 6])
 def model_and_images(kind="class token", **options):
     size = 64 if kind == "resnet18" else 32
     model = fv.convert(create(kind), img_size=size, **options)
-    if hasattr(model, "shares"):
+    if hasattr(model.head, "shares"):
         torch.nn.init.normal_(model.head.shares.weight, std=0.1)
     return model.eval(), images(size=size)
 

@@ -14,7 +14,7 @@ LIMITS = {"same": 0.0, "auto": 0.0, "bf16": 0.02, "fp8": 0.15}
 
 def model_images_bits(kind="class token"):
     model = fv.convert(create(kind), img_size=64 if kind == "resnet18" else 32).eval()
-    if hasattr(model, "shares"):
+    if hasattr(model.head, "shares"):
         torch.nn.init.normal_(model.head.shares.weight, std=0.1)
     return model, images(size=model.game.input_size[1]), fk.sample_coalitions(3, 8, model.players, seed=0)
 
@@ -99,7 +99,7 @@ def test_detached_targets_run_lower(precision, monkeypatch):
     inner = model.regression_loss
 
     def watch(features, logits, bits, values, *others):
-        targets["values"], targets["features"] = values, features
+        targets["values"], targets["features"] = values, features.last
         return inner(features, logits, bits, values, *others)
 
     monkeypatch.setattr(model, "regression_loss", watch)

@@ -24,33 +24,33 @@ def dataset(kind, count=10):
 @pytest.mark.parametrize("kind", ["class token", "resnet18"])
 def test_a_record_holds_the_values_of_coalitions_that_only_the_seed_decides(kind):
     model, data = converted(kind), dataset(kind)
-    games = fv.record_coalitions(model, data, 6, seed=3, batch_size=4)
+    recorded = fv.record_coalitions(model, data, 6, seed=3, batch_size=4)
     bits = fk.sample_coalitions(10, 6, model.players, seed=3)
-    assert torch.equal(games.bits, bits)
+    assert torch.equal(recorded.bits, bits)
     with torch.no_grad():
         values = model.eval().coalition_values(data.tensors[0], bits)
-    torch.testing.assert_close(games.values, values, rtol=1e-4, atol=1e-5)
-    assert len(games) == 10
+    torch.testing.assert_close(recorded.values, values, rtol=1e-4, atol=1e-5)
+    assert len(recorded) == 10
     rows = [7, 2]
-    for row, (image, (label, packed, value)) in zip(rows, games.__getitems__(rows), strict=True):
+    for row, (image, (label, packed, value)) in zip(rows, recorded.__getitems__(rows), strict=True):
         assert torch.equal(image, data.tensors[0][row])
         assert label == row % 7
         assert torch.equal(packed, bits[row])
-        assert torch.equal(value, games.values[row])
-    assert torch.equal(games[2][0], data.tensors[0][2])
+        assert torch.equal(value, recorded.values[row])
+    assert torch.equal(recorded[2][0], data.tensors[0][2])
 
 
 def test_a_record_is_saved_and_loaded(tmp_path):
     model, data = converted("class token"), dataset("class token")
-    games = fv.record_coalitions(model, data, 4)
-    games.save(tmp_path / "games.safetensors")
-    found = fv.RecordedCoalitions.load(tmp_path / "games.safetensors", data)
-    assert torch.equal(found.bits, games.bits)
-    assert torch.equal(found.values, games.values)
-    assert found.digest == games.digest != fv.record_coalitions(model, data, 4, seed=1).digest
-    assert [path.name for path in tmp_path.iterdir()] == ["games.safetensors"]
-    with pytest.raises(ValueError, match="`data` must be the 10 images"):
-        fv.RecordedCoalitions.load(tmp_path / "games.safetensors", Subset(data, range(3)))
+    recorded = fv.record_coalitions(model, data, 4)
+    recorded.save(tmp_path / "recorded.safetensors")
+    found = fv.RecordedCoalitions.load(tmp_path / "recorded.safetensors", data)
+    assert torch.equal(found.bits, recorded.bits)
+    assert torch.equal(found.values, recorded.values)
+    assert found.digest == recorded.digest != fv.record_coalitions(model, data, 4, seed=1).digest
+    assert [path.name for path in tmp_path.iterdir()] == ["recorded.safetensors"]
+    with pytest.raises(ValueError, match="`data` must be the 10 recorded images"):
+        fv.RecordedCoalitions.load(tmp_path / "recorded.safetensors", Subset(data, range(3)))
 
 
 @pytest.mark.parametrize(
@@ -64,42 +64,42 @@ def test_a_record_is_saved_and_loaded(tmp_path):
 def test_games_that_were_damaged_are_refused(tmp_path, damage):
     """Past the images that are played again too."""
     data, generator = dataset("class token", 64), torch.Generator().manual_seed(0)
-    games = fv.RecordedCoalitions(
+    recorded = fv.RecordedCoalitions(
         data, fk.sample_coalitions(64, 4, 16, seed=0), torch.randn(64, 4, 7, generator=generator)
     )
-    games.save(tmp_path / "games")
-    with safe_open(tmp_path / "games", framework="pt") as file:
+    recorded.save(tmp_path / "recorded")
+    with safe_open(tmp_path / "recorded", framework="pt") as file:
         metadata = file.metadata()
-    tensors = load_file(tmp_path / "games")
+    tensors = load_file(tmp_path / "recorded")
     damage(tensors["bits"], tensors["values"])
-    save_file(tensors, tmp_path / "games", metadata)
+    save_file(tensors, tmp_path / "recorded", metadata)
     with pytest.raises(
-        ValueError, match=r"games' is damaged, or holds no coalitions: it is not what was.*fv\.record_coalitions"
+        ValueError, match=r"recorded' is damaged, or holds no coalitions: it is not what was.*fv\.record_coalitions"
     ):
-        fv.RecordedCoalitions.load(tmp_path / "games", data)
+        fv.RecordedCoalitions.load(tmp_path / "recorded", data)
 
 
 def test_games_are_of_their_images(tmp_path):
     """Of those images in that order, though another library may decode them a little differently."""
     data = dataset("class token")
-    fv.record_coalitions(converted("class token"), data, 2).save(tmp_path / "games")
+    fv.record_coalitions(converted("class token"), data, 2).save(tmp_path / "recorded")
     order = [*range(8), 9, 8]
     for other in (Subset(data, order), TensorDataset(data.tensors[0] + 0.1, data.tensors[1])):
         with pytest.raises(ValueError, match=r"`data` must hold the images .*in their order"):
-            fv.RecordedCoalitions.load(tmp_path / "games", other)
+            fv.RecordedCoalitions.load(tmp_path / "recorded", other)
     slightly = TensorDataset(data.tensors[0] * 1.001, data.tensors[1])
-    assert len(fv.RecordedCoalitions.load(tmp_path / "games", slightly)) == 10
+    assert len(fv.RecordedCoalitions.load(tmp_path / "recorded", slightly)) == 10
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04.", b"{}", b"\xff" * 100, "other"])
-def test_files_that_hold_no_games_are_named(tmp_path, content):
-    path = tmp_path / "games"
+def test_files_that_hold_no_coalitions_are_named(tmp_path, content):
+    path = tmp_path / "recorded"
     if content == "other":
         save_file({"weight": torch.zeros(2)}, path)
     else:
         path.write_bytes(content)
     with pytest.raises(
-        ValueError, match=r"games' is damaged, or holds no coalitions.*fv\.record_coalitions\(model, data\) again"
+        ValueError, match=r"recorded' is damaged, or holds no coalitions.*fv\.record_coalitions\(model, data\) again"
     ):
         fv.RecordedCoalitions.load(path, dataset("class token"))
     with pytest.raises(FileNotFoundError, match=r"no file .*nowhere.*fv\.record_coalitions"):
@@ -107,12 +107,12 @@ def test_files_that_hold_no_games_are_named(tmp_path, content):
 
 
 def test_games_are_written_whole_or_not_at_all(tmp_path):
-    games = fv.record_coalitions(converted("class token"), dataset("class token"), 2)
+    recorded = fv.record_coalitions(converted("class token"), dataset("class token"), 2)
     with pytest.raises(OSError, match=r"`path`, .*nowhere.*can't be written"):
-        games.save(tmp_path / "nowhere" / "games")
+        recorded.save(tmp_path / "nowhere" / "recorded")
     (tmp_path / "folder" / "inner").mkdir(parents=True)
     with pytest.raises(OSError, match="can't be written"):
-        games.save(tmp_path / "folder")
+        recorded.save(tmp_path / "folder")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
@@ -136,20 +136,22 @@ def test_what_are_no_games_is_named(bits, values, words):
 def test_labels_have_no_part_in_a_game():
     model, data = converted("class token"), dataset("class token", 3)
     unlabelled = [(image, None) for image, _ in data]
-    games = fv.record_coalitions(model, unlabelled, 4)
-    assert torch.equal(games.values, fv.record_coalitions(model, data, 4).values)
+    recorded = fv.record_coalitions(model, unlabelled, 4)
+    assert torch.equal(recorded.values, fv.record_coalitions(model, data, 4).values)
     options = {"objective": fv.ExplainerObjective(), "epochs": 1, "batch_size": 3, "progress": False}
-    assert fv.fit(model, games, **options).history
+    assert fv.fit(model, recorded, **options).history
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_models_of_other_precision_play_too(dtype):
     model, data = converted("class token"), dataset("class token", 3)
     expected = fv.record_coalitions(model, data, 4)
-    games = fv.record_coalitions(model.to(dtype), data, 4)
-    assert games.values.dtype == torch.float32
-    assert (games.values - expected.values).norm() <= (0.2 if dtype == torch.bfloat16 else 1e-5) * games.values.norm()
-    games.check(model)
+    recorded = fv.record_coalitions(model.to(dtype), data, 4)
+    assert recorded.values.dtype == torch.float32
+    assert (recorded.values - expected.values).norm() <= (
+        0.2 if dtype == torch.bfloat16 else 1e-5
+    ) * recorded.values.norm()
+    recorded.check(model)
 
 
 def test_playing_draws_nothing_from_the_processs_generator():
@@ -169,9 +171,9 @@ def test_a_constant_game_leaves_nothing_to_explain(precision):
         torch.nn.init.zeros_(block.attn.proj.weight)
     model, data = fv.convert(backbone, img_size=32), dataset("class token", 10)
     torch.nn.init.normal_(model.head.shares.weight, std=0.1)
-    games = fv.record_coalitions(model, data, 8, precision=precision)
+    recorded = fv.record_coalitions(model, data, 8, precision=precision)
     options = {"epochs": 6, "batch_size": 5, "opt": "sgd", "lr": 0.1, "sched": "none", "weight_decay": 0}
-    history = fv.fit(model, games, games, objective=fv.ExplainerObjective(), **options).history
+    history = fv.fit(model, recorded, recorded, objective=fv.ExplainerObjective(), **options).history
     regression = [row["regression"] for row in history]
     assert regression == sorted(regression, reverse=True)
     assert regression[0] < 10
@@ -180,10 +182,10 @@ def test_a_constant_game_leaves_nothing_to_explain(precision):
 
 def test_classes_are_those_of_the_data():
     digits = fv.load_dataset("digits", "test")
-    games = fv.record_coalitions(converted("class token"), dataset("class token", 2), 2)
-    assert games.classes is None
-    assert fv.RecordedCoalitions(Subset(digits, [0, 1]), games.bits, games.values).classes is None
-    bits, values = (part[:1].expand(len(digits), -1, -1) for part in (games.bits, games.values))
+    recorded = fv.record_coalitions(converted("class token"), dataset("class token", 2), 2)
+    assert recorded.classes is None
+    assert fv.RecordedCoalitions(Subset(digits, [0, 1]), recorded.bits, recorded.values).classes is None
+    bits, values = (part[:1].expand(len(digits), -1, -1) for part in (recorded.bits, recorded.values))
     assert fv.RecordedCoalitions(digits, bits, values).classes == digits.classes
 
 
@@ -197,16 +199,16 @@ def test_playing_leaves_modes_as_they_were():
 def test_the_regression_follows_its_formula(base):
     model, data = converted("average pooling", base=base).train(), dataset("average pooling", 3)
     torch.nn.init.normal_(model.head.shares.weight, std=0.1)
-    games = fv.record_coalitions(model, data, 8)
+    recorded = fv.record_coalitions(model, data, 8)
     x = data.tensors[0]
-    terms = fv.ExplainerObjective()(model, x, [data.tensors[1], games.bits, games.values])
+    terms = fv.ExplainerObjective()(model, x, [data.tensors[1], recorded.bits, recorded.values])
     phi, logits = model.eval().shapley_values(x)
-    null, present = model.null_value(), fk.unpack_bits(games.bits, model.players).float()
-    residual = games.values - null - torch.einsum("bmp,bpk->bmk", present, phi)
-    left = games.values - null - present.mean(2, keepdim=True) * (logits - null).unsqueeze(1)
+    null, present = model.null_value(), fk.unpack_bits(recorded.bits, model.players).float()
+    residual = recorded.values - null - torch.einsum("bmp,bpk->bmk", present, phi)
+    left = recorded.values - null - present.mean(2, keepdim=True) * (logits - null).unsqueeze(1)
     expected = residual.square().mean() / left.square().mean()
     torch.testing.assert_close(terms.loss, expected, rtol=1e-4, atol=1e-6)
-    variance = games.values.flatten(0, 1).var(0, correction=0).mean()
+    variance = recorded.values.flatten(0, 1).var(0, correction=0).mean()
     torch.testing.assert_close(terms.value_r2, 1 - residual.square().mean() / variance, rtol=1e-4, atol=1e-5)
     terms.loss.backward()
     assert all(weight.grad is None for weight in model.backbone.parameters())
@@ -221,9 +223,9 @@ def test_the_explainer_learns_and_all_else_stays_as_it_is(kind):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.5
     before = copy.deepcopy(model)
-    games = fv.record_coalitions(model, data, 32)
+    recorded = fv.record_coalitions(model, data, 32)
     options = {"epochs": 20, "batch_size": 5, "lr": 3e-3, "clip_grad": 1.0, "progress": False}
-    result = fv.fit(model, games, data, objective=fv.ExplainerObjective(), **options)
+    result = fv.fit(model, recorded, data, objective=fv.ExplainerObjective(), **options)
     for name, tensor in before.backbone.state_dict().items():
         assert torch.equal(tensor, model.backbone.state_dict()[name]), name
     x = data.tensors[0]
@@ -263,7 +265,7 @@ def test_a_run_of_other_games_is_not_resumed(tmp_path):
 def test_games_of_another_model_are_refused():
     """Of another one, of another removal, of one with other players, and of this one before it was trained on."""
     model, data = converted("average pooling"), dataset("average pooling")
-    games = fv.record_coalitions(model, data, 8)
+    recorded = fv.record_coalitions(model, data, 8)
     options = {"objective": fv.ExplainerObjective(), "epochs": 1, "batch_size": 5, "progress": False}
     torch.manual_seed(1)
     others = {
@@ -273,13 +275,13 @@ def test_games_of_another_model_are_refused():
     }
     model.backbone.load_state_dict(others["removal"].backbone.state_dict())
     for other in others.values():
-        with pytest.raises(ValueError, match=r"played by another model.*fv\.record_coalitions"):
-            fv.fit(other, games, **options)
-    with pytest.raises(ValueError, match="played by another model"):  # held out, the objective known to both
-        fv.fit(others["removal"], fv.record_coalitions(others["removal"], data, 8), games, **options)
+        with pytest.raises(ValueError, match=r"recorded with another model.*fv\.record_coalitions"):
+            fv.fit(other, recorded, **options)
+    with pytest.raises(ValueError, match="recorded with another model"):  # held out, the objective known to both
+        fv.fit(others["removal"], fv.record_coalitions(others["removal"], data, 8), recorded, **options)
     model.backbone.head.weight.data *= 1.5
     with pytest.raises(ValueError, match="before it was trained further"):
-        fv.fit(model, games, **options)
+        fv.fit(model, recorded, **options)
 
 
 def test_a_frozen_encoder_keeps_its_weights_whatever_gradients_it_holds():
@@ -297,7 +299,7 @@ def test_data_that_changes_is_refused():
     augmented = Subset(fv.load_dataset("digits", "train", augment=True), range(40))
     small = {"patch_size": 2, "in_chans": 1, "embed_dim": 12, "depth": 1, "num_heads": 1}
     model = fv.SelfExplainingClassifier("vit_tiny_patch16_224", 10, img_size=8, model_kwargs=small)
-    with pytest.raises(ValueError, match=r"`data`.*same whenever they are read.*augmentation"):
+    with pytest.raises(ValueError, match=r"`data`.*same at every reading.*augmentation"):
         fv.record_coalitions(model, augmented)
 
 
@@ -349,10 +351,10 @@ def test_what_was_not_played_is_refused():
     options = {"objective": fv.ExplainerObjective(), "epochs": 1, "batch_size": 5, "progress": False}
     with pytest.raises(ValueError, match=r"given labels.*fv\.record_coalitions"):
         fv.fit(converted("class token"), data, **options)
-    games = fv.record_coalitions(converted("class token"), data, 2)
+    recorded = fv.record_coalitions(converted("class token"), data, 2)
     for objective in (fv.TaskObjective(), fv.JointObjective(2)):
         with pytest.raises(ValueError, match=r"learns from labelled images.*ExplainerObjective"):
-            fv.fit(converted("class token"), games, **options | {"objective": objective})
+            fv.fit(converted("class token"), recorded, **options | {"objective": objective})
     votes = converted("average pooling", head="votes")
     with pytest.raises(ValueError, match="shares"):
         fv.fit(votes, fv.record_coalitions(votes, data, 2), **options)

@@ -29,7 +29,7 @@ def size(kind):
 def trained(kind, **options):
     """A converted model whose shares are not zero."""
     model = fv.convert(create(kind), img_size=size(kind), **options).eval()
-    if hasattr(model, "shares"):
+    if hasattr(model.head, "shares"):
         torch.nn.init.normal_(model.head.shares.weight, std=0.1)
     return model
 
@@ -313,7 +313,10 @@ def test_deep_copies_are_independent():
         (lambda: trained("class token").explain(images().double()), r"`images` must be torch.float32.*float64"),
         (lambda: trained("class token").explain(images(), 7), "`target`"),
         (lambda: trained("class token").explain(images(), "best"), "`target`"),
-        (lambda: trained("class token").coalition_values(images(), torch.zeros(3, 2, 2, dtype=torch.int32)), "`bits`"),
+        (
+            lambda: trained("class token").coalition_values(images(), torch.zeros(3, 2, 2, dtype=torch.int32)),
+            "`coalitions`",
+        ),
     ],
 )
 def test_bad_input_is_named(call, message):

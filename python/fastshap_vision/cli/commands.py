@@ -22,16 +22,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from .._runtime.allocator import keep_freed_memory
 from ..data import datasets
-from ..data.mirrored import WithMirrorImages
-from ..data.recorded import RecordedCoalitions, record_coalitions
 from ..explanations.explanation import Explanation
 from ..metrics.fidelity import fidelity
 from ..models.convert import convert
 from ..models.head import SharesHead
 from ..models.self_explaining import SelfExplainingClassifier
-from ..objectives.explainer import ExplainerObjective
 from ..objectives.joint import JointObjective
 from ..training import recipe
 from ..training.checkpoint import find_checkpoint, whole_checkpoints
@@ -39,8 +35,6 @@ from ..training.evaluate import evaluate
 from ..training.fit import fit
 from ..training.run_folder import VISION_PACKAGES, Run, write_run
 from .arguments import DEFAULT_MODELS, EXACT_PLAYERS
-
-RECORDED = "coalitions.safetensors"
 
 #: Who wrote a picture: `explain` replaces its own and no other.
 MARK = "fastshap explain"
@@ -68,7 +62,14 @@ def train(options: argparse.Namespace) -> None:
     )
     if PartialState().is_main_process and not whole_checkpoints(options.output):
         write_run(options, train_data)
-    _fit(model, train_data, test_data, objective, options)
+    more = {"compile": options.compile, "grad_checkpointing": options.grad_checkpointing}
+    with _epochs_logged():
+        result = fit(model, train_data, test_data, objective=objective, **_settings(options), **more)
+    if PartialState().is_main_process:
+        print(
+            f"accuracy {result.accuracy:.2f} % (best {result.best_accuracy:.2f} %) after {options.epochs} epochs in "
+            f"{result.seconds:.0f} s; the run is in {options.output}"
+        )
 
 
 def train_explainer(options: argparse.Namespace) -> None:
@@ -101,55 +102,35 @@ def train_explainer(options: argparse.Namespace) -> None:
     if PartialState().is_main_process and not whole_checkpoints(options.output):
         kept = {name: run.arguments[name] for name in ("dataset", "model")}
         write_run(argparse.Namespace(**kept | vars(options)), train_data)
-    images = WithMirrorImages(train_data) if options.mirror else train_data
-    _fit(model, _recorded(model, images, options), test_data, ExplainerObjective(), options)
-
-
-def _recorded(model: SelfExplainingClassifier, data: Any, options: argparse.Namespace) -> RecordedCoalitions:
-    """The coalitions of the run: recorded, and kept in its folder for a run that is resumed."""
-    path = options.output / RECORDED
-    if options.resume and path.exists():
-        recorded = RecordedCoalitions.load(path, data)
-        kept = recorded.bits.shape[1]
-        if kept != options.coalitions:
-            raise ValueError(f"argument --coalitions: this run has recorded {kept} of each image, in {path}.")
-        return recorded
-    recorded = record_coalitions(model, data, options.coalitions, seed=options.seed, workers=options.workers)
-    if PartialState().is_main_process:
-        recorded.save(path)
-    return recorded
-
-
-def _fit(model: SelfExplainingClassifier, train_data: Any, test_data: Any, objective: Any, options: Any) -> None:
-    """`fit` as the flags say."""
-    keep_freed_memory()
     with _epochs_logged():
-        result = fit(
-            model,
-            train_data,
-            test_data,
-            objective=objective,
-            epochs=options.epochs,
-            batch_size=options.batch_size,
-            opt=options.opt,
-            lr=options.lr,
-            weight_decay=options.weight_decay,
-            sched=options.sched,
-            warmup_epochs=options.warmup_epochs,
-            clip_grad=options.clip_grad,
-            seed=options.seed,
-            workers=options.workers,
-            mixed_precision={"float16": "fp16", "bfloat16": "bf16"}[options.amp_dtype] if options.amp else "no",
-            compile=getattr(options, "compile", False),
-            grad_checkpointing=getattr(options, "grad_checkpointing", False),
-            output=options.output,
-            resume=options.resume,
+        result = recipe.train_explainer(
+            model, train_data, coalitions=options.coalitions, mirror=options.mirror, **_settings(options)
         )
+    accuracy, _ = evaluate(model, test_data, options.batch_size, workers=options.workers)
     if PartialState().is_main_process:
         print(
-            f"accuracy {result.accuracy:.2f} % (best {result.best_accuracy:.2f} %) after {options.epochs} epochs in "
-            f"{result.seconds:.0f} s; the run is in {options.output}"
+            f"accuracy {accuracy:.2f} %, as before; explained in {options.epochs} epochs and {result.seconds:.0f} s; "
+            f"the run is in {options.output}"
         )
+
+
+def _settings(options: Any) -> dict[str, Any]:
+    """Arguments of `fit`, as the flags say."""
+    return {
+        "epochs": options.epochs,
+        "batch_size": options.batch_size,
+        "opt": options.opt,
+        "lr": options.lr,
+        "weight_decay": options.weight_decay,
+        "sched": options.sched,
+        "warmup_epochs": options.warmup_epochs,
+        "clip_grad": options.clip_grad,
+        "seed": options.seed,
+        "workers": options.workers,
+        "mixed_precision": {"float16": "fp16", "bfloat16": "bf16"}[options.amp_dtype] if options.amp else "no",
+        "output": options.output,
+        "resume": options.resume,
+    }
 
 
 def explain(options: argparse.Namespace) -> None:

@@ -95,7 +95,7 @@ class RecordedCoalitions(Dataset):
         """
         if not Path(path).is_file():
             raise FileNotFoundError(
-                f"RecordedCoalitions.load: there is no file {str(path)!r}. Write it with RecordedCoalitions.save."
+                f"RecordedCoalitions.load: there is no file {str(path)!r}. Record it: fv.record_coalitions."
             )
         try:
             with safe_open(str(path), framework="pt") as file:

@@ -338,7 +338,8 @@ class SelfExplainingClassifier(Pretrained):
         """`Coalitions` of the images, of themselves or of their bits."""
         bits = coalitions.bits if isinstance(coalitions, Coalitions) else coalitions
         is_on_cpu = or_on_cpu and isinstance(bits, Tensor) and bits.device.type == "cpu"
-        check_bits(op, bits, self.players, images.new_empty(len(images), device="cpu") if is_on_cpu else images)
+        like = images.new_empty(len(images), device="cpu") if is_on_cpu else images
+        check_bits(op, bits, self.players, like, "coalitions")
         return coalitions if isinstance(coalitions, Coalitions) else Coalitions(bits, self.players)
 
     def null_value(self) -> Tensor:

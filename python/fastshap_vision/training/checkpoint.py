@@ -224,11 +224,11 @@ class Checkpoints:
 
 def _export(model: nn.Module, history: Sequence[Mapping[str, Any]], output: Path) -> None:
     """Writes what users read: the model and the history."""
-    _write_model(model, output)
+    write_model(model, output)
     _write_summary(history, output)
 
 
-def _write_model(model: nn.Module, output: Path) -> None:
+def write_model(model: nn.Module, output: Path) -> None:
     """Writes the model into the run's folder, each file whole or not at all."""
     partial = output / f"model{PARTIAL}"
     shutil.rmtree(partial, ignore_errors=True)

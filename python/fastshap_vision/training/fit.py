@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from fastshap_kernels._checks import describe
 
+from .._runtime.allocator import keep_freed_memory
 from ..data.recorded import RecordedCoalitions
 from ..images.preprocessing import Preprocessing
 from ..models.self_explaining import SelfExplainingClassifier
@@ -47,6 +48,9 @@ class FitResult:
         seconds: of all epochs, those before a resume too.
         accuracy, best_accuracy: of the last epoch and of the best, percent; None without eval_data.
         checkpoint: the last checkpoint's folder; None without output.
+        model: what was trained.
+        best_epoch: of `train_explainer`, the epoch that was kept, from 1; 0 where no epoch was better than the
+            explanation before training. Else None.
     """
 
     history: list[dict[str, Any]]
@@ -54,6 +58,8 @@ class FitResult:
     accuracy: float | None
     best_accuracy: float | None
     checkpoint: Path | None
+    model: Any = field(default=None, repr=False)
+    best_epoch: int | None = None
 
 
 def fit(
@@ -136,6 +142,7 @@ def fit(
         "grad_checkpointing": grad_checkpointing,
     }
     check_kinds(model, objective, output)
+    keep_freed_memory()
     if isinstance(model, SelfExplainingClassifier):
         _prepare_file(model, train_data, output)
     settings = checked_settings(given)
@@ -170,6 +177,7 @@ def fit(
         accuracy=accuracies[-1] if accuracies else None,
         best_accuracy=max(accuracies, default=None),
         checkpoint=checkpoints.newest,
+        model=model,
     )
 
 

@@ -1,0 +1,69 @@
+"""v(∅) is kept in evaluation, and computed again wherever something that it depends on changes."""
+
+import pytest
+import torch
+from vision_transformers import create, images
+
+import fastshap_vision as fv
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    model, calls = fv.convert(create("class token")).eval(), []
+    null = model.game.null
+
+    def counting():
+        calls.append(1)
+        return null()
+
+    monkeypatch.setattr(model.game, "null", counting)
+    return model, calls
+
+
+def test_it_is_kept(counted):
+    model, calls = counted
+    x = images()
+    first, second = model.explain(x), model.explain(x)
+    assert len(calls) == 1
+    assert torch.equal(first.null, second.null)
+    first.null.zero_()  # what was given is the caller's
+    assert torch.equal(model.explain(x).null, second.null)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.backbone.blocks[0].mlp.fc1.weight.detach().mul_(2),
+        lambda model: model.backbone.blocks[0].mlp.fc1.weight.data.mul_(2),
+        lambda model: setattr(model.backbone.head.weight, "data", 2 * model.backbone.head.weight.data),
+        lambda model: model.load_state_dict({name: 1.1 * tensor for name, tensor in model.state_dict().items()}),
+        lambda model: model.double(),
+    ],
+    ids=["in place", "through .data", "other data", "loaded", "other dtype"],
+)
+def test_changed_weights_are_noticed(counted, change):
+    model, calls = counted
+    with torch.no_grad():
+        before = model.null_value()
+        change(model)
+        after = model.null_value()
+    assert len(calls) == 2
+    assert not torch.equal(before.double(), after.double()) or before.dtype != after.dtype
+    expected = model.game.null()
+    assert torch.equal(after, expected)
+
+
+def test_it_is_not_kept_where_it_may_change_unseen(counted):
+    model, calls = counted
+    model.null_value()  # with gradients
+    model.null_value()
+    assert len(calls) == 2
+    with torch.no_grad():
+        hook = model.backbone.head.register_forward_hook(lambda module, inputs, output: output + 1)
+        plain = model.null_value() - 1
+        hook.remove()
+        assert torch.allclose(model.null_value(), plain, atol=1e-6)
+        model.train()
+        model.null_value()
+        model.null_value()
+    assert len(calls) == 6
