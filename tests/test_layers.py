@@ -1,6 +1,7 @@
 """The folders of fastshap_vision lie in layers: a module imports from its own folder and from lower ones only."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,20 @@ def test_there_is_no_circle():
         assert free, f"these import each other: {', '.join(sorted(arrows))}"
         for module in free:
             del arrows[module]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_file_is_long(module):
+    assert len(MODULES[module].read_text().splitlines()) < 400
+
+
+def test_the_files_that_contributing_names_are_there():
+    text = (PACKAGE.parents[1] / "CONTRIBUTING.md").read_text()
+    rows = [row for row in text.splitlines() if row.startswith("|") and "`" in row]
+    files = {
+        path.name
+        for folder in ("python", "fastshap_kernels", "bench", "tests", "gate")
+        for path in (PACKAGE.parents[1] / folder).rglob("*.py")
+    }
+    named = {name.split("/")[-1] for row in rows for name in re.findall(r"`([\w/]+\.py)`", row)}
+    assert named - files - {"setup.py"} == set()
