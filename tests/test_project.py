@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-import fastshap_kernels as fk
-
 ROOT = Path(__file__).parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -87,11 +85,6 @@ def test_the_tools_that_make_runs_are_in_the_dev_extra():
     tools = set(re.findall(r"\$\(BIN\)/([\w-]+)", MAKEFILE)) - {"python", "pip"}
     assert {"ruff", "mypy", "clang-format", "check-jsonschema"} <= tools <= extra
     assert "pytest-cov" in extra
-
-
-def test_the_version_is_one_and_the_same():
-    assert found(r'^version = "(.*)"$', PYPROJECT) == fk.__version__
-    assert found(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text()) == fk.__version__
 
 
 def test_the_changelog_has_the_form_that_it_names():
