@@ -2,7 +2,7 @@
 
 All coalitions run as one ragged batch of present tokens: one patch embedding per image, then every block on (T, D)
 rows with `packed_attention`. The full image is one more sequence of the same batch. What a family of timm models does
-in its own way is a handful of methods, overridden in `vision_transformer.py` and `eva.py`.
+in its own way is a handful of methods, overridden in `drop_tokens_vit.py` and `drop_tokens_eva.py`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,9 @@ from fastshap_kernels import pack_tokens, packed_attention
 
 from .._log import say_once
 from .._runtime.onednn_linear import cpu_linears
-from .base import Features, JointPass, UnsupportedModelError, pass_of_nothing
+from .base import JointPass
 from .coalitions import Coalitions
-from .features import forward_features
-from .hooks import check_backbone
-from .readout import linear_classifier, mean_patch, vote
-from .transformer import Layout, additive_mask, attend_nothing, heads_of, normed_sums, pooling_problems
+from .transformer import Layout, TransformerGame, heads_of, normed_sums
 
 
 class MaskedTwin(Protocol):
@@ -40,39 +37,20 @@ class MaskedTwin(Protocol):
     def null(self) -> Tensor: ...
 
 
-class TokenDropping:
+class TokenDropping(TransformerGame):
     """The game of a timm transformer: v(S) is its output on the tokens in S and the prefix.
 
-    Where patches vote, v_x(S) = Σ_{p∈S} (W e_p(x_S) + b)/P. With average pooling and a norm behind the pool
-    (timm's `fc_norm`), v_x(S) = classifier(Σ_{p∈S} e_p(x_S)/P). With a class token or attention pooling,
-    v_x(S) = the model's own classifier on the tokens that are left.
-
-    `backbone` is a pre-norm transformer with timm's names: patch_embed, blocks, norm, global_pool, fc_norm, head.
-    Its gradient checkpointing (`set_grad_checkpointing`) holds for the packed pass too.
+    `TransformerGame` says what v(S) is. The backbone's gradient checkpointing (`set_grad_checkpointing`) holds for the
+    packed pass too.
 
     Packing knows timm's own blocks. Where they get hooks, adapters or other parts, at whatever time, the passes go
     through `masked`, the same game by attention masks, which calls the blocks as timm does.
     """
 
     def __init__(self, backbone: Any, votes: bool, masked: MaskedTwin | None = None) -> None:
-        self.backbone = backbone
+        super().__init__(backbone, votes)
         self.masked = masked
         self._known_problems: list[str] = []
-        self.prefix: int = backbone.num_prefix_tokens
-        self.grid: tuple[int, int] = tuple(backbone.patch_embed.grid_size)
-        self.players = self.grid[0] * self.grid[1]
-        self.input_size: tuple[int, int, int] = (backbone.in_chans, *backbone.patch_embed.img_size)
-        # Patches that don't divide the image leave its lower and right edge out.
-        height, width = backbone.patch_embed.patch_size
-        self.view: tuple[int, int] = (self.grid[0] * height, self.grid[1] * width)
-        self.feature_width: int = backbone.embed_dim
-        self.intermediate_widths: list[int] = []
-        averages_linearly = backbone.global_pool == "avg" and isinstance(backbone.fc_norm, nn.Identity)
-        #: Whether v(S) is a sum of votes, so that v(∅) = 0; else the model's own pooling decides.
-        self.patches_vote = votes or averages_linearly
-        self.is_exact_conversion = averages_linearly or not votes
-        #: Whether attention pooling reads prefix tokens too.
-        self.pools_prefix = False
 
     # -- what a family does in its own way ---------------------------------------------------------------
 
@@ -94,10 +72,6 @@ class TokenDropping:
     def _scale_branch(self, block: Any, branch: int, rows: Tensor) -> Tensor:
         """Layer scale of the block's attention (branch 1) or MLP (branch 2)."""
         raise NotImplementedError
-
-    def vote_weight(self) -> tuple[Tensor, Tensor | None]:
-        """(W, b) of the votes; a distilled model's two classifiers are averaged, as in its own forward pass."""
-        return linear_classifier(self.backbone)
 
     def explanation_block(self, width: int) -> nn.Module:
         """A transformer block whose heads and MLP have the proportions of the model's last one."""
@@ -128,26 +102,11 @@ class TokenDropping:
 
     def _without_packing(self) -> MaskedTwin | None:
         """The game that evaluates in this one's place, if it can't pack. Checks the model, as all passes do."""
-        check_backbone(self.backbone)
-        problems = pooling_problems(self.backbone)
-        if problems:
-            raise UnsupportedModelError(
-                f"This {type(self.backbone).__name__} has {'; '.join(problems)}, which dropping tokens does not know.",
-                "Convert it with removal='cell'.",
-            )
+        self.check()
         if self.packs or self.masked is None:
             return None
         self.masked.intermediate_widths = self.intermediate_widths
         return self.masked
-
-    # -- one image ---------------------------------------------------------------------------------------
-
-    def features_and_logits(self, images: Tensor) -> tuple[Features, Tensor]:
-        """The full image, through timm's own forward pass: its features, and logits (B, K)."""
-        check_backbone(self.backbone)
-        if not len(images):
-            return pass_of_nothing(self)[:2]
-        return self._read_images(*forward_features(self, images, len(images)))
 
     # -- coalitions --------------------------------------------------------------------------------------
 
@@ -187,17 +146,14 @@ class TokenDropping:
 
     def null(self) -> Tensor:
         """v(∅): (K,), zeros where patches vote."""
-        weight = self.vote_weight()[0]
-        if self.patches_vote:
-            return weight.new_zeros(weight.shape[0])
-        if self.backbone.global_pool == "avg":
-            return self._classify(weight.new_zeros(1, self.feature_width))[0]
-        if self.backbone.global_pool == "map" and not (self.pools_prefix and self.prefix):
-            return self._classify(attend_nothing(self.backbone.attn_pool))[0]
+        known = self._null_without_blocks()
+        if known is not None:
+            return known
         masked = self._without_packing()
         if masked is not None:
             return masked.null()
         # No patch is present, so any image gives the prefix alone.
+        weight = self.vote_weight()[0]
         tokens, rotary = self._embed(weight.new_zeros(1, *self.input_size))
         tokens = tokens[:, : self.prefix]
         cu_seqlens = torch.arange(2, dtype=torch.int32, device=weight.device) * self.prefix
@@ -287,9 +243,6 @@ class TokenDropping:
         computed = self._scale_branch(block, 2, block.mlp(block.norm2(rows)))
         return rows + _drop_path(block.drop_path2, computed, owner, sequences)
 
-    def _reads_prefix_only(self) -> bool:
-        return not self.patches_vote and self.backbone.global_pool == "token"
-
     def _rows_that_are_read(self, layout: Layout) -> Tensor | None:
         if not self._reads_prefix_only():
             return None
@@ -298,16 +251,7 @@ class TokenDropping:
         starts = layout.cu_seqlens[layout.images : layout.images + layout.coalitions, None]
         return torch.cat([image_rows, (starts + torch.arange(self.prefix, device=device)).flatten()])
 
-    # -- reading logits and values -----------------------------------------------------------------------
-
-    def _read_images(self, tokens: Tensor, earlier: list[Tensor]) -> tuple[Features, Tensor]:
-        """Features and logits (B, K) from the full images' tokens after the final norm.
-
-        `earlier` are the patches' features, (B, P, C) each, behind the blocks before.
-        """
-        features = self.backbone.fc_norm(tokens[:, self.prefix :])
-        logits = self.backbone.forward_head(tokens) if self.is_exact_conversion else self._vote(mean_patch(features))
-        return Features(features, tuple(earlier)), logits
+    # -- reading values ----------------------------------------------------------------------------------
 
     def _read_values(self, rows: Tensor, layout: Layout) -> Tensor:
         """(B·M, K) from the coalitions' rows before the final norm."""
@@ -335,23 +279,8 @@ class TokenDropping:
         # A slot past a coalition's end has read the next one's rows, NaN maybe, which a mask would not silence.
         return self._classify(self._pool_by_attention(torch.where(present.unsqueeze(2), rows[index], 0.0), present))
 
-    def _pool_by_attention(self, tokens: Tensor, present: Tensor) -> Tensor:
-        """Attention pooling (N, L) over the tokens (N, S, D) that are present, bool (N, S)."""
-        # An empty coalition would attend to nothing, which is NaN: it gets keys and is replaced below.
-        is_empty = ~present.any(1, keepdim=True)
-        pooled = self.backbone.attn_pool(tokens, attn_mask=additive_mask(present | is_empty, tokens))
-        nothing = attend_nothing(self.backbone.attn_pool).to(pooled.dtype)
-        return torch.where(is_empty, nothing, pooled)
-
     def _lengths(self, layout: Layout) -> Tensor:
         return layout.coalition_cu_seqlens[: layout.coalitions + 1].diff()
-
-    def _classify(self, pooled: Tensor) -> Tensor:
-        backbone = self.backbone
-        return backbone.head(backbone.head_drop(backbone.fc_norm(pooled)))
-
-    def _vote(self, pooled: Tensor, sizes: Tensor | None = None) -> Tensor:
-        return vote(self.backbone, self.backbone.head_drop(pooled), sizes, self.players)
 
 
 def _with_full_images(layout: Layout, rows: Tensor, tokens: Tensor, nobody: int) -> tuple[Layout, Tensor]:

@@ -20,15 +20,14 @@ from fastshap_kernels import unpack_bits
 from .._modes import evaluation_mode
 from .base import JointPass, UnsupportedModelError, pass_of_nothing
 from .coalitions import Coalitions
-from .drop_tokens import TokenDropping
 from .probe import is_close, perturbed, probe_images
-from .transformer import additive_mask, check_supported, heads_of
+from .transformer import TransformerGame, additive_mask, check_supported, heads_of
 
 
-class MaskedAttention(TokenDropping):
+class MaskedAttention(TransformerGame):
     """The game of a timm `VisionTransformer` or `Eva` with any blocks that take timm's `attn_mask`.
 
-    v(S) and v(∅) are defined as by `TokenDropping`.
+    v(S) and v(∅) are those of `TransformerGame`.
     """
 
     def __init__(self, backbone: VisionTransformer | Eva, votes: bool) -> None:
@@ -59,7 +58,7 @@ class MaskedAttention(TokenDropping):
 
     def values(self, images: Tensor, coalitions: Coalitions) -> Tensor:
         """v(S) of every coalition: (B, M, K)."""
-        self._without_packing()
+        self.check()
         tokens, rope = self._embed_with_rope(images)
         present = unpack_bits(coalitions.bits, self.players).flatten(0, 1)
         tokens, mask = self._coalitions(tokens, present)
@@ -68,7 +67,7 @@ class MaskedAttention(TokenDropping):
 
     def joint(self, images: Tensor, coalitions: Coalitions) -> JointPass:
         """Full images and coalitions in one batch."""
-        self._without_packing()
+        self.check()
         if not len(images):
             return pass_of_nothing(self, coalitions.count)
         tokens, rope = self._embed_with_rope(images)
@@ -85,9 +84,9 @@ class MaskedAttention(TokenDropping):
 
     def null(self) -> Tensor:
         """v(∅): (K,), zeros where patches vote."""
-        pool = self.backbone.global_pool
-        if self.patches_vote or pool == "avg" or (pool == "map" and not (self.pools_prefix and self.prefix)):
-            return super().null()
+        known = self._null_without_blocks()
+        if known is not None:
+            return known
         # No patch is present, so any image gives the prefix alone.
         image = self.vote_weight()[0].new_zeros(1, *self.input_size)
         nobody = torch.zeros(1, 1, (self.players + 31) // 32, dtype=torch.int32, device=image.device)

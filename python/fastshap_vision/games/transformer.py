@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from timm.layers import AttentionPoolLatent, LayerNorm, LayerNormFp32, PatchEmbed
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from fastshap_kernels import layer_norm_segment_sum, segment_sum
 
-from .base import UnsupportedModelError
-from .hooks import has_hooks, is_plain
+from .base import Features, Game, UnsupportedModelError, pass_of_nothing
+from .features import forward_features
+from .hooks import check_backbone, has_hooks, is_plain
 from .probe import perturbed
-from .readout import linear_classifier
+from .readout import linear_classifier, mean_patch, vote
 
 POOLS = ("token", "avg", "map")
 
@@ -29,6 +30,99 @@ class Layout(NamedTuple):
     images: int  # the first sequences are full images, as many as this
     coalitions: int  # the next ones are coalitions; what then follows is padding
     coalition_cu_seqlens: Tensor  # of the coalitions and the padding, counted from the first coalition's first row
+
+
+class TransformerGame:
+    """What v(S) reads of a timm transformer on the tokens in S and the prefix, and what the full image gives.
+
+    Where patches vote, v_x(S) = Σ_{p∈S} (W e_p(x_S) + b)/P. With average pooling and a norm behind the pool
+    (timm's `fc_norm`), v_x(S) = classifier(Σ_{p∈S} e_p(x_S)/P). With a class token or attention pooling,
+    v_x(S) = the model's own classifier on the tokens that are left.
+
+    `backbone` is a pre-norm transformer with timm's names: patch_embed, blocks, norm, global_pool, fc_norm, head.
+    """
+
+    @property
+    def packs(self) -> bool:
+        """Whether a coalition costs its tokens only."""
+        raise NotImplementedError
+
+    def __init__(self, backbone: Any, votes: bool) -> None:
+        self.backbone = backbone
+        self.prefix: int = backbone.num_prefix_tokens
+        self.grid: tuple[int, int] = tuple(backbone.patch_embed.grid_size)
+        self.players = self.grid[0] * self.grid[1]
+        self.input_size: tuple[int, int, int] = (backbone.in_chans, *backbone.patch_embed.img_size)
+        # Patches that don't divide the image leave its lower and right edge out.
+        height, width = backbone.patch_embed.patch_size
+        self.view: tuple[int, int] = (self.grid[0] * height, self.grid[1] * width)
+        self.feature_width: int = backbone.embed_dim
+        self.intermediate_widths: list[int] = []
+        averages_linearly = backbone.global_pool == "avg" and isinstance(backbone.fc_norm, nn.Identity)
+        #: Whether v(S) is a sum of votes, so that v(∅) = 0; else the model's own pooling decides.
+        self.patches_vote = votes or averages_linearly
+        self.is_exact_conversion = averages_linearly or not votes
+        #: Whether attention pooling reads prefix tokens too.
+        self.pools_prefix = False
+
+    def check(self) -> None:
+        """Raises an error where the model is, now, not what a game on transformers knows."""
+        check_backbone(self.backbone)
+        problems = pooling_problems(self.backbone)
+        if problems:
+            raise UnsupportedModelError(
+                f"This {type(self.backbone).__name__} has {'; '.join(problems)}, which dropping tokens does not know.",
+                "Convert it with removal='cell'.",
+            )
+
+    def vote_weight(self) -> tuple[Tensor, Tensor | None]:
+        """(W, b) of the votes; a distilled model's two classifiers are averaged, as in its own forward pass."""
+        return linear_classifier(self.backbone)
+
+    def features_and_logits(self, images: Tensor) -> tuple[Features, Tensor]:
+        """The full image, through timm's own forward pass: its features, and logits (B, K)."""
+        check_backbone(self.backbone)
+        if not len(images):
+            return pass_of_nothing(cast(Game, self))[:2]
+        return self._read_images(*forward_features(cast(Game, self), images, len(images)))
+
+    def _null_without_blocks(self) -> Tensor | None:
+        """v(∅), (K,), where the blocks have no part in it: zeros where patches vote."""
+        weight = self.vote_weight()[0]
+        if self.patches_vote:
+            return weight.new_zeros(weight.shape[0])
+        if self.backbone.global_pool == "avg":
+            return self._classify(weight.new_zeros(1, self.feature_width))[0]
+        if self.backbone.global_pool == "map" and not (self.pools_prefix and self.prefix):
+            return self._classify(attend_nothing(self.backbone.attn_pool))[0]
+        return None
+
+    def _reads_prefix_only(self) -> bool:
+        return not self.patches_vote and self.backbone.global_pool == "token"
+
+    def _read_images(self, tokens: Tensor, earlier: list[Tensor]) -> tuple[Features, Tensor]:
+        """Features and logits (B, K) from the full images' tokens after the final norm.
+
+        `earlier` are the patches' features, (B, P, C) each, behind the blocks before.
+        """
+        features = self.backbone.fc_norm(tokens[:, self.prefix :])
+        logits = self.backbone.forward_head(tokens) if self.is_exact_conversion else self._vote(mean_patch(features))
+        return Features(features, tuple(earlier)), logits
+
+    def _pool_by_attention(self, tokens: Tensor, present: Tensor) -> Tensor:
+        """Attention pooling (N, L) over the tokens (N, S, D) that are present, bool (N, S)."""
+        # An empty coalition would attend to nothing, which is NaN: it gets keys and is replaced below.
+        is_empty = ~present.any(1, keepdim=True)
+        pooled = self.backbone.attn_pool(tokens, attn_mask=additive_mask(present | is_empty, tokens))
+        nothing = attend_nothing(self.backbone.attn_pool).to(pooled.dtype)
+        return torch.where(is_empty, nothing, pooled)
+
+    def _classify(self, pooled: Tensor) -> Tensor:
+        backbone = self.backbone
+        return backbone.head(backbone.head_drop(backbone.fc_norm(pooled)))
+
+    def _vote(self, pooled: Tensor, sizes: Tensor | None = None) -> Tensor:
+        return vote(self.backbone, self.backbone.head_drop(pooled), sizes, self.players)
 
 
 def additive_mask(present: Tensor, like: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from fastshap_kernels._checks import check_count, check_flag
 from .._checks import check_choice
 from .._runtime.precision import lowered
 from ..games.coalitions import Coalitions
-from ..games.drop_tokens import TokenDropping
 from ..models.self_explaining import SelfExplainingClassifier
 from .base import Objective, ObjectiveTerms, check_not_recorded
 
@@ -86,7 +85,8 @@ class CoalitionObjective(Objective):
         drawn = Coalitions(bits, model.players)
         present = int(drawn.sizes.sum())
         number = batch * self.coalitions
-        rows = _padded(present, number, model.players) + number * cast(TokenDropping, model.game).prefix
+        game: Any = model.game  # of a transformer, since it packs
+        rows = _padded(present, number, model.players) + number * game.prefix
         bits = bits.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else bits
         return Coalitions(bits, model.players, rows=rows)
 
