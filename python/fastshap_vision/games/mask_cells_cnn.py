@@ -17,7 +17,7 @@ from .coalitions import Coalitions
 from .features import forward_features
 from .hooks import check_backbone
 from .probe import is_close, perturbed, probe_features
-from .readout import check_votes, linear_classifier, mean_patch, vote
+from .readout import check_votes, linear_classifier, read_images, vote
 from .stem import split_at_stem
 
 REMOVALS = ("cell", "stem")
@@ -141,13 +141,7 @@ class CellRemoval:
 
     def _read_images(self, feature_map: Tensor, earlier: list[Tensor]) -> tuple[Features, Tensor]:
         """Features and logits (B, K) of the images' map (B, L', h, w); `earlier`, (B, P, C) each."""
-        features = self._vote_features(feature_map)
-        logits = (
-            self.backbone.forward_head(feature_map)
-            if self.is_exact_conversion
-            else vote(self.backbone, mean_patch(features))
-        )
-        return Features(features, tuple(earlier)), logits
+        return read_images(self, feature_map, self._vote_features(feature_map), earlier)
 
     def _vote_features(self, feature_map: Tensor) -> Tensor:
         """(N, L', h, w) → (N, P, L): what the classifier would see if a cell were the whole image."""

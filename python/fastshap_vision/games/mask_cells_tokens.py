@@ -22,7 +22,7 @@ from .coalitions import Coalitions
 from .features import forward_features
 from .hooks import check_backbone
 from .probe import empty_image_value, is_close, perturbed, probe_output
-from .readout import check_votes, linear_classifier, mean_patch, vote
+from .readout import check_votes, linear_classifier, read_images, vote
 
 
 class TokenCellRemoval:
@@ -131,13 +131,7 @@ class TokenCellRemoval:
 
     def _read_images(self, output: Tensor, earlier: list[Tensor]) -> tuple[Features, Tensor]:
         """Features and logits (B, K) of the full images; `earlier` (B, P, C) each."""
-        features = self._features(output)
-        logits = (
-            self.backbone.forward_head(output)
-            if self.is_exact_conversion
-            else vote(self.backbone, mean_patch(features))
-        )
-        return Features(features, tuple(earlier)), logits
+        return read_images(self, output, self._features(output), earlier)
 
     def _read_values(self, output: Tensor, coalitions: Coalitions) -> Tensor:
         """The outputs (B·M, …) of the masked images → (B, M, K)."""

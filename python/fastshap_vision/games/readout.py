@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .._modes import evaluation_mode
-from .base import SUPPORTED, UnsupportedModelError
+from .base import SUPPORTED, Features, UnsupportedModelError
 from .hooks import is_plain
 
 
@@ -58,6 +59,26 @@ def _vote(part: Any, pooled: Tensor, share: Tensor | float, dtype: torch.dtype) 
     rows = pooled.to(next(part.parameters()).dtype)
     absent = part(torch.zeros_like(rows[:1]))
     return part(rows).to(dtype) + (share - 1.0) * absent.to(dtype)
+
+
+def read_images(
+    game: Any, output: Tensor, features: Tensor, earlier: Sequence[Tensor], dropout: nn.Module | None = None
+) -> tuple[Features, Tensor]:
+    """Features, and logits (B, K), of full images.
+
+    Args:
+        game: which says whether the logits are the model's own, or the mean of its patches' votes.
+        output: what the model's `forward_head` reads.
+        features: (B, P, L) of the patches.
+        earlier: (B, P, C) of each stage before.
+        dropout: of the mean patch, where it votes.
+    """
+    if game.is_exact_conversion:
+        logits = game.backbone.forward_head(output)
+    else:
+        pooled = mean_patch(features)
+        logits = vote(game.backbone, pooled if dropout is None else dropout(pooled))
+    return Features(features, tuple(earlier)), logits
 
 
 def check_votes(backbone: Any, votes: bool, is_classified: bool) -> None:

@@ -15,7 +15,7 @@ from .base import Features, Game, UnsupportedModelError, pass_of_nothing
 from .features import forward_features
 from .hooks import check_backbone, has_hooks, is_plain
 from .probe import perturbed
-from .readout import linear_classifier, mean_patch, vote
+from .readout import linear_classifier, read_images, vote
 
 POOLS = ("token", "avg", "map")
 
@@ -105,9 +105,8 @@ class TransformerGame:
 
         `earlier` are the patches' features, (B, P, C) each, behind the blocks before.
         """
-        features = self.backbone.fc_norm(tokens[:, self.prefix :])
-        logits = self.backbone.forward_head(tokens) if self.is_exact_conversion else self._vote(mean_patch(features))
-        return Features(features, tuple(earlier)), logits
+        backbone = self.backbone
+        return read_images(self, tokens, backbone.fc_norm(tokens[:, self.prefix :]), earlier, backbone.head_drop)
 
     def _pool_by_attention(self, tokens: Tensor, present: Tensor) -> Tensor:
         """Attention pooling (N, L) over the tokens (N, S, D) that are present, bool (N, S)."""
