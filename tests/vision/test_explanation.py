@@ -249,3 +249,29 @@ def test_repr_is_short(generator):
     many = torch.zeros(100).long()
     hundred = Explanation(torch.zeros(100, 8), torch.zeros(100, 5), many, GRID, torch.zeros(5), untrained=True)
     assert repr(hundred).endswith("target=100 classes, of an untrained explainer)")
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_an_explanation_moves_as_a_whole(every):
+    target = None if every else torch.tensor([1, 0])
+    one = Explanation(
+        torch.randn(2, 4, 3) if every else torch.randn(2, 4),
+        torch.randn(2, 3),
+        target,
+        (2, 2),
+        torch.zeros(3),
+        (1.0, 0.5),
+    )
+    wide = one.to(torch.float64)
+    assert wide.values.dtype == wide.logits.dtype == wide.null.dtype == torch.float64
+    assert (wide.target is None) == every
+    assert wide.seen == one.seen
+    moved = one.to("meta")
+    assert all(part.is_meta for part in (moved.values, moved.logits, moved.null, *([] if every else [moved.target])))
+    assert torch.equal(one.cpu().values, one.values)
+
+
+def test_one_image_is_one_image():
+    assert "(1 image," in repr(
+        Explanation(torch.zeros(1, 4), torch.zeros(1, 2), torch.tensor([0]), (2, 2), torch.zeros(2))
+    )

@@ -105,7 +105,19 @@ class Explanation:
             target = f"{len(self)} classes"
         marked = ", of an untrained explainer" if self.untrained else ""
         kind, classes = type(self).__name__, self.logits.shape[1]
-        return f"{kind}({len(self)} images, grid={self.grid}, {classes} classes, target={target}{marked})"
+        images = "1 image" if len(self) == 1 else f"{len(self)} images"
+        return f"{kind}({images}, grid={self.grid}, {classes} classes, target={target}{marked})"
+
+    def to(self, *arguments: Any, **options: Any) -> Explanation:
+        """The same explanation on another device or in another floating-point type, as `torch.Tensor.to` takes them."""
+        values = self.values.to(*arguments, **options)
+        target = None if self.target is None else self.target.to(values.device)
+        logits, null = (part.to(*arguments, **options) for part in (self.logits, self.null))
+        return replace(self, values=values, logits=logits, null=null, target=target)
+
+    def cpu(self) -> Explanation:
+        """The same explanation on the CPU."""
+        return self.to("cpu")
 
     @property
     def probabilities(self) -> Tensor:
