@@ -21,12 +21,13 @@ from typing import Any
 
 import torch
 from gpu_results import Results, summary
-from gpu_rows import ROOT, Provider, Row, floors, op_cases, op_checks, providers, rows
+from gpu_rows import ROOT, Provider, Row, floors, providers, rows
 from gpu_timer import Call, Timer, Times
 from torch import Tensor
 from torch._functorch import config as functorch
 
 import fastshap_kernels
+from fastshap_kernels import testing
 
 METHOD = (
     "ms between CUDA events around one call: median, 20th and 80th percentile. Before it the device reads 256 MB, so "
@@ -84,7 +85,7 @@ def calls_of(provider: Provider, mode: str) -> tuple[Call, Callable[[], list[Ten
     if mode == "forward":
         return provider.forward, lambda: [provider.forward().detach()]
     out = provider.forward()
-    cotangent = op_checks.cotangents(out)
+    cotangent = testing.cotangents(out)
 
     def backward() -> list[Tensor]:
         return list(torch.autograd.grad(out, provider.leaves, cotangent, retain_graph=True))
@@ -122,7 +123,7 @@ class Measuring:
             missing = [name for name in makers if not self.results.has(about | {"backend": name})]
             if not missing:
                 continue
-            exact = exact or op_checks.expected(case)
+            exact = exact or testing.expected(case)
             fields: dict[str, dict[str, Any]] = {name: {} for name in missing}
             calls: dict[str, Call] = {}
             for name in missing:
@@ -147,7 +148,7 @@ class Measuring:
                 self.results.content["rows"].append(about | {"backend": name} | found | against)
             self.results.write()
 
-    def _against_ceiling(self, row: Row, case: op_cases.Case, mode: str, milliseconds: float) -> dict[str, float]:
+    def _against_ceiling(self, row: Row, case: testing.Case, mode: str, milliseconds: float) -> dict[str, float]:
         moved, flops = floors(row, case).get(mode, (0.0, 0.0))
         matmul = self.ceilings.get(f"{str(row.dtype).removeprefix('torch.')}_tflop_s")
         floor = max(moved / 1e6 / self.ceilings["copy_gb_s"], flops / 1e9 / matmul if matmul else 0.0)
@@ -201,7 +202,7 @@ def clean_up(device: torch.device) -> None:
 def prepare(results: Results, timer: Timer, only: list[str], resume: bool, tiny: bool) -> None:
     """The header; with the ceilings, measured once a file."""
     if not resume:
-        for op in only or op_cases.MAKERS:
+        for op in only or testing.OPS:
             results.drop(op)
     results.content |= header(timer.device)
     if not (resume and "ceilings" in results.content):
@@ -212,7 +213,7 @@ def prepare(results: Results, timer: Timer, only: list[str], resume: bool, tiny:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results", help="folder, or a .json file")
-    parser.add_argument("--only", action="append", default=[], choices=list(op_cases.MAKERS), metavar="OP")
+    parser.add_argument("--only", action="append", default=[], choices=list(testing.OPS), metavar="OP")
     parser.add_argument("--resume", action="store_true", help="keep the rows that the file has")
     parser.add_argument("--warm-up", action="store_true", help="compile everything, measure nothing")
     parser.add_argument("--until", type=float, default=float("inf"), help="begin no row after this time.time()")

@@ -13,12 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "gpu")]
-
-import op_cases  # noqa: E402
-import op_checks  # noqa: E402, F401 (for gpu.py: the tests' folder is on the path here)
+sys.path[:0] = [str(ROOT)]
 
 import fastshap_kernels as fk  # noqa: E402
+from fastshap_kernels import testing  # noqa: E402
 
 MODES = ("forward", "backward", "both")
 
@@ -43,7 +41,7 @@ class Row:
     #: The inputs that gradients flow to.
     leaves: tuple[str, ...]
     #: Other ways to the same result, by name: rival(case, sizes) → provider.
-    rivals: dict[str, Callable[[op_cases.Case, dict[str, Any]], Provider]] = field(default_factory=dict)
+    rivals: dict[str, Callable[[testing.Case, dict[str, Any]], Provider]] = field(default_factory=dict)
     #: Whether torch.compile is tried too: it takes seconds a shape.
     compiled: bool = False
 
@@ -51,15 +49,15 @@ class Row:
     def modes(self) -> tuple[str, ...]:
         return MODES if self.leaves else MODES[:1]
 
-    def case(self, device: torch.device) -> op_cases.Case:
-        case = op_cases.make(self.op, 0, self.dtype, device, **self.sizes)
+    def case(self, device: torch.device) -> testing.Case:
+        case = testing.make(self.op, 0, self.dtype, device, **self.sizes)
         return replace(case, leaves=self.leaves)
 
 
-def providers(row: Row, case: op_cases.Case) -> dict[str, Callable[[], Provider]]:
+def providers(row: Row, case: testing.Case) -> dict[str, Callable[[], Provider]]:
     """Makers of the row's providers, our backends first."""
     ours = ("triton", "cuda") if case.device.type == "cuda" else ("cpu",)
-    makers = {name: lambda name=name: served(case, name) for name in [*op_cases.backends(row.op, *ours), "reference"]}
+    makers = {name: lambda name=name: served(case, name) for name in [*testing.backends(row.op, *ours), "reference"]}
     for name, rival in row.rivals.items():
         makers[name] = lambda rival=rival: rival(case, row.sizes)
     if row.compiled:
@@ -68,7 +66,7 @@ def providers(row: Row, case: op_cases.Case) -> dict[str, Callable[[], Provider]
     return makers
 
 
-def served(case: op_cases.Case, backend: str) -> Provider:
+def served(case: testing.Case, backend: str) -> Provider:
     tensors = with_gradients(case.tensors, case.leaves)
     return Provider(lambda: case.call(backend, **tensors), [tensors[name] for name in case.leaves])
 
@@ -84,7 +82,7 @@ def with_gradients(tensors: dict[str, Tensor], leaves: tuple[str, ...]) -> dict[
 # Rivals: what one would use without this package.
 
 
-def variable_length_attention(case: op_cases.Case, sizes: dict[str, Any]) -> Provider:
+def variable_length_attention(case: testing.Case, sizes: dict[str, Any]) -> Provider:
     """PyTorch's attention for packed sequences, with queries, keys and values apart, as it likes them best."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -97,19 +95,19 @@ def variable_length_attention(case: op_cases.Case, sizes: dict[str, Any]) -> Pro
     )
 
 
-def masked_attention(case: op_cases.Case, sizes: dict[str, Any]) -> Provider:
+def masked_attention(case: testing.Case, sizes: dict[str, Any]) -> Provider:
     """Every token of every coalition, absent players' keys masked."""
     qkv = case.tensors["qkv"]
     sequences, length = sizes["batch"] * sizes["coalitions"], sizes["prefix"] + sizes["players"]
     shape = sequences, sizes["heads"], length, sizes["head_dim"]
     parts = [torch.randn(shape, dtype=qkv.dtype, device=qkv.device).requires_grad_() for _ in range(3)]
-    draw = op_cases.Draw(0, qkv.dtype, qkv.device)
+    draw = testing.Draw(0, qkv.dtype, qkv.device)
     present = draw.pairs(sizes["batch"], sizes["coalitions"], sizes["players"]).flatten(0, 1)
     mask = F.pad(present, (sizes["prefix"], 0), value=True)[:, None, None].expand(-1, 1, length, -1)
     return Provider(lambda: F.scaled_dot_product_attention(*parts, attn_mask=mask), parts, None)
 
 
-def argsort_sampler(case: op_cases.Case, sizes: dict[str, Any]) -> Provider:
+def argsort_sampler(case: testing.Case, sizes: dict[str, Any]) -> Provider:
     """The sampler that fits in three lines: a bool mask (n, P)."""
     players, device = sizes["players"], case.device
     count = sizes["batch"] * sizes["coalitions"] // (2 if sizes["paired"] else 1)
@@ -125,7 +123,7 @@ def argsort_sampler(case: op_cases.Case, sizes: dict[str, Any]) -> Provider:
     return Provider(forward, [], None)
 
 
-def eager_regression_loss(case: op_cases.Case, sizes: dict[str, Any]) -> Provider:
+def eager_regression_loss(case: testing.Case, sizes: dict[str, Any]) -> Provider:
     """One product with ready masks."""
     tensors = with_gradients(case.tensors, case.leaves)
     phi, values = tensors["phi"], tensors["values"]
@@ -137,7 +135,7 @@ def eager_regression_loss(case: op_cases.Case, sizes: dict[str, Any]) -> Provide
     return Provider(forward, [tensors[name] for name in case.leaves])
 
 
-def eager_linear_loss(case: op_cases.Case, sizes: dict[str, Any]) -> Provider:
+def eager_linear_loss(case: testing.Case, sizes: dict[str, Any]) -> Provider:
     """The head's Shapley values made, then one product with ready masks."""
     tensors = with_gradients(case.tensors, case.leaves)
     values = tensors["values"]
@@ -150,7 +148,7 @@ def eager_linear_loss(case: op_cases.Case, sizes: dict[str, Any]) -> Provider:
     return Provider(forward, [tensors[name] for name in case.leaves])
 
 
-def floors(row: Row, case: op_cases.Case) -> dict[str, tuple[float, float]]:
+def floors(row: Row, case: testing.Case) -> dict[str, tuple[float, float]]:
     """mode → (bytes, FLOPs): every input read once and every output written once, products of present tokens."""
     t, s = case.tensors, row.sizes
     item = row.dtype.itemsize
@@ -199,7 +197,7 @@ def _modes(
 def rows(tiny: bool = False) -> list[Row]:
     """Every row, what the promises are about first."""
     found = [*_sampling(tiny), *_attention(tiny), *_losses(tiny), *_streaming(tiny)]
-    found = [replace(row, compiled=row.compiled and not tiny) for row in found if row.op in op_cases.MAKERS]
+    found = [replace(row, compiled=row.compiled and not tiny) for row in found if row.op in testing.OPS]
     return sorted(found, key=lambda row: not (row.compiled or row.op in ("sample_coalitions", "packed_attention")))
 
 

@@ -27,7 +27,9 @@ from xml.etree import ElementTree
 import torch
 from gpu import default_path
 from gpu_results import Results
-from gpu_rows import ROOT, op_cases
+from gpu_rows import ROOT
+
+from fastshap_kernels import testing
 
 #: Seconds that each step may take; measuring takes what is left of the whole, less what it takes to stop.
 WHOLE, BUILD, CHECKS, STOP = 525, 170, 190, 25
@@ -89,8 +91,8 @@ def build(commands: Commands, until: float) -> dict[str, Any]:
 
 def test(commands: Commands, until: float) -> dict[str, Any]:
     """The tests by op and backend, then those of whole paths and of large tensors; counts, and what failed."""
-    served = [f"{op}-{backend}" for op in op_cases.MAKERS for backend in op_cases.backends(op, "triton", "cuda")]
-    vision = "test_vision_step or test_families or test_convolutional_values or test_streaming"
+    served = [f"{op}-{backend}" for op in testing.OPS for backend in testing.backends(op, "triton", "cuda")]
+    vision = "test_vision_step or test_families or test_convolutional_values or test_coalition_stream"
     paths = {"compiles": "compiles", "large": "large", "vision": vision}
     shards = {name: f"[{name} and not large" for name in served} | paths
 
@@ -153,7 +155,7 @@ def sanitize(commands: Commands, tool: str, until: float) -> dict[str, Any]:
     # torch's own pool of memory would hide where a tensor ends.
     outcome = commands.run(tool, command, until, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     lines = commands.log(tool).read_text(errors="replace").splitlines()
-    outcome["done"] = [line for line in lines if line.partition(" ")[0] in op_cases.MAKERS]
+    outcome["done"] = [line for line in lines if line.partition(" ")[0] in testing.OPS]
     outcome["summary"] = [line for line in lines if "SUMMARY" in line]
     return outcome
 

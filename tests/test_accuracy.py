@@ -1,8 +1,10 @@
-"""The rule of `accuracy`: right results pass in whatever order they are added up, small mistakes do not."""
+"""The rule of accuracy: right results pass in whatever order they are added up, small mistakes do not."""
 
 import pytest
 import torch
-from accuracy import DTYPES, assert_accurate, spread
+from accuracy import DTYPES
+
+from fastshap_kernels.testing import assert_accurate, spread
 
 ROWS, TERMS = 64, 300
 

@@ -3,14 +3,12 @@
 import re
 
 import interpreter
-import op_cases
-import op_checks
 import pytest
 import torch
 
-from fastshap_kernels import _native
+from fastshap_kernels import _native, testing
 
-OPS = [op for op in op_cases.MAKERS if "cpu" in op_cases.backends(op, "cpu")]
+OPS = [op for op in testing.OPS if "cpu" in testing.backends(op, "cpu")]
 
 
 @pytest.fixture
@@ -23,10 +21,10 @@ def set_capability():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("op", OPS)
 def test_every_clone_is_accurate(op, dtype, set_capability):
-    case = op_cases.make(op, 1, dtype, "cpu", **op_cases.sizes(op, 1))
+    case = testing.make(op, 1, dtype, "cpu", **testing.sizes(op, 1))
     for name in _native.cpu_capabilities():
         set_capability(name)
-        op_checks.check_accuracy(case, "cpu")
+        testing.check_accuracy(case, "cpu")
 
 
 @pytest.mark.parametrize("op", ["sample_coalitions", "coalition_sizes", "pack_tokens", "mask_patches"])
@@ -34,7 +32,7 @@ def test_clones_that_only_choose_and_copy_give_the_same_bits(op, set_capability)
     outputs = []
     for name in _native.cpu_capabilities():
         set_capability(name)
-        case = op_cases.make(op, 0, torch.float32, "cpu", **op_cases.sizes(op, 0))
+        case = testing.make(op, 0, torch.float32, "cpu", **testing.sizes(op, 0))
         outputs.append(case.call("cpu", **case.tensors))
     assert all(torch.equal(output, outputs[0]) for output in outputs)
 
@@ -42,7 +40,7 @@ def test_clones_that_only_choose_and_copy_give_the_same_bits(op, set_capability)
 @pytest.mark.skipif("avx2" not in _native.cpu_capabilities(), reason="this processor has one instruction set")
 def test_a_forced_clone_is_the_one_that_runs(set_capability):
     # Only the second multiplies and adds in one rounding, so of many sums some differ in the last digit.
-    case = op_cases.make("packed_attention", 0, torch.float32, "cpu", head_dim=64)
+    case = testing.make("packed_attention", 0, torch.float32, "cpu", head_dim=64)
     outputs = []
     for name in ("default", "avx2"):
         set_capability(name)

@@ -1,6 +1,6 @@
 """Random shapes, dtypes, memory layouts and values: every backend's results and gradients against float64.
 
-How close is close enough is tests/accuracy.py's rule. Configurations are numbered: the same in every process.
+`fastshap_kernels.testing` says how close is close enough. Configurations are numbered: the same in every process.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import accuracy
-import op_cases
 import torch
 from contracts import CALLS, Sizes, draw_sizes
 from torch import Tensor
 
 import fastshap_kernels as fk
+from fastshap_kernels import testing
+from fastshap_kernels.testing import accuracy
 
-OPS = list(op_cases.MAKERS)
+OPS = list(testing.OPS)
 KINDS = ("normal", "normal", "large", "small", "offset", "one large", "constant", "zero")
 #: The largest of millions of values, each judged by eight draws: more than one test's worth of luck.
 accuracy.MARGIN = 64
@@ -62,7 +62,7 @@ def changed(rng: random.Random, tensor: Tensor) -> Tensor:
 def make(seed: int, number: int, backend: str) -> tuple[str, dict[str, Any]]:
     """The op of a number and its arguments."""
     rng = random.Random(f"{seed} {number} {backend}")
-    served = [op for op in OPS if op_cases.backends(op, backend)]
+    served = [op for op in OPS if testing.backends(op, backend)]
     op = served[number % len(served)]
     torch.manual_seed(rng.getrandbits(32))
     arguments = CALLS[op].make(rng, draw_large_sizes)

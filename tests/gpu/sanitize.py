@@ -2,17 +2,17 @@
 
 import sys
 
-import op_cases
-import op_checks
 import torch
+
+from fastshap_kernels import testing
 
 
 def main() -> None:
     failures = 0
-    for op in sys.argv[1:] or op_cases.MAKERS:
-        for backend in op_cases.backends(op, "triton", "cuda"):
+    for op in sys.argv[1:] or testing.OPS:
+        for backend in testing.backends(op, "triton", "cuda"):
             try:
-                op_checks.outputs(op_cases.make(op, 0, torch.bfloat16, "cuda"), backend)
+                testing.outputs(testing.make(op, 0, torch.bfloat16, "cuda"), backend)
                 torch.cuda.synchronize()
                 print(op, backend, flush=True)
             except Exception as error:

@@ -1,17 +1,18 @@
 """Every op and backend on a CUDA device."""
 
-import op_cases
-import op_checks
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import linear
 
 import fastshap_kernels as fk
+from fastshap_kernels import testing
 
 pytestmark = pytest.mark.gpu
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SERVED = [(op, backend) for op in op_cases.MAKERS for backend in op_cases.backends(op, "triton", "cuda")]
+SERVED = [(op, backend) for op in testing.OPS for backend in testing.backends(op, "triton", "cuda")]
 EACH = pytest.mark.parametrize(("op", "backend"), [pytest.param(*pair, id="-".join(pair)) for pair in SERVED])
 OTHER_DEVICES = range(1, torch.cuda.device_count())
 
@@ -24,8 +25,8 @@ def copy_into(case, other):
 
 def hot_case(op, seed, device="cuda"):
     """Small, and without a gradient that the op leaves to PyTorch."""
-    case = op_cases.make(op, seed, torch.bfloat16, device)
-    return op_cases.replace(case, leaves=()) if case.plain_gradient else case
+    case = testing.make(op, seed, torch.bfloat16, device)
+    return replace(case, leaves=()) if case.plain_gradient else case
 
 
 @pytest.mark.parametrize(
@@ -38,56 +39,56 @@ def hot_case(op, seed, device="cuda"):
     ],
 )
 def test_accurate(op, backend, dtype, seed):
-    op_checks.check_accuracy(op_cases.make(op, seed, dtype, "cuda", **op_cases.sizes(op, seed)), backend)
+    testing.check_accuracy(testing.make(op, seed, dtype, "cuda", **testing.sizes(op, seed)), backend)
 
 
 @EACH
 def test_five_runs_give_the_same_bits(op, backend):
-    op_checks.check_repeatable(op_cases.make(op, 0, torch.bfloat16, "cuda"), backend)
+    testing.check_repeatable(testing.make(op, 0, torch.bfloat16, "cuda"), backend)
 
 
 @EACH
 def test_a_captured_graph_takes_new_inputs(op, backend):
-    case, new = hot_case(op, 0), hot_case(op, 1 if op_cases.MAKERS[op] is not op_cases.sample_coalitions else 0)
-    cotangent = op_checks.cotangents(case.call(backend, **case.tensors))
+    case, new = hot_case(op, 0), hot_case(op, 0 if op == "sample_coalitions" else 1)
+    cotangent = testing.cotangents(case.call(backend, **case.tensors))
     warm_up = torch.cuda.Stream()
     warm_up.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(warm_up):
         for _ in range(3):
-            op_checks.outputs(case, backend, cotangent)
+            testing.outputs(case, backend, cotangent)
     torch.cuda.current_stream().wait_stream(warm_up)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = op_checks.outputs(case, backend, cotangent)
+        captured = testing.outputs(case, backend, cotangent)
     copy_into(case, new)
     graph.replay()
     torch.cuda.synchronize()
-    op_checks.assert_same(captured, op_checks.outputs(new, backend, cotangent))
+    testing.assert_same(captured, testing.outputs(new, backend, cotangent))
 
 
 @EACH
 def test_the_current_stream_is_used(op, backend):
     case, new = hot_case(op, 0), hot_case(op, 1)
-    wanted = op_checks.outputs(new, backend)
+    wanted = testing.outputs(new, backend)
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
         # Only what comes after this copy, in this stream, sees the new inputs.
         copy_into(case, new)
-        ours = op_checks.outputs(case if case.tensors else new, backend)
+        ours = testing.outputs(case if case.tensors else new, backend)
         stream.synchronize()
-    op_checks.assert_same(ours, wanted)
+    testing.assert_same(ours, wanted)
 
 
 @EACH
 def test_nothing_waits_for_the_device(op, backend):
     case = hot_case(op, 0)
-    cotangent = op_checks.cotangents(case.call(backend, **case.tensors))
-    op_checks.outputs(case, backend, cotangent)
+    cotangent = testing.cotangents(case.call(backend, **case.tensors))
+    testing.outputs(case, backend, cotangent)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        op_checks.outputs(case, backend, cotangent)
+        testing.outputs(case, backend, cotangent)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -95,7 +96,7 @@ def test_nothing_waits_for_the_device(op, backend):
 @pytest.mark.parametrize("index", OTHER_DEVICES)
 @EACH
 def test_another_device_than_the_current_one(op, backend, index):
-    op_checks.check_accuracy(op_cases.make(op, 0, torch.bfloat16, f"cuda:{index}"), backend)
+    testing.check_accuracy(testing.make(op, 0, torch.bfloat16, f"cuda:{index}"), backend)
 
 
 def packed_path(tokens, bits, weight, backend):
@@ -108,7 +109,7 @@ def packed_path(tokens, bits, weight, backend):
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_the_packed_path_compiles_whole(backend):
-    draw = op_cases.Draw(0, torch.float32, "cuda")
+    draw = testing.Draw(0, torch.float32, "cuda")
     tokens, weight = draw.normal(2, 34, 48), draw.normal(144, 48) / 7
     bits = fk.pack_bits(draw.pairs(2, 4, 33))
 
@@ -117,7 +118,7 @@ def test_the_packed_path_compiles_whole(backend):
         out = function(x, bits, weight, backend)
         return [out.detach(), *torch.autograd.grad(out.square().sum(), x)]
 
-    with op_checks.plain_pytorch():
+    with testing.plain_pytorch():
         compiled = gradient(torch.compile(packed_path, fullgraph=True, dynamic=False))
         for ours, plain in zip(compiled, gradient(packed_path), strict=True):
             torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-3)
@@ -125,8 +126,8 @@ def test_the_packed_path_compiles_whole(backend):
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_a_loss_compiles_whole(backend):
-    case = op_cases.make("linear_shapley_loss", 0, torch.float32, "cuda")
+    case = testing.make("linear_shapley_loss", 0, torch.float32, "cuda")
     compiled = torch.compile(lambda **tensors: case.call(backend, **tensors), fullgraph=True, dynamic=False)
-    with op_checks.plain_pytorch():
-        for ours, plain in zip(op_checks.evaluate(case, compiled), op_checks.outputs(case, backend), strict=True):
+    with testing.plain_pytorch():
+        for ours, plain in zip(testing.outputs(case, compiled), testing.outputs(case, backend), strict=True):
             torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)

@@ -1,6 +1,5 @@
 """Transformers beyond timm's `VisionTransformer` on a CUDA device: values of the CPU, and no waiting for the device."""
 
-import op_checks
 import pytest
 import torch
 
@@ -13,6 +12,7 @@ from vision_transformers import images
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
+from fastshap_kernels import testing
 
 pytestmark = pytest.mark.gpu
 
@@ -27,7 +27,7 @@ KINDS = [
 def _plain_pytorch(monkeypatch):
     """Not every operator of PyTorch has a deterministic version, which `_poisoned_memory` asks for; no TF32."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    with op_checks.plain_pytorch():
+    with testing.plain_pytorch():
         yield
 
 

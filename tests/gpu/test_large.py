@@ -1,10 +1,10 @@
 """Tensors of more than 2^31 values, where offsets of 32 bits end."""
 
-import op_cases
 import pytest
 import torch
 
 import fastshap_kernels as fk
+from fastshap_kernels import testing
 
 pytestmark = pytest.mark.gpu
 
@@ -22,7 +22,7 @@ def fits():
 
 
 def parameters(op):
-    names = op_cases.backends(op, "triton", "cuda") if fits() else []
+    names = testing.backends(op, "triton", "cuda") if fits() else []
     return pytest.mark.parametrize("backend", [pytest.param(name, id=f"{op}-{name}-large") for name in names])
 
 
@@ -42,7 +42,7 @@ def random_bfloat16(*shape):
 def test_mask_patches(backend):
     coalitions, pixels = 1024, 3 * 224 * 224
     batch = -(-VALUES // (coalitions * pixels))
-    case = op_cases.make(
+    case = testing.make(
         "mask_patches",
         0,
         torch.bfloat16,
@@ -72,7 +72,7 @@ def test_mask_patches(backend):
 def test_coalition_sum(backend):
     players, width, coalitions = 196, 768, 2
     batch = -(-VALUES // (players * width))
-    case = op_cases.make("coalition_sum", 0, torch.bfloat16, "cuda", batch=1, coalitions=coalitions, players=players)
+    case = testing.make("coalition_sum", 0, torch.bfloat16, "cuda", batch=1, coalitions=coalitions, players=players)
     features = random_bfloat16(batch, players, width).requires_grad_()
     bits = case.tensors["bits"].expand(batch, -1, -1).contiguous()
     assert features.numel() > 2**31
@@ -94,7 +94,7 @@ def test_segment_sum(backend):
     rows = random_bfloat16(sequences * length, width).requires_grad_()
     assert rows.numel() > 2**31
     cu_seqlens = torch.arange(sequences + 1, dtype=torch.int32, device="cuda") * length
-    case = op_cases.make("segment_sum", 0, torch.bfloat16, "cuda", prefix=prefix)
+    case = testing.make("segment_sum", 0, torch.bfloat16, "cuda", prefix=prefix)
     out = case.call(backend, rows, cu_seqlens)
     cotangent = torch.randn_like(out)
     (gradient,) = torch.autograd.grad(out, rows, cotangent)
@@ -112,7 +112,7 @@ def test_pack_tokens(backend):
     players, width, coalitions, prefix = 196, 768, 8, 1
     total = coalitions // 2 * (players + 2 * prefix)
     batch = -(-VALUES // (total * width))
-    case = op_cases.make(
+    case = testing.make(
         "pack_tokens",
         0,
         torch.bfloat16,

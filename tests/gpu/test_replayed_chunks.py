@@ -2,7 +2,6 @@
 
 import logging
 
-import op_checks
 import pytest
 import torch
 
@@ -13,10 +12,9 @@ from vision_transformers import create, images
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
-from fastshap_vision.streaming import memory, stream
-from fastshap_vision.streaming.chunks import Limits, cut
-from fastshap_vision.streaming.memory import LiveBytes
-from fastshap_vision.streaming.stream import evaluate
+from fastshap_kernels import testing
+from fastshap_vision import coalition_stream
+from fastshap_vision.coalition_stream import Limits, LiveBytes, cut, evaluate
 
 pytestmark = pytest.mark.gpu
 
@@ -27,7 +25,7 @@ PAIRED = pytest.mark.parametrize("paired", [True, False], ids=["paired", "unpair
 @pytest.fixture(autouse=True)
 def _plain_pytorch():
     """Not every operator of PyTorch has a deterministic version, which `_poisoned_memory` asks for."""
-    with op_checks.plain_pytorch():
+    with testing.plain_pytorch():
         yield
 
 

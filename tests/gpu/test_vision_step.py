@@ -1,6 +1,5 @@
 """A training step of a vision transformer on a CUDA device: it never waits, and it is captured and compiled once."""
 
-import op_checks
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from vision_transformers import SMALL, create, images
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
+from fastshap_kernels import testing
 
 pytestmark = pytest.mark.gpu
 
@@ -25,7 +25,7 @@ PAIRED = pytest.mark.parametrize("paired", [True, False], ids=["paired", "unpair
 @pytest.fixture(autouse=True)
 def _plain_pytorch():
     """Not every operator of PyTorch has a deterministic version, which `_poisoned_memory` asks for."""
-    with op_checks.plain_pytorch():
+    with testing.plain_pytorch():
         yield
 
 

@@ -5,22 +5,16 @@ tests/sanitize.py runs these under sanitizers; without them a fault may go unsee
 
 from dataclasses import replace
 
-import op_cases
-import op_checks
 import pytest
 import torch
 from accuracy import BACKEND
 
 import fastshap_kernels as fk
+from fastshap_kernels import testing
 
 #: Runs of whole 16 bytes, for which kernels move as many at a time where they can.
-SIZES = {
-    "mask_patches": {"patch": (2, 8)},
-    "exact_shapley": {"players": 5},
-    "packed_attention": {"heads": 1},
-    "coalition_sizes": {"players": 256},
-}
-OPS = [op for op in op_cases.MAKERS if BACKEND in op_cases.backends(op, BACKEND)]
+SIZES = {"mask_patches": {"patch": (2, 8)}, "exact_shapley": {"players": 5}, "packed_attention": {"heads": 1}}
+OPS = [op for op in testing.OPS if BACKEND in testing.backends(op, BACKEND)]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -36,11 +30,11 @@ def shifted(tensor):
 def test_a_slice_may_begin_anywhere(op, dtype):
     if BACKEND == "triton" and op == "packed_attention" and dtype == torch.float64:
         pytest.skip("the backend has no float64 attention")
-    case = op_cases.make(op, 0, dtype, "cpu", **SIZES.get(op, {}))
+    case = testing.make(op, 0, dtype, "cpu", **SIZES.get(op, {}))
     moved = replace(case, tensors={name: shifted(tensor) for name, tensor in case.tensors.items()})
-    cotangent = op_checks.cotangents(case.call(BACKEND, **case.tensors)) if case.leaves else None
-    wanted = op_checks.outputs(case, BACKEND, cotangent)
-    given = op_checks.outputs(moved, BACKEND, None if cotangent is None else shifted(cotangent))
+    cotangent = testing.cotangents(case.call(BACKEND, **case.tensors)) if case.leaves else None
+    wanted = testing.outputs(case, BACKEND, cotangent)
+    given = testing.outputs(moved, BACKEND, None if cotangent is None else shifted(cotangent))
     for ours, theirs in zip(given, wanted, strict=True):
         # Fewer values at a time may be added up in another order.
         torch.testing.assert_close(ours, theirs)
@@ -76,8 +70,8 @@ EMPTY = {
 @pytest.mark.parametrize("op", OPS)
 def test_empty_tensors(op):
     for sizes in EMPTY[op]:
-        case = op_cases.make(op, 0, torch.float32, "cpu", **sizes)
-        for ours, theirs in zip(op_checks.outputs(case, BACKEND), op_checks.outputs(case, "reference"), strict=True):
+        case = testing.make(op, 0, torch.float32, "cpu", **sizes)
+        for ours, theirs in zip(testing.outputs(case, BACKEND), testing.outputs(case, "reference"), strict=True):
             torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 

@@ -1,10 +1,10 @@
-"""One call of every op, made from a seed, sizes, a dtype and a device: for the tests here and for bench/gpu.py."""
+"""One call of every op, made from a seed, sizes, a dtype and a device."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
 
@@ -19,20 +19,41 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs on one device and the call that they go to."""
+    """An op's arguments on one device.
 
+    Args:
+        op: name of the op in `fastshap_kernels`.
+        tensors: its arguments that are tensors, by name.
+        leaves: names of those that gradients flow to.
+        options: its other arguments, by name, without `backend`.
+        plain: the same in plain PyTorch in the inputs' dtype, a function of the op's arguments; default the op's
+            reference, where that does not compute in a wider one.
+        plain_gradient: whether the gradient is left to PyTorch, and waits for the device.
+        rounds_within: whether intermediate values are rounded to the inputs' dtype.
+        device: where the tensors are.
+    """
+
+    op: str
     tensors: dict[str, Tensor]
-    #: Names of the inputs that gradients flow to.
-    leaves: tuple[str, ...]
-    #: call(backend, **tensors) → the op's output.
-    call: Callable[..., Tensor]
-    #: plain(**tensors): PyTorch in the inputs' dtype, where the reference computes in a wider one.
+    leaves: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
     plain: Callable[..., Tensor] | None = None
-    #: Whether the gradient is left to PyTorch, and waits for the device.
     plain_gradient: bool = False
-    #: Whether intermediate values are rounded to the inputs' dtype.
     rounds_within: bool = False
     device: torch.device = CPU
+
+    def call(self, backend: str | Callable[..., Any], *inputs: Tensor, **named: Tensor) -> Tensor:
+        """The op's output.
+
+        Args:
+            backend: a backend of the op, or any function of the op's arguments.
+            inputs: tensors in place of the first of the case's own, in their order.
+            named: the same by name; every tensor must be given, one way or the other.
+        """
+        arguments = dict(zip(self.tensors, inputs, strict=False)) | named | self.options
+        out = backend(**arguments) if callable(backend) else getattr(fk, self.op)(**arguments, backend=backend)
+        # What pack_tokens returns beside its rows has no values to compare.
+        return out[0] if isinstance(out, tuple) else out
 
     def to(self, dtype: torch.dtype) -> Case:
         """The same numbers in another dtype."""
@@ -41,13 +62,14 @@ class Case:
 
 
 class Draw:
-    """Random inputs on one device."""
+    """Random inputs on one device, in one dtype; the same for the same seed and kind of device."""
 
     def __init__(self, seed: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self.seed, self.dtype, self.device = seed, dtype, torch.device(device)
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def normal(self, *shape: int) -> Tensor:
+        """Normal numbers."""
         return torch.randn(shape, generator=self.generator, dtype=self.dtype, device=self.device)
 
     def present(self, batch: int, coalitions: int, players: int) -> Tensor:
@@ -56,6 +78,7 @@ class Draw:
         return torch.rand(batch, coalitions, players, generator=self.generator, device=self.device) < rate
 
     def bits(self, batch: int, coalitions: int, players: int) -> Tensor:
+        """int32 (B, M, ⌈P/32⌉)."""
         return fk.pack_bits(self.present(batch, coalitions, players))
 
     def pairs(self, batch: int, coalitions: int, players: int) -> Tensor:
@@ -69,24 +92,14 @@ class Draw:
         return pad(lengths.cumsum(0), (1, 0)).int(), batch * (coalitions // 2) * (players + 2 * prefix)
 
 
-def sample_coalitions(
+def _sample_coalitions(
     draw: Draw, *, batch: int = 5, coalitions: int = 4, players: int = 196, paired: bool = True
 ) -> Case:
-    def call(backend: str) -> Tensor:
-        sizes = batch, coalitions, players
-        return fk.sample_coalitions(*sizes, seed=draw.seed, paired=paired, device=draw.device, backend=backend)
-
-    return Case({}, (), call)
+    options = {"batch": batch, "coalitions": coalitions, "players": players, "seed": draw.seed, "paired": paired}
+    return Case("sample_coalitions", {}, options=options | {"device": draw.device})
 
 
-def coalition_sizes(draw: Draw, *, batch: int = 5, coalitions: int = 4, players: int = 196) -> Case:
-    def call(backend: str, bits: Tensor) -> Tensor:
-        return fk.coalition_sizes(bits, players, backend=backend)
-
-    return Case({"bits": draw.bits(batch, coalitions, players)}, (), call)
-
-
-def mask_patches(
+def _mask_patches(
     draw: Draw,
     *,
     batch: int = 3,
@@ -98,34 +111,25 @@ def mask_patches(
 ) -> Case:
     layout = torch.channels_last if channels_last else torch.contiguous_format
     shape = channels, grid[0] * patch[0], grid[1] * patch[1]
-    images = draw.normal(batch, *shape).contiguous(memory_format=layout)
     tensors = {
-        "images": images,
+        "images": draw.normal(batch, *shape).contiguous(memory_format=layout),
         "bits": draw.bits(batch, coalitions, grid[0] * grid[1]),
         "baseline": draw.normal(*shape),
     }
-
-    def call(backend: str, images: Tensor, bits: Tensor, baseline: Tensor) -> Tensor:
-        return fk.mask_patches(images, bits, grid, baseline, backend=backend)
-
-    return Case(tensors, ("images", "baseline"), call, rounds_within=True)
+    return Case("mask_patches", tensors, ("images", "baseline"), {"grid": grid}, rounds_within=True)
 
 
-def pack_tokens(
+def _pack_tokens(
     draw: Draw, *, batch: int = 3, coalitions: int = 4, players: int = 33, prefix: int = 1, width: int = 48
 ) -> Case:
     tensors = {
         "tokens": draw.normal(batch, prefix + players, width),
         "bits": fk.pack_bits(draw.pairs(batch, coalitions, players)),
     }
-
-    def call(backend: str, tokens: Tensor, bits: Tensor) -> Tensor:
-        return fk.pack_tokens(tokens, bits, prefix, paired=True, backend=backend)[0]
-
-    return Case(tensors, ("tokens",), call)
+    return Case("pack_tokens", tensors, ("tokens",), {"prefix": prefix, "paired": True})
 
 
-def packed_attention(
+def _packed_attention(
     draw: Draw,
     *,
     batch: int = 3,
@@ -137,33 +141,28 @@ def packed_attention(
 ) -> Case:
     cu_seqlens, total = draw.boundaries(batch, coalitions, players, prefix)
     tensors = {"qkv": draw.normal(total, 3, heads, head_dim), "cu_seqlens": cu_seqlens}
-
-    def call(backend: str, qkv: Tensor, cu_seqlens: Tensor) -> Tensor:
-        return fk.packed_attention(qkv, cu_seqlens, prefix + players, backend=backend)
-
-    def plain(qkv: Tensor, cu_seqlens: Tensor) -> Tensor:
-        outputs = []
-        for sequence in qkv.split(cu_seqlens.diff().tolist()):
-            query, key, value = sequence.permute(1, 2, 0, 3)
-            scores = query @ key.transpose(1, 2) * head_dim**-0.5
-            outputs.append((scores.softmax(-1) @ value).transpose(0, 1))
-        return torch.cat(outputs)
-
-    return Case(tensors, ("qkv",), call, plain, rounds_within=True)
+    options = {"max_seqlen": prefix + players}
+    return Case("packed_attention", tensors, ("qkv",), options, _plain_attention, rounds_within=True)
 
 
-def segment_sum(
+def _plain_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    outputs = []
+    for sequence in qkv.split(cu_seqlens.diff().tolist()):
+        query, key, value = sequence.permute(1, 2, 0, 3)
+        scores = query @ key.transpose(1, 2) * qkv.shape[-1] ** -0.5
+        outputs.append((scores.softmax(-1) @ value).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def _segment_sum(
     draw: Draw, *, batch: int = 3, coalitions: int = 4, players: int = 33, prefix: int = 1, width: int = 48
 ) -> Case:
     cu_seqlens, total = draw.boundaries(batch, coalitions, players, prefix)
-
-    def call(backend: str, rows: Tensor, cu_seqlens: Tensor) -> Tensor:
-        return fk.segment_sum(rows, cu_seqlens, prefix, backend=backend)
-
-    return Case({"rows": draw.normal(total, width), "cu_seqlens": cu_seqlens}, ("rows",), call)
+    tensors = {"rows": draw.normal(total, width), "cu_seqlens": cu_seqlens}
+    return Case("segment_sum", tensors, ("rows",), {"prefix": prefix})
 
 
-def layer_norm_segment_sum(
+def _layer_norm_segment_sum(
     draw: Draw, *, batch: int = 3, coalitions: int = 4, players: int = 33, prefix: int = 1, width: int = 48
 ) -> Case:
     cu_seqlens, total = draw.boundaries(batch, coalitions, players, prefix)
@@ -173,23 +172,15 @@ def layer_norm_segment_sum(
         "weight": draw.normal(width),
         "bias": draw.normal(width),
     }
-
-    def call(backend: str, rows: Tensor, cu_seqlens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return fk.layer_norm_segment_sum(rows, cu_seqlens, weight, bias, prefix, backend=backend)
-
-    return Case(tensors, ("rows", "weight", "bias"), call)
+    return Case("layer_norm_segment_sum", tensors, ("rows", "weight", "bias"), {"prefix": prefix})
 
 
-def coalition_sum(draw: Draw, *, batch: int = 3, coalitions: int = 5, players: int = 33, width: int = 48) -> Case:
+def _coalition_sum(draw: Draw, *, batch: int = 3, coalitions: int = 5, players: int = 33, width: int = 48) -> Case:
     tensors = {"features": draw.normal(batch, players, width), "bits": draw.bits(batch, coalitions, players)}
-
-    def call(backend: str, features: Tensor, bits: Tensor) -> Tensor:
-        return fk.coalition_sum(features, bits, backend=backend)
-
-    return Case(tensors, ("features",), call)
+    return Case("coalition_sum", tensors, ("features",))
 
 
-def shapley_regression_loss(
+def _shapley_regression_loss(
     draw: Draw,
     *,
     batch: int = 3,
@@ -203,14 +194,10 @@ def shapley_regression_loss(
         "bits": draw.bits(batch, coalitions, players),
         "values": draw.normal(batch, coalitions, classes),
     }
-
-    def call(backend: str, phi: Tensor, bits: Tensor, values: Tensor) -> Tensor:
-        return fk.shapley_regression_loss(phi, bits, values, reduction=reduction, backend=backend)
-
-    return Case(tensors, ("phi", "values"), call)
+    return Case("shapley_regression_loss", tensors, ("phi", "values"), {"reduction": reduction})
 
 
-def linear_shapley_loss(
+def _linear_shapley_loss(
     draw: Draw,
     *,
     batch: int = 3,
@@ -227,36 +214,32 @@ def linear_shapley_loss(
         "bits": draw.bits(batch, coalitions, players),
         "values": draw.normal(batch, coalitions, classes),
     }
-
-    def call(backend: str, features: Tensor, weight: Tensor, bias: Tensor, bits: Tensor, values: Tensor) -> Tensor:
-        return fk.linear_shapley_loss(features, weight, bias, bits, values, reduction=reduction, backend=backend)
-
-    return Case(tensors, ("features", "weight", "bias", "values"), call, rounds_within=True)
+    leaves = "features", "weight", "bias", "values"
+    return Case("linear_shapley_loss", tensors, leaves, {"reduction": reduction}, rounds_within=True)
 
 
-def exact_shapley(draw: Draw, *, batch: int = 2, players: int = 7, classes: int = 24) -> Case:
-    def call(backend: str, values: Tensor) -> Tensor:
-        return fk.exact_shapley(values, backend=backend)
-
-    return Case({"values": draw.normal(batch, 2**players, classes)}, ("values",), call, plain_gradient=True)
+def _exact_shapley(draw: Draw, *, batch: int = 2, players: int = 7, classes: int = 24) -> Case:
+    tensors = {"values": draw.normal(batch, 2**players, classes)}
+    return Case("exact_shapley", tensors, ("values",), plain_gradient=True)
 
 
-MAKERS: dict[str, Callable[..., Case]] = {
-    maker.__name__: maker
+_MAKERS: dict[str, Callable[..., Case]] = {
+    maker.__name__.removeprefix("_"): maker
     for maker in (
-        sample_coalitions,
-        coalition_sizes,
-        mask_patches,
-        pack_tokens,
-        packed_attention,
-        segment_sum,
-        layer_norm_segment_sum,
-        coalition_sum,
-        shapley_regression_loss,
-        linear_shapley_loss,
-        exact_shapley,
+        _sample_coalitions,
+        _mask_patches,
+        _pack_tokens,
+        _packed_attention,
+        _segment_sum,
+        _layer_norm_segment_sum,
+        _coalition_sum,
+        _shapley_regression_loss,
+        _linear_shapley_loss,
+        _exact_shapley,
     )
 }
+#: Every op that has kernels.
+OPS = tuple(_MAKERS)
 
 _PACKED = {"batch": (1, 3), "coalitions": (2, 6), "players": (5, 33, 64, 196), "prefix": (0, 1, 5)}
 _POOLED = {"batch": (1, 3), "coalitions": (1, 2, 8, 33), "players": (2, 33, 64, 196)}
@@ -291,18 +274,25 @@ SIZES: dict[str, dict[str, tuple[Any, ...]]] = {
 
 
 def make(op: str, seed: int, dtype: torch.dtype, device: torch.device | str, **sizes: Any) -> Case:
-    """A case of an op; sizes that are not given are small."""
-    return replace(MAKERS[op](Draw(seed, dtype, device), **sizes), device=torch.device(device))
+    """A case of an op.
+
+    Args:
+        op: one of `OPS`.
+        seed: what its inputs are drawn from.
+        dtype: of its floating-point inputs.
+        device: of all its inputs.
+        sizes: by the names in `SIZES[op]`; those that are not given are small.
+    """
+    return replace(_MAKERS[op](Draw(seed, dtype, device), **sizes), device=torch.device(device))
 
 
 def sizes(op: str, seed: int) -> dict[str, Any]:
-    """Sizes drawn at random."""
+    """Sizes of an op drawn at random from `SIZES`, for `make`."""
     chooser = random.Random(f"{op} {seed}")
     return {name: chooser.choice(choices) for name, choices in SIZES[op].items()}
 
 
 def backends(op: str, *devices: str) -> list[str]:
-    """The backends that an op has besides the reference; those of its kernels where it has none of its own."""
+    """The backends that an op has besides the reference, of those named, the first choice first."""
     module = import_module(f"fastshap_kernels.ops.{op}")
-    listed = getattr(module, "_KERNELS", None) or import_module("fastshap_kernels.ops.coalition_sum")._KERNELS
-    return [name for name in listed if name in devices]
+    return [name for name in module._KERNELS if name in devices]

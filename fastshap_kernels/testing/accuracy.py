@@ -1,0 +1,123 @@
+"""How close is close enough, on any processor.
+
+Two rules hold together. On the whole, by the root of the sum of squares, a result is at most twice as far from
+float64 as plain PyTorch in the same dtype, plus an eps. And no single value is farther than its arithmetic explains:
+one rounding of the result, and c · √n · eps of what its terms amount to. Both change little with the order of a sum,
+which differs between processors; the largest error divided by another largest error is chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: c of the second rule: sums in order, of terms of one sign, are five times nearer than it allows.
+MARGIN = 8
+#: With fewer values than these, one result may be nearer than another by luck: only the second rule holds.
+FEW = 32
+#: Relative step, and number of draws, of `spread`.
+STEP, DRAWS = 1e-6, 8
+
+
+def assert_all_accurate(
+    run: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Any],
+    dtype: torch.dtype,
+    *,
+    terms: int,
+    backend: str,
+    plain: Callable[..., Sequence[Tensor]] | None = None,
+    working: torch.dtype | None = None,
+) -> None:
+    """Holds every result of a backend, gradients for example, against float64.
+
+    Args:
+        run: run(backend, *inputs) → list of tensors.
+        inputs: floating-point ones are rounded to `dtype`, for float64 too, so that only the arithmetic differs.
+        dtype: of the inputs.
+        terms: how many numbers the longest sum adds up.
+        backend: the backend under test.
+        plain: plain(*inputs), what PyTorch gives in the same dtype and in float64; default run("reference", …).
+        working: dtype that sums and intermediate values have; default `dtype`, but at least float32.
+
+    Raises:
+        AssertionError: for a result that is too far from float64.
+    """
+    given = [x.to(dtype) if is_floating(x) else x for x in inputs]
+    wide = [x.double() if is_floating(x) else x for x in given]
+
+    def reference(*tensors: Any) -> Sequence[Tensor]:
+        return run("reference", *tensors) if plain is None else plain(*tensors)
+
+    results = run(backend, *given), reference(*given), reference(*wide), spread(reference, wide)
+    for ours, theirs, exact, moved in zip(*results, strict=True):
+        assert_accurate(ours, theirs, exact, moved, terms, working)
+
+
+def assert_accurate(
+    actual: Tensor, plain: Tensor, exact: Tensor, moved: Tensor, terms: int, working: torch.dtype | None = None
+) -> None:
+    """Holds one result against float64 by the two rules.
+
+    Args:
+        actual: the result under test.
+        plain: PyTorch's in the same dtype.
+        exact: the float64 one, from the same inputs.
+        moved: the `spread` of the exact values.
+        terms: how many numbers the longest sum adds up.
+        working: dtype that sums and intermediate values have; default that of `actual`, but at least float32.
+
+    Raises:
+        AssertionError: for another shape or dtype, a value that is not finite, or one that is too far off.
+    """
+    assert actual.shape == plain.shape == exact.shape
+    assert actual.dtype == plain.dtype
+    assert torch.isfinite(actual).all()
+    rounding = torch.finfo(actual.dtype)
+    eps = torch.finfo(working or torch.promote_types(actual.dtype, torch.float32)).eps
+    off = (actual.double() - exact).abs()
+    # In float64 the exact values are no better than ours.
+    if actual.dtype != torch.float64 and exact.numel() >= FEW:
+        allowed = 2 * (plain.double() - exact).norm() + rounding.eps * exact.norm() + eps * moved.norm()
+        assert off.norm() <= allowed, f"error {off.norm():.3g}, plain PyTorch's {(plain.double() - exact).norm():.3g}"
+    # Where terms cancel whatever they are, nothing moves, and they are still rounded: like the other values' terms.
+    moved = moved.clamp_min(moved.square().mean().sqrt()) if moved.numel() else moved
+    allowed = rounding.eps / 2 * exact.abs() + MARGIN * terms**0.5 * eps * moved
+    allowed += rounding.tiny * rounding.eps  # steps of the numbers next to 0
+    assert (off <= allowed).all(), f"an error of {(off / allowed).max():.3g} times what the arithmetic explains"
+
+
+def spread(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Any]) -> list[Tensor]:
+    """What the terms of each value amount to, as the root of their sum of squares.
+
+    A sum moves by as much when each of its terms moves by its own size, in a direction of its own: here every input
+    does, in small, and the results are scaled back.
+
+    Args:
+        function: function(*inputs) → list of float64 tensors.
+        inputs: tensors, the floating-point ones float64, and whatever else the function takes.
+
+    Returns:
+        One tensor for each result, of its shape. Deterministic: from a fixed seed.
+    """
+    generator = torch.Generator().manual_seed(0)
+    still = function(*inputs)
+    squares = [torch.zeros_like(x) for x in still]
+    for _ in range(DRAWS):
+        results = function(*[_shake(x, generator) if is_floating(x) else x for x in inputs])
+        for square, result, before in zip(squares, results, still, strict=True):
+            square += ((result - before) / STEP).square() / DRAWS
+    return [square.sqrt() for square in squares]
+
+
+def is_floating(x: Any) -> bool:
+    """Whether it is a tensor of numbers that get rounded."""
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _shake(x: Tensor, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device="cpu").to(x.device)
+    return x * (1 + STEP * noise)
