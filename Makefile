@@ -8,8 +8,9 @@
 # make sanitize  the tests of the ops under AddressSanitizer and UndefinedBehaviorSanitizer
 # make fuzz   random configurations and malformed calls, counted in bench/results/fuzz/; FUZZ="--malformed 1000" and so on
 # make gate   compile every GPU kernel for every device and hold it to gate/budget.json
-# make lint   ruff, mypy, clang-format, and GitHub's files by their schemas
-# make bench  every op beside plain PyTorch, written to bench/results/
+# make lint   ruff, mypy, clang-format
+# make bench  every op beside plain PyTorch, written to bench/results/pairs/<processor>.json
+# make bench-short  those that CI holds against the committed ratios
 # make bench-digits  three seeds of the demo, both heads, written to bench/results/
 # make bench-step  a whole training step beside dense ones, and how it grows, written to bench/results/ and docs/
 # make build  recompile in place what has changed of the CPU library, with ninja: MAX_JOBS files at a time
@@ -31,7 +32,7 @@ EMULATE := FASTSHAP_BACKEND=cuda FASTSHAP_EMULATE_CUDA=$(EMULATED)
 # Where there is no device, compiling for it is left to `make gate`.
 export FASTSHAP_SKIP_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,1)
 
-.PHONY: env build demo test test-main test-triton test-cuda test-slow coverage sanitize fuzz test-processors test-matrix matrix-oldest matrix-newest gate lint format bench bench-digits bench-step bench-precision bench-fidelity gpu gpu-step clean
+.PHONY: env build demo test test-main test-triton test-cuda test-slow sanitize fuzz test-processors test-matrix matrix-oldest matrix-newest gate lint format bench bench-short bench-digits bench-step bench-precision bench-fidelity gpu gpu-step clean
 
 env: $(INSTALLED)
 
@@ -49,7 +50,7 @@ build: $(INSTALLED)
 	FASTSHAP_FORCE_BUILD=1 $(BIN)/python setup.py --quiet build_ext --inplace
 
 demo: $(INSTALLED)
-	$(BIN)/python examples/digits.py --output runs/demo
+	$(BIN)/python -m bench.digits --output runs/demo
 
 # A core each: two threads a process would wait for one another.
 test: $(INSTALLED) $(EMULATED)
@@ -136,37 +137,39 @@ format: $(INSTALLED)
 	$(BIN)/clang-format -i $(NATIVE)
 
 bench: $(INSTALLED)
-	FASTSHAP_BENCH_WRITE=1 $(BIN)/python -m pytest bench
-	FASTSHAP_BENCH_WRITE=1 FASTSHAP_BENCH_MEMORY=kept $(BIN)/python -m pytest bench
-	$(BIN)/python bench/tables.py
+	$(BIN)/python -m bench.pairs --write
+	$(BIN)/python -m bench.tables
 
-RECORD := $(BIN)/python examples/digits.py --models {} --output runs/digits-{} --record bench/results/digits_{}.json
+bench-short: $(INSTALLED)
+	$(BIN)/python -m bench.pairs --short
+
+RECORD := $(BIN)/python -m bench.digits --models {} --output runs/digits-{} --record bench/results/digits_{}.json
 
 bench-digits: $(INSTALLED)
 	printf 'vit\ncnn\n' | xargs -P 2 -I{} sh -c '$(RECORD) --seeds 0 1 2 && $(RECORD) --heads votes'
-	$(BIN)/python bench/tables.py
+	$(BIN)/python -m bench.tables
 
 bench-step: $(INSTALLED)
-	$(BIN)/python bench/step.py --set bars --anew
-	$(BIN)/python bench/step.py --set growth --anew --visits 2
-	$(BIN)/python bench/tables.py
+	$(BIN)/python -m bench.step --set bars --anew
+	$(BIN)/python -m bench.step --set growth --anew --visits 2
+	$(BIN)/python -m bench.tables
 
 bench-precision: $(INSTALLED)
-	$(BIN)/python bench/precision.py
-	$(BIN)/python bench/tables.py
+	$(BIN)/python -m bench.precision
+	$(BIN)/python -m bench.tables
 
 # DATA: the folder of cifar10_train.npz and cifar10_test.npz. BUDGET: small, medium or full.
-# SETTINGS: others than the budget's own, of those in bench/fidelity_runs.py.
+# SETTINGS: others than the budget's own, of those in bench/fidelity/runs.py.
 bench-fidelity: $(INSTALLED)
-	$(BIN)/python bench/fidelity.py --data $(DATA) --budget $(or $(BUDGET),small) $(if $(SETTINGS),--settings $(SETTINGS))
-	$(BIN)/python bench/tables.py
+	$(BIN)/python -m bench.fidelity --data $(DATA) --budget $(or $(BUDGET),small) $(if $(SETTINGS),--settings $(SETTINGS))
+	$(BIN)/python -m bench.tables
 
 gpu:
-	$(PYTHON) bench/gpu_steps.py $(if $(OUTPUT),--output $(OUTPUT) --logs $(OUTPUT)/logs)
+	PYTHONPATH=python $(PYTHON) -m bench.gpu.steps $(if $(OUTPUT),--output $(OUTPUT) --logs $(OUTPUT)/logs)
 
 # The last step may begin at 420 seconds: what it compiles takes up to a minute and a half.
 gpu-step:
-	$(PYTHON) bench/step.py --device cuda --set full --until $$(($$(date +%s) + 420)) $(if $(OUTPUT),--output $(OUTPUT))
+	PYTHONPATH=python $(PYTHON) -m bench.step --device cuda --set full --until $$(($$(date +%s) + 420)) $(if $(OUTPUT),--output $(OUTPUT))
 
 clean:
 	rm -rf build dist runs *.egg-info fastshap_kernels/*.so

@@ -1,7 +1,7 @@
 """The smallest model of every timm family: converted and right, before and after training, or refused with a reason.
 
-    python bench/families.py              every family anew
-    python bench/families.py resnet eva   some of them
+    python -m bench.families              every family anew
+    python -m bench.families resnet eva   some of them
 
 The rows go to bench/results/families.json, which the table of docs/models.md is made of; the slow test
 tests/vision/test_timm_families.py checks each row again.
@@ -13,7 +13,6 @@ import json
 import sys
 import tempfile
 import warnings
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -22,9 +21,10 @@ from torch import Tensor, nn
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
-from fastshap_vision.games.base import SUPPORTED
+from bench.lib.results import RESULTS, read, write
+from fastshap_vision.game import SUPPORTED
 
-FILE = Path(__file__).parent / "results" / "families.json"
+FILE = RESULTS / "families.json"
 CLASSES = 5
 #: Tried in this order, before a model's own: most families take few pixels.
 SIZES = (64, 112, 128, 224)
@@ -167,14 +167,13 @@ def try_sizes(family: str, name: str) -> dict[str, Any]:
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    known = {row["family"]: row for row in json.loads(FILE.read_text())} if FILE.exists() else {}
+    known = {row["family"]: row for row in read(FILE, [])}
     wanted = sys.argv[1:] or [family for family in timm.list_modules() if timm.list_models(module=family)]
     for family in wanted:
         name = known[family]["model"] if family in known else smallest(family)
         known[family] = try_sizes(family, name)
         print(json.dumps(known[family]), flush=True)
-        rows = [known[family] for family in sorted(known)]
-        FILE.write_text("[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n")
+        write(FILE, [known[family] for family in sorted(known)])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What lower precision costs in fidelity: python bench/precision.py.
+"""What lower precision costs in fidelity: python -m bench.precision.
 
-Digits vision transformers (examples/digits.py, 16 patches, fewer epochs) are trained three times with one seed: with
+Digits vision transformers (bench/digits.py, 16 patches, fewer epochs) are trained three times with one seed: with
 coalition values in the task's float32, in bfloat16 and in 8-bit products as the fixed targets of the regression (no
 masked task: with it, values and task are one pass). Then all 65 536 coalitions of some test images, of the model with
 float32 targets, are valued in each precision, and their exact Shapley values compared. On the CPU `torch._scaled_mm`
@@ -10,24 +10,18 @@ computes the 8-bit products too, only no faster: the rounding is the real one, n
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "python"))  # what is measured is this tree
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import digits
-
 import fastshap_kernels as fk
 import fastshap_vision as fv
-from fastshap_vision.estimators.base import ReferenceValues
+from bench import digits
+from bench.lib import machine
+from bench.lib.results import RESULTS, write
+from bench.lib.timer import timed
 
 PRECISIONS = ("same", "bf16", "fp8")
 
@@ -47,17 +41,15 @@ def train(precision: str, epochs: int, device: torch.device) -> tuple[fv.SelfExp
 def all_values(model: fv.SelfExplainingClassifier, image: Tensor, precision: str) -> tuple[Tensor, float]:
     """v of all 2^P coalitions of one image, float64 (2^P, K), and the seconds they took."""
     bits = torch.arange(2**model.players, dtype=torch.int32, device=image.device).view(1, -1, 1)
-    start = time.perf_counter()
-    values = model.coalition_values(image, bits, precision=precision)[0].double()
-    float(values[0, 0])  # waits for a GPU
-    return values, time.perf_counter() - start
+    values, taken = timed(lambda: model.coalition_values(image, bits, precision=precision)[0].double(), image.device)
+    return values, taken
 
 
-def reference(values: list[Tensor], seconds: float) -> ReferenceValues:
+def reference(values: list[Tensor], seconds: float) -> fv.ReferenceValues:
     """Exact Shapley values of images from their values (2^P, K)."""
     phi = torch.stack([fk.exact_shapley(v) for v in values])
     null, grand = torch.stack([v[0] for v in values]), torch.stack([v[-1] for v in values])
-    return ReferenceValues(phi, None, null, grand, sum(map(len, values)), seconds)
+    return fv.ReferenceValues(phi, None, null, grand, sum(map(len, values)), seconds)
 
 
 def compare(model: fv.SelfExplainingClassifier, images: Tensor) -> list[dict[str, Any]]:
@@ -102,11 +94,7 @@ def measure(epochs: int, count: int, device: torch.device) -> dict[str, Any]:
             row["r2"] = fv.fidelity(model, images).r2
         trained.append(row)
         print(row, flush=True)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+    return machine.header(device) | {
         "method": "digits ViT, shares head, 4 coalitions an image and step, detached targets, no masked task, one "
         "seed; 8-bit products by torch._scaled_mm",
         "epochs": epochs,
@@ -122,10 +110,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=25)
     parser.add_argument("--images", type=int, default=3, help="test images, 65 536 coalitions each")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "precision.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "precision.json")
     options = parser.parse_args()
-    results = measure(options.epochs, options.images, torch.device(options.device))
-    options.output.write_text(json.dumps(results, indent=1) + "\n")
+    write(options.output, measure(options.epochs, options.images, torch.device(options.device)))
 
 
 if __name__ == "__main__":

@@ -1,74 +1,64 @@
-"""Writes the tables of README.md and docs/ from the results; `--check` fails where they drifted."""
+"""Writes the tables of README.md and docs/ from the results: python -m bench.tables; `--check` only compares them."""
 
 from __future__ import annotations
 
-import ast
-import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fidelity_report import NETWORKS, Findings, best_of_models
-from fidelity_report import bars as fidelity_bars
+from bench.fidelity.report import NETWORKS, Findings, best_of_models, r2_of
+from bench.fidelity.report import judge as judge_fidelity
+from bench.lib.machine import ROOT
+from bench.lib.results import PAIRS, RESULTS, STEPS, Row, newest, read
+from bench.lib.targets import shown
+from fastshap_kernels import testing
 
-ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 FIDELITY = ROOT / "docs" / "fidelity.md"
 MODELS = ROOT / "docs" / "models.md"
-RESULTS = Path(__file__).parent / "results"
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def table(header: str, rows: Iterable[str]) -> str:
+    """Columns are told apart by " | "."""
+    lines = [header, " | ".join(["---"] * (header.count(" | ") + 1)), *rows]
+    return "\n".join(f"| {line} |" for line in lines)
 
 
-def cpu_table(results: dict[str, Any]) -> str:
+def targets_table(name: str, bars: list[dict[str, Any]]) -> str:
+    """Each target beside its figure."""
+    met = {True: "yes", False: "no", None: "–"}
+    rows = [f"{bar['what']} | {bar['promise']} | {shown(bar['measured'])} | {met[bar['met']]}" for bar in bars]
+    return table(f"{name} | bar | measured | met", rows)
+
+
+def pairs_table(results: dict[str, Any]) -> str:
     """Ratios of every op beside its plain version, with freed memory returned to the system and kept."""
     ratios: dict[tuple[str, str, str], dict[str, float]] = {}
     for r in results["rows"]:
-        if "ratio" in r:
+        if r["threads"] == results["threads"]:
             ratios.setdefault((r["op"], r["shape"], r["against"]), {})[r["memory"]] = r["ratio"]
     rows = [
-        [f"`{op}`" if "_" in op else op, shape, against]
-        + [f"{found[memory]:.2f}×" if memory in found else "-" for memory in ("returned", "kept")]
+        " | ".join([f"`{op}`" if "_" in op else op, shape, against])
+        + "".join(f" | {found[memory]:.2f}×" if memory in found else " | -" for memory in ("returned", "kept"))
         for (op, shape, against), found in ratios.items()
     ]
-    versions, machine = results["versions"], results["machine"]
-    about = f"{machine['threads']} {machine['processor']} cores, torch {versions['torch']}; {results['method']}."
-    header = ["op", "shape", "against", "times as fast", "… with freed memory kept"]
+    about = f"{results['threads']} {results['device']} cores, torch {results['torch']}; {results['method']}."
+    header = "op | shape | against | times as fast | … with freed memory kept"
     return table(header, rows) + f"\n\n{about} Made by `make bench`."
 
 
 def digits_table(results: list[dict[str, Any]]) -> str:
     """Accuracy and fidelity, means over seeds."""
     names = {"vit": "vision transformer", "cnn": "convolutional network"}
-    means = [row for result in results for row in result["means"]]
     rows = [
-        [
-            names[r["model"]],
-            f"`{r['head']}`",
-            str(r["seeds"]),
-            f"{r['plain_accuracy']:.2f} %",
-            f"{r['accuracy']:.2f} %",
-            f"{r['r2_exact']:.3f}",
-            f"{r['correlation']:.3f}",
-            f"{r['ms_per_explanation']:.1f}",
-        ]
-        for r in means
+        f"{names[r['model']]} | `{r['head']}` | {r['seeds']} | {r['plain_accuracy']:.2f} % | {r['accuracy']:.2f} % | "
+        f"{r['r2_exact']:.3f} | {r['correlation']:.3f} | {r['ms_per_explanation']:.1f}"
+        for result in results
+        for r in result["means"]
     ]
-    header = [
-        "digits",
-        "head",
-        "seeds",
-        "plain accuracy",
-        "accuracy",
-        "R², all classes",
-        "correlation, predicted class",
-        "ms",
-    ]
+    header = "digits | head | seeds | plain accuracy | accuracy | R², all classes | correlation, predicted class | ms"
     return (
         table(header, rows) + "\n\nMeans over the seeds; R² and correlation against the exact Shapley values of test "
         "images (65 536 coalitions each); ms for one image, all classes, on the CPU. Made by `make bench-digits`."
@@ -79,55 +69,32 @@ def digits_table(results: list[dict[str, Any]]) -> str:
 BACKENDS = {"reference": "plain PyTorch", "cpu": "C++", "triton": "Triton", "cuda": "CUDA"}
 
 
-def kernels(op: Path) -> tuple[str, ...]:
-    """The `_KERNELS` of an op's file, read without importing it; those that it takes from another op's file."""
-    names = {}
-    for statement in ast.parse(op.read_text()).body:
-        if isinstance(statement, ast.Assign):
-            names |= {target.id: statement.value for target in statement.targets if isinstance(target, ast.Name)}
-        if isinstance(statement, ast.ImportFrom) and any(name.name == "select_pool" for name in statement.names):
-            names["_KERNELS"] = kernels(op.with_name(f"{statement.module}.py"))
-    found = names.get("_KERNELS", ())
-    return ast.literal_eval(found) if isinstance(found, ast.expr) else found
-
-
 def coverage_table() -> str:
     """Which backends every op has."""
     rows = []
-    for op in sorted((ROOT / "fastshap_kernels" / "ops").glob("[a-z]*.py")):
-        listed = ("reference", *kernels(op))
-        name = "`pack_bits`, `unpack_bits`" if op.stem == "pack_bits" else f"`{op.stem}`"
-        rows.append([name, *("yes" if backend in listed else "–" for backend in BACKENDS)])
-    return table(["op", *BACKENDS.values()], rows)
-
-
-def newest_gpu() -> dict[str, Any] | None:
-    """The latest results of a GPU; None where there are none."""
-    found = [json.loads(path.read_text()) for path in RESULTS.glob("*/[0-9]*.json")]
-    complete = [results for results in found if results.get("rows") and "ceilings" in results]
-    return max(complete, key=lambda results: results["date"], default=None)
+    for op in sorted(path.stem for path in (ROOT / "fastshap_kernels" / "ops").glob("[a-z]*.py")):
+        listed = ["reference", *(testing.backends(op, *BACKENDS) if op in testing.OPS else [])]
+        name = "`pack_bits`, `unpack_bits`" if op == "pack_bits" else f"`{op}`"
+        rows.append(" | ".join([name, *("yes" if backend in listed else "–" for backend in BACKENDS)]))
+    return table(" | ".join(["op", *BACKENDS.values()]), rows)
 
 
 def gpu_table(results: dict[str, Any] | None) -> str:
     """The promises, and the times of every op's backends and rivals."""
-    if results is None:
+    if results is None or "ceilings" not in results:
         return "No GPU has run these kernels yet, so there are no figures: `make gpu` checks and measures them."
-    promises = [
-        [f"`{bar['op']}`", bar["promise"], f"{bar['bar']:g}", f"{bar['measured']:.3g}", "yes" if bar["met"] else "no"]
-        for bar in results["bars"]
-    ]
     found: dict[tuple[str, ...], dict[str, dict[str, dict[str, Any]]]] = {}
     for row in results["rows"]:
         modes = found.setdefault((row["op"], row["shape"], row["dtype"]), {}).setdefault(row["backend"], {})
         modes[row["mode"]] = row
-    shown = {"triton": "Triton", "cuda": "CUDA", "reference": "plain PyTorch", "reference, compiled": "torch.compile"}
+    columns = {"triton": "Triton", "cuda": "CUDA", "reference": "plain PyTorch", "reference, compiled": "torch.compile"}
     rows = []
     for (op, shape, dtype), backends in found.items():
-        columns = [times(backends.get(name, {}), "ms_p50", ".3f") for name in shown]
-        others = [f"{name} {times(backends[name], 'ms_p50', '.3f')}" for name in backends if name not in shown]
+        own = [times(backends.get(name, {}), "ms_p50", ".3f") for name in columns]
+        others = [f"{name} {times(backends[name], 'ms_p50', '.3f')}" for name in backends if name not in columns]
         shares = [times(backends.get(name, {}), "of_ceiling", ".0%") for name in ("triton", "cuda")]
-        rows.append([f"`{op}`", f"{shape}, {dtype}", *columns, "; ".join(others) or "–", *shares])
-    header = ["op", "shape", *shown.values(), "others", "Triton, of the ceiling", "CUDA, of the ceiling"]
+        rows.append(" | ".join([f"`{op}`", f"{shape}, {dtype}", *own, "; ".join(others) or "–", *shares]))
+    header = " | ".join(["op | shape", *columns.values(), "others | Triton, of the ceiling | CUDA, of the ceiling"])
     ceilings = results["ceilings"]
     about = (
         f"Milliseconds forward / backward. {results['device']}, driver {results['driver']}, CUDA {results['cuda']}, "
@@ -135,7 +102,7 @@ def gpu_table(results: dict[str, Any] | None) -> str:
         f"{ceilings['copy_gb_s']:.0f} GB/s, bfloat16 products {ceilings['bfloat16_tflop_s']:.0f} TFLOP/s. "
         "Made by `make gpu`, which keeps the method, memory and errors beside the times."
     )
-    return "\n\n".join([table(["op", "promise", "bar", "measured", "met"], promises), table(header, rows), about])
+    return "\n\n".join([targets_table("op", results["bars"]), table(header, rows), about])
 
 
 def times(modes: dict[str, dict[str, Any]], name: str, style: str) -> str:
@@ -150,17 +117,8 @@ def step_table(cpu: dict[str, Any] | None, gpu: dict[str, Any] | None) -> str:
     for results, target in ((cpu, "bench-step"), (gpu, "gpu-step")):
         if results is None:
             continue
-        rows = [
-            [
-                bar["what"],
-                bar["promise"],
-                "not measured" if bar["measured"] is None else f"{bar['measured']:.3g}",
-                {True: "yes", False: "no", None: "–"}[bar["met"]],
-            ]
-            for bar in results["bars"]
-        ]
         about = f"{results['device']}, torch {results['torch']}, commit {results['commit']}. Made by `make {target}`."
-        parts += [table(["training step", "bar", "measured", "met"], rows), about]
+        parts += [targets_table("training step", results["bars"]), about]
     return "\n\n".join(parts) or "Not measured yet: `make bench-step`, or `make gpu-step` on a GPU."
 
 
@@ -169,24 +127,12 @@ def precision_table(results: dict[str, Any]) -> str:
     names = {"same": "float32", "bf16": "bfloat16", "fp8": "8-bit products"}
     trained = {row["targets"]: row for row in results["training"]}
     rows = [
-        [
-            names[r["precision"]],
-            f"{r['value_error']:.2%}",
-            f"{r['phi_r2']:.5f}",
-            f"{r['explanation_r2']:.4f}",
-            f"{trained[r['precision']]['r2']:.3f}",
-            f"{trained[r['precision']]['accuracy']:.1f} %",
-        ]
+        f"{names[r['precision']]} | {r['value_error']:.2%} | {r['phi_r2']:.5f} | {r['explanation_r2']:.4f} | "
+        f"{trained[r['precision']]['r2']:.3f} | {trained[r['precision']]['accuracy']:.1f} %"
         for r in results["values"]
     ]
-    header = [
-        "precision of v(S)",
-        "error of v(S), of its spread",
-        "R² of its Shapley values against float32's",
-        "R² of the explanation against them",
-        "R² of a model trained on them",
-        "its accuracy",
-    ]
+    header = "precision of v(S) | error of v(S), of its spread | R² of its Shapley values against float32's"
+    header += " | R² of the explanation against them | R² of a model trained on them | its accuracy"
     about = (
         f"{results['method']}; {results['epochs']} epochs; {results['images']} test images, {results['coalitions']:,} "
         f"coalitions each; {results['device']}, torch {results['torch']}. Made by `make bench-precision`."
@@ -198,15 +144,14 @@ def families_table(results: list[dict[str, Any]]) -> str:
     """Each timm family's smallest model: the game that it has, or why it has none."""
     rows = []
     for r in results:
-        size = f"`{r['model']}`, {r['image_size']} px"
-        if "reason" in r:
-            rows.append([f"`{r['family']}`", size, "–", "–", f"no: {r['reason']}"])
-        else:
+        removal, base, explained = "–", "–", f"no: {r.get('reason')}"
+        if "reason" not in r:
             removal = f"`{r['removal']}`" + (f", {r['attention']}" if r["attention"] else "")
-            rows.append([f"`{r['family']}`", size, removal, f"`{r['base']}`", "yes"])
+            base, explained = f"`{r['base']}`", "yes"
+        rows.append(f"`{r['family']}` | `{r['model']}`, {r['image_size']} px | {removal} | {base} | {explained}")
     accepted = sum("reason" not in r for r in results)
-    about = f"{accepted} of {len(results)} families. Made by `python bench/families.py`."
-    return table(["family", "model", "removal", "base", "explained"], rows) + "\n\n" + about
+    about = f"{accepted} of {len(results)} families. Made by `python -m bench.families`."
+    return table("family | model | removal | base | explained", rows) + "\n\n" + about
 
 
 def newest_findings() -> tuple[Findings, str] | None:
@@ -220,17 +165,16 @@ def newest_findings() -> tuple[Findings, str] | None:
 
 
 def fidelity_tables() -> str:
-    """The recipe beside the plain model and FastSHAP, and the promises."""
+    """The recipe beside the plain model and FastSHAP, and the targets."""
     if (found := newest_findings()) is None:
         return NO_FIDELITY
-    findings, budget = found
-    return "\n\n".join([settings_table(findings, COMPARED), promises_table(findings), about_fidelity(findings, budget)])
+    judged = targets_table("fidelity", judge_fidelity(found[0]))
+    return "\n\n".join([settings_table(found[0], COMPARED), judged, about_fidelity(*found)])
 
 
 def fidelity_methods_table() -> str:
-    if (found := newest_findings()) is None:
-        return NO_FIDELITY
-    return "\n\n".join([methods_table(found[0]), about_fidelity(*found)])
+    found = newest_findings()
+    return "\n\n".join([methods_table(found[0]), about_fidelity(*found)]) if found else NO_FIDELITY
 
 
 def ablation_table(budget: str) -> str:
@@ -267,24 +211,19 @@ def settings_table(findings: Findings, settings: Sequence[str] | None = None) ->
         if settings is not None and setting not in settings:
             continue
         runs = findings.runs[network, setting]
-        figures = {
-            name: findings.over_seeds(network, setting, lambda run, name=name: run["fidelity"][name])
-            for name in ("r2", "correlation_predicted")
-        }
-        rows.append(
-            [
-                NETWORKS[network],
-                *([f"`{setting}`"] if settings is None else []),
-                runs[0]["about"],
-                str(len(runs)),
-                plus_minus(findings.over_seeds(network, setting, lambda run: run["accuracy"]), ".2f"),
-                "" if setting == "plain" else plus_minus(findings.accuracy_difference(network, setting), "+.2f"),
-                plus_minus(figures["r2"], ".3f"),
-                plus_minus(figures["correlation_predicted"], ".3f"),
-            ]
-        )
-    header = ["network", *(["setting"] if settings is None else []), "trained with", "seeds", "accuracy, %"]
-    return table([*header, "minus plain", "R²", "correlation, predicted class"], rows)
+
+        def over_seeds(figure: Callable[[Row], float], style: str, key: tuple[str, str] = (network, setting)) -> str:
+            return plus_minus(findings.over_seeds(*key, figure), style)
+
+        named = [f"`{setting}`"] if settings is None else []
+        cells = [NETWORKS[network], *named, runs[0]["about"], str(len(runs))]
+        cells.append(over_seeds(lambda run: run["accuracy"], ".2f"))
+        cells.append("" if setting == "plain" else plus_minus(findings.accuracy_difference(network, setting), "+.2f"))
+        cells += [over_seeds(r2_of, ".3f"), over_seeds(lambda run: run["fidelity"]["correlation_predicted"], ".3f")]
+        rows.append(" | ".join(cells))
+    name = "network | setting" if settings is None else "network"
+    header = f"{name} | trained with | seeds | accuracy, % | minus plain | R² | correlation, predicted class"
+    return table(header, rows)
 
 
 def methods_table(findings: Findings) -> str:
@@ -297,52 +236,30 @@ def methods_table(findings: Findings) -> str:
             for figure in ("difference", "aopc")
         ]
         for method in sorted(columns[0], key=lambda method: -columns[0][method][0]):
-            rows.append(
-                [
-                    NETWORKS[network],
-                    findings.names[method],
-                    str(findings.evaluations[network, method]),
-                    *(plus_minus(column.get(method), ".3f") for column in columns),
-                ]
-            )
+            figures = [plus_minus(column.get(method), ".3f") for column in columns]
+            evaluations = str(findings.evaluations[network, method])
+            rows.append(" | ".join([NETWORKS[network], findings.names[method], evaluations, *figures]))
     removals = ("own removal", "grey pixels")
     header = [f"{figure}, {removal}" for removal in removals for figure in ("insertion − deletion", "AOPC")]
-    return table(["network", "method", "passes", *header], rows)
-
-
-def promises_table(findings: Findings) -> str:
-    rows = [
-        [
-            bar["what"],
-            f"at least {bar['least']}",
-            "not measured" if bar["measured"] is None else f"{bar['measured']:.4g}",
-            {True: "yes", False: "no", None: "–"}[bar["met"]],
-        ]
-        for bar in fidelity_bars(findings)
-    ]
-    return table(["fidelity", "bar", "measured", "met"], rows)
-
-
-def newest_gpu_step() -> dict[str, Any] | None:
-    """The latest results of bench/step.py on a GPU; None where there are none."""
-    found = [json.loads(path.read_text()) for path in RESULTS.glob("*/step-*.json")]
-    return max(found, key=lambda results: results["date"], default=None)
+    return table(" | ".join(["network | method | passes", *header]), rows)
 
 
 def load(name: str) -> Any:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    return read(RESULTS / f"{name}.json")
 
 
 def tables_of() -> dict[Path, dict[str, str]]:
     """Every table by page and name."""
+    pairs = [read(path) for path in PAIRS.glob("*.json")]
     readme = {
-        "cpu": cpu_table(load("cpu")),
+        # Of the processors, the one that most is known of.
+        "cpu": pairs_table(max(pairs, key=lambda results: (len(results["rows"]), results["date"]))),
         "fidelity": fidelity_tables(),
         "digits": digits_table([load("digits_vit"), load("digits_cnn")]),
-        "gpu": gpu_table(newest_gpu()),
+        "gpu": gpu_table(newest(RESULTS, "*/[0-9]*.json")),
         "coverage": coverage_table(),
         "precision": precision_table(load("precision")),
-        "step": step_table(load("step-cpu") if (RESULTS / "step-cpu.json").exists() else None, newest_gpu_step()),
+        "step": step_table(newest(STEPS, "*.json"), newest(RESULTS, "*/step-*.json")),
     }
     fidelity = {
         "methods": fidelity_methods_table(),
@@ -369,7 +286,7 @@ def main() -> None:
         if "--check" not in sys.argv[1:]:
             page.write_text(wanted)
         elif wanted != page.read_text():
-            raise SystemExit(f"{page.name}'s tables differ from bench/results: run python bench/tables.py")
+            raise SystemExit(f"{page.name}'s tables differ from bench/results: run python -m bench.tables")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,21 @@
-"""bench/fidelity.py: the whole experiment on a few images, and what its report makes of results."""
+"""bench.fidelity: the whole experiment on a few images, and what its report makes of results."""
 
 import argparse
 import io
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-BENCH = Path(__file__).parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
-
-import fidelity as program  # noqa: E402
-import fidelity_report  # noqa: E402
-import fidelity_runs  # noqa: E402
-import tables  # noqa: E402
-from fidelity_compare import Remembered  # noqa: E402
-from fidelity_methods import METHODS  # noqa: E402
+from bench import tables
+from bench.fidelity import experiment as program
+from bench.fidelity import report as fidelity_report
+from bench.fidelity import runs as fidelity_runs
+from bench.fidelity.compare import Remembered
+from bench.fidelity.methods import METHODS
 
 
 def archive(path, count):
@@ -241,7 +237,7 @@ def findings(tmp_path, results):
 
 
 def bar(found, words):
-    return next(row for row in fidelity_report.bars(found) if words in row["what"])
+    return next(row for row in fidelity_report.judge(found) if words in row["what"])
 
 
 def test_accuracy_is_compared_with_the_plain_model_of_the_same_seed(tmp_path):

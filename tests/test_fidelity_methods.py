@@ -1,8 +1,6 @@
-"""bench/fidelity_methods.py: each method against known answers, and what it must leave as it found it."""
+"""bench/fidelity/methods.py: each method against known answers, and what it must leave as it found it."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import timm
@@ -12,13 +10,9 @@ from torch import nn
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
-
-BENCH = Path(__file__).parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
-
-import fidelity_methods as methods  # noqa: E402
-import fidelity_subject  # noqa: E402
-from fidelity_methods import METHODS, Subject, to_patches  # noqa: E402
+from bench.fidelity import methods
+from bench.fidelity import subject as fidelity_subject
+from bench.fidelity.methods import METHODS, Subject, to_patches
 
 CLASSES = 5
 VIT = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}

@@ -3,19 +3,15 @@
 import ast
 import inspect
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
 import fastshap_vision as fv
-from fastshap_vision import recipe
-from fastshap_vision.cli import main as cli
+from bench.fidelity import runs as fidelity_runs
+from fastshap_vision import cli, recipe
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "bench"))
-
-import fidelity_runs  # noqa: E402
 
 VIT = {"model_name": "vit_tiny_patch16_224", "img_size": 16}
 VIT["model_kwargs"] = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}

@@ -1,9 +1,8 @@
-"""bench/step.py on the processor: the ways agree, the FLOPs are right, a run that was cut off goes on."""
+"""bench.step on the processor: the ways agree, the FLOPs are right, a run that was cut off goes on."""
 
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,21 +11,14 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastshap_kernels as fk
-
-BENCH = Path(__file__).parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
-
-import step as program  # noqa: E402
-import step_flops  # noqa: E402
-import step_plot  # noqa: E402
-import step_results  # noqa: E402
-import step_sets  # noqa: E402
-import step_timer  # noqa: E402
-import step_ways  # noqa: E402
-import tables  # noqa: E402
+from bench import tables
+from bench.lib import memory
+from bench.lib.timer import Times
+from bench.step import figures, flops, plot, sets, ways
+from bench.step import measure as program
 
 CPU = torch.device("cpu")
-VIT, *_ = step_sets.tiny("cpu")
+VIT, *_ = sets.tiny("cpu")
 
 
 def run(monkeypatch, path, *options):
@@ -50,10 +42,10 @@ def test_every_way_of_every_step_has_a_row(measured):
     _, code, content = measured
     assert code == 0
     assert content["left_out"] == []
-    found = {tuple(row[name] for name in step_results.KEY) for row in content["rows"]}
-    for step in step_sets.tiny("cpu"):
+    found = {tuple(row[name] for name in figures.KEY) for row in content["rows"]}
+    for step in sets.tiny("cpu"):
         for way in step.ways:
-            assert (*step_results.setting_of(step).values(), way) in found
+            assert (*figures.setting_of(step).values(), way) in found
     for row in content["rows"]:
         assert 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"], row
         if row["way"] == "plain":
@@ -81,8 +73,8 @@ def test_ways_that_play_the_same_game_agree(measured):
 
 def test_another_game_is_not_timed(tmp_path, monkeypatch):
     """A dense way that went wrong: it computes the mean of the losses' terms, say, and not their sum."""
-    loss = step_ways.dense_loss
-    monkeypatch.setattr(step_ways, "dense_loss", lambda *arguments: loss(*arguments) * 1.001)
+    loss = ways.dense_loss
+    monkeypatch.setattr(ways, "dense_loss", lambda *arguments: loss(*arguments) * 1.001)
     monkeypatch.setattr(program, "steps_of", lambda *_: [replace(VIT, ways=("dense-mask", "packed"))])
     assert run(monkeypatch, tmp_path / "here.json") == 1
     dense, packed = json.loads((tmp_path / "here.json").read_text())["rows"]
@@ -94,15 +86,15 @@ def test_another_game_is_not_timed(tmp_path, monkeypatch):
 def test_of_several_visits_the_quickest_counts(tmp_path, monkeypatch):
     milliseconds = iter([20.0, 10.0, 30.0])
 
-    def measure(calls, *_):
+    def measure(self, calls):
         now = next(milliseconds)
-        return {way: [now if way == "packed" else 2 * now] * 3 for way in calls}
+        return {way: Times([now if way == "packed" else 2 * now] * 3) for way in calls}
 
     step = replace(VIT, ways=("dense-mask", "packed"), memory=False)
-    results = program.Results(tmp_path / "here.json", step_results.KEY, lambda rows: [])
+    results = program.Results(tmp_path / "here.json", figures.KEY, lambda rows: [])
     program.prepare(results, CPU, True, True)
     measuring = program.Measuring(results, CPU, "eager")
-    monkeypatch.setattr(step_timer, "measure", measure)
+    monkeypatch.setattr(program.Timer, "measure", measure)
     for _ in range(3):
         measuring.step(step)
     assert {row["way"]: row["ms_p50"] for row in results.content["rows"]} == {"dense-mask": 20.0, "packed": 10.0}
@@ -116,7 +108,7 @@ def test_what_was_measured_is_kept(measured, tmp_path, monkeypatch):
     assert run(monkeypatch, path) == 0
     again = json.loads(path.read_text())["rows"]
     assert len(again) == len(content["rows"])
-    last = step_results.setting_of(step_sets.tiny("cpu")[-1])
+    last = figures.setting_of(sets.tiny("cpu")[-1])
     kept = [row for row in content["rows"] if any(row[name] != value for name, value in last.items())]
     assert kept == again[: len(kept)]
     assert len(kept) == len(content["rows"]) - 2
@@ -127,7 +119,7 @@ def test_what_is_left_out_for_want_of_time_is_said(tmp_path, monkeypatch):
     assert run(monkeypatch, path, "--until", 0) == 1
     content = json.loads(path.read_text())
     assert content["rows"] == []
-    assert len(content["left_out"]) == len(step_sets.tiny("cpu"))
+    assert len(content["left_out"]) == len(sets.tiny("cpu"))
 
 
 # -- FLOPs ---------------------------------------------------------------------------------------------------------
@@ -142,16 +134,16 @@ def counted(call):
 @pytest.mark.parametrize("model", ["tiny ViT", "tiny ResNet"])
 def test_flops_with_all_patches_present_are_those_of_the_dense_model(model):
     step = replace(VIT, model=model, image_size=64, coalitions=1, mode="value")
-    setting = step_ways.make_setting(step, CPU)
+    setting = ways.make_setting(step, CPU)
     everyone = fk.pack_bits(torch.ones(step.batch, 1, setting.model.players, dtype=torch.bool))
     with torch.no_grad():
         dense = counted(lambda: setting.model.backbone(setting.images))
-    assert step_flops.step_flops(setting.model, everyone, "value") == dense
+    assert flops.step_flops(setting.model, everyone, "value") == dense
 
 
 @pytest.mark.parametrize("model", ["tiny ViT", "tiny ResNet"])
 def test_flops_of_a_joint_step_are_those_of_both_passes(model):
-    setting = step_ways.make_setting(replace(VIT, model=model, image_size=64), CPU)
+    setting = ways.make_setting(replace(VIT, model=model, image_size=64), CPU)
     net, bits = setting.model, setting.bits
     everyone = fk.pack_bits(torch.ones(*bits.shape[:2], net.players, dtype=torch.bool))
 
@@ -165,17 +157,17 @@ def test_flops_of_a_joint_step_are_those_of_both_passes(model):
 
     once_too_often = 0.0
     if setting.is_transformer:  # forward, and backward to the weight
-        once_too_often = 2 * bits.shape[0] * bits.shape[1] * step_flops.embedding_flops(net.backbone)
+        once_too_often = 2 * bits.shape[0] * bits.shape[1] * flops.embedding_flops(net.backbone)
     expected = counted(dense) + 3 * counted(explanation) - once_too_often
-    assert step_flops.step_flops(net, everyone, "detached") == pytest.approx(expected, rel=1e-6)
+    assert flops.step_flops(net, everyone, "detached") == pytest.approx(expected, rel=1e-6)
 
 
 def test_flops_fall_with_the_tokens():
-    setting = step_ways.make_setting(replace(VIT, mode="value"), CPU)
+    setting = ways.make_setting(replace(VIT, mode="value"), CPU)
     vit, nobody = setting.model.backbone, torch.zeros_like(setting.bits)
-    prefix_only = step_flops.step_flops(setting.model, nobody, "value")
+    prefix_only = flops.step_flops(setting.model, nobody, "value")
     heads = 4 * 2 * setting.model.game.feature_width * setting.model.num_classes
-    assert prefix_only == 2 * step_flops.embedding_flops(vit) + 4 * step_flops.encoder_flops(vit, 1) + heads
+    assert prefix_only == 2 * flops.embedding_flops(vit) + 4 * flops.encoder_flops(vit, 1) + heads
 
 
 # -- memory, bars, growth, table -------------------------------------------------------------------------------------
@@ -187,7 +179,7 @@ def test_peak_memory_is_what_a_step_held_at_once():
         both = torch.ones(2**24), torch.ones(2**24)
         return both[0][0]
 
-    assert step_timer.peak_on_cpu(call, lambda: None) == pytest.approx(2 * 2**26 / 1e6, abs=20)
+    assert memory.peak_on_cpu(call, lambda: None) == pytest.approx(2 * 2**26 / 1e6, abs=20)
 
 
 def test_memory_is_measured_in_a_process_of_its_own(measured):
@@ -200,7 +192,7 @@ def test_memory_is_measured_in_a_process_of_its_own(measured):
 def rows_of(steps, milliseconds, **fields):
     """Made-up rows: milliseconds(step, way)."""
     return [
-        step_results.setting_of(step)
+        figures.setting_of(step)
         | {"way": way, "players": (step.image_size // 16) ** 2, "tokens": (step.image_size // 16) ** 2}
         | {"ms_p50": milliseconds(step, way), "coalitions_s": 1.0, "peak_mb": 100.0 if way == "packed" else 200.0}
         | fields
@@ -214,7 +206,7 @@ def test_bars_take_the_fastest_of_each_side():
         slow = {"dense-pixel": 3.0, "dense-mask": 5.0, "packed": 1.0, "plain": 0.5}[way]
         return slow * (2 if step.dtype == "autocast" else 1)
 
-    found = {bar["what"]: bar for bar in step_results.bars(rows_of(step_sets.bars("cpu"), milliseconds), "cpu")}
+    found = {bar["what"]: bar for bar in figures.judge(rows_of(sets.bars("cpu"), milliseconds), "cpu")}
     assert found["ViT-S/16 at 224, v(S), M 8, bfloat16: times as fast as dense-mask"]["measured"] == 5
     joint = "ViT-S/16 at 224, joint step, M 4, float32: "
     assert found[joint + "times as fast as the faster dense way"]["measured"] == 3
@@ -226,14 +218,14 @@ def test_bars_take_the_fastest_of_each_side():
         "met": True,
     }
     assert found["ViT-S/16 at 224, joint step, M 2: time over that of a plain training step"]["measured"] == 2
-    assert found["growth with K: largest ratio to a straight line"]["met"] is None
+    assert found["growth with K from 10 to 21841: largest ratio to a straight line"]["met"] is None
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_bars_find_their_rows_in_the_sets(device):
-    steps = step_sets.full(device)
+    steps = sets.full(device)
     rows = rows_of(steps, lambda *_: 1.0, difference=0.0, gradient_difference=0.0)
-    assert all(bar["measured"] is not None for bar in step_results.bars(rows, device))
+    assert all(bar["measured"] is not None for bar in figures.judge(rows, device))
 
 
 @pytest.mark.parametrize(("power", "met"), [(1.0, True), (2.0, False)])
@@ -242,14 +234,14 @@ def test_growth_is_held_against_a_straight_line(power, met):
         size = step.batch * (step.coalitions + 1) * (1 + step.classes / 1e3) * (step.image_size / 224) ** 2
         return 3.0 + size**power
 
-    rows = rows_of(step_sets.steps_of("growth", "cpu"), milliseconds)
-    found = [bar["met"] for bar in step_results.bars(rows, "cpu") if "growth" in bar["what"]]
+    rows = rows_of(sets.steps_of("growth", "cpu"), milliseconds)
+    found = [bar["met"] for bar in figures.judge(rows, "cpu") if "growth" in bar["what"]]
     assert found == [met] * 4
 
 
 def test_growth_is_plotted(tmp_path):
-    rows = rows_of(step_sets.steps_of("growth", "cpu"), lambda step, way: step.coalitions * (1 + (way != "packed")))
-    step_plot.plot({"rows": rows, "kind": "cpu", "device": "here"}, tmp_path / "growth.png")
+    rows = rows_of(sets.steps_of("growth", "cpu"), lambda step, way: step.coalitions * (1 + (way != "packed")))
+    plot.plot({"rows": rows, "kind": "cpu", "device": "here"}, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").stat().st_size > 10_000
 
 

@@ -1,26 +1,42 @@
+"""coalition_sum beside a product with masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
 import torch
 
 import fastshap_kernels as fk
+from bench.lib.rows import Provider, Row, beside
+from fastshap_kernels.testing import Case
 
 
-def test_coalition_sum(compare):
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(32, 196, 384, generator=generator, requires_grad=True)
-    bits = fk.pack_bits(torch.rand(32, 4, 196, generator=generator) < 0.5)
-    cotangent = torch.randn(32, 4, 384, generator=generator)
-
-    def ours():
-        return torch.autograd.grad(fk.coalition_sum(features, bits), features, cotangent)
-
-    def plain():
-        return torch.autograd.grad(torch.bmm(fk.unpack_bits(bits, 196).float(), features), features, cotangent)
-
-    compare(
-        "coalition_sum",
-        "B 32, M 4, P 196, L 384, float32, forward + backward",
-        ours,
-        plain,
-        against="unpack to float masks, bmm",
-        bar=1.0,
-        rounds=60,
+def unpacked(case: Case, sizes: dict[str, Any]) -> Provider:
+    return beside(
+        case, lambda features, bits: torch.bmm(fk.unpack_bits(bits, sizes["players"]).to(features.dtype), features)
     )
+
+
+def gpu_rows(tiny: bool) -> list[Row]:
+    batch, width = (2, 24) if tiny else (128, 1000)
+    return [
+        Row(
+            "coalition_sum",
+            f"B {batch}, M {coalitions}, P 196, L {width}",
+            {"batch": batch, "coalitions": coalitions, "players": 196, "width": width},
+            ("features",),
+            dtype=dtype,
+            compiled=coalitions == 32 and dtype == torch.bfloat16,
+        )
+        for coalitions in (32, 8, 2)
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+
+
+@pytest.mark.short
+def test_coalition_sum(pair):
+    sizes = {"batch": 32, "coalitions": 4, "players": 196, "width": 384}
+    shape = "B 32, M 4, P 196, L 384, float32, forward + backward"
+    row = Row("coalition_sum", shape, sizes, ("features",), {"unpack to float masks, bmm": unpacked})
+    pair.of_row(row, rounds=60)

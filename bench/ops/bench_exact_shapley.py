@@ -1,19 +1,34 @@
+"""exact_shapley beside one matrix product."""
+
+from __future__ import annotations
+
+from typing import Any
+
 import pytest
-import torch
 
-import fastshap_kernels as fk
+from bench.lib.rows import Provider, Row, beside
 from fastshap_kernels.reference.exact_shapley import coefficients
+from fastshap_kernels.testing import Case
 
 
-@pytest.mark.parametrize(("batch", "players", "classes"), [(20, 16, 10), (20, 10, 10), (20, 12, 10), (4, 12, 1000)])
-def test_exact_shapley(compare, batch, players, classes):
-    values = torch.randn(batch, 2**players, classes, generator=torch.Generator().manual_seed(0))
-    weights = coefficients(players, values.device)
-    compare(
-        "exact_shapley",
-        f"B {batch}, P {players}, K {classes}, float32",
-        lambda: fk.exact_shapley(values),
-        lambda: weights @ values.double(),
-        against="one float64 matrix product with the ready (P, 2^P) weights",
-        bar=1.0,
-    )
+def product(case: Case, sizes: dict[str, Any]) -> Provider:
+    """In float64, with the ready (P, 2^P) weights."""
+    weights = coefficients(sizes["players"], case.device)
+    return beside(case, lambda values: weights @ values.double())
+
+
+def gpu_rows(tiny: bool) -> list[Row]:
+    players, classes = (6, 24) if tiny else (16, 1000)
+    sizes = {"batch": 1, "players": players, "classes": classes}
+    return [Row("exact_shapley", f"B 1, P {players}, K {classes}", sizes, ("values",), compiled=True)]
+
+
+@pytest.mark.parametrize(
+    ("batch", "players", "classes"),
+    [(20, 16, 10), pytest.param(20, 10, 10), pytest.param(20, 12, 10, marks=pytest.mark.short), (4, 12, 1000)],
+)
+def test_exact_shapley(pair, batch, players, classes):
+    sizes = {"batch": batch, "players": players, "classes": classes}
+    against = "one float64 matrix product with the ready (P, 2^P) weights"
+    shape = f"B {batch}, P {players}, K {classes}, float32"
+    pair.of_row(Row("exact_shapley", shape, sizes, (), {against: product}), "forward")

@@ -1,3 +1,5 @@
+"""kernel_shap beside a solve for each image and class."""
+
 import pytest
 import torch
 
@@ -19,21 +21,19 @@ def plain_kernel_shap(present, values, null, grand):
 
 
 @pytest.mark.parametrize(
-    ("batch", "players", "coalitions", "classes"), [(20, 16, 512, 10), (4, 196, 2048, 10), (1, 196, 2048, 100)]
+    ("batch", "players", "coalitions", "classes"),
+    [pytest.param(20, 16, 512, 10, marks=pytest.mark.short), (4, 196, 2048, 10), (1, 196, 2048, 100)],
 )
-def test_kernel_shap(compare, batch, players, coalitions, classes):
-    generator = torch.Generator().manual_seed(0)
+def test_kernel_shap(pair, batch, players, coalitions, classes):
     # Any coalitions will do for the time that solving takes.
-    present = torch.rand(batch, coalitions, players, generator=generator) < 0.5
-    bits = fk.pack_bits(present)
-    values = torch.randn(batch, coalitions, classes, generator=generator)
+    present = torch.rand(batch, coalitions, players) < 0.5
+    bits, values = fk.pack_bits(present), torch.randn(batch, coalitions, classes)
     null, grand = torch.zeros(classes), torch.ones(batch, classes)
-    compare(
+    pair(
         "kernel_shap",
         f"B {batch}, P {players}, M {coalitions}, K {classes}, float32",
+        "a float64 solve for each image and class, without standard errors",
         lambda: fk.kernel_shap(bits, values, null, grand, players=players),
         lambda: plain_kernel_shap(present, values, null, grand),
-        against="a float64 solve for each image and class, without standard errors",
-        bar=1.0,
         rounds=5,
     )

@@ -1,35 +1,56 @@
+"""mask_patches beside a product with ready masks, and a copy of as many bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
 import torch
 
 import fastshap_kernels as fk
+from bench.lib.rows import Provider, Row, beside
+from fastshap_kernels.testing import Case
+
+SIZES: dict[str, Any] = {"coalitions": 8, "grid": (14, 14), "patch": (16, 16)}
 
 
-def test_mask_patches(compare):
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(8, 3, 224, 224, generator=generator)
-    present = torch.rand(8, 8, 196, generator=generator) < 0.5
-    bits = fk.pack_bits(present)
-    masks = present.view(64, 1, 14, 14).repeat_interleave(16, 2).repeat_interleave(16, 3).float()
+def repeated(case: Case, sizes: dict[str, Any]) -> Provider:
+    """Without a baseline: absent pixels are 0."""
+    present = fk.unpack_bits(case.tensors["bits"], 196).view(-1, 1, 14, 14)
+    masks = present.repeat_interleave(16, 2).repeat_interleave(16, 3).float()
+    return beside(case, lambda images, **_: images.repeat_interleave(sizes["coalitions"], 0) * masks)
+
+
+def copied(case: Case, sizes: dict[str, Any]) -> Provider:
+    images = case.tensors["images"].repeat_interleave(sizes["coalitions"], 0)
+    return Provider(images.clone, [], None)
+
+
+def gpu_rows(tiny: bool) -> list[Row]:
+    batch = 1 if tiny else 64
+    return [
+        Row(
+            "mask_patches",
+            f"B {batch}, M 8, 3x224x224, P 196, {'channels_last' if channels_last else 'contiguous'}",
+            SIZES | {"batch": batch, "channels_last": channels_last},
+            ("images",),
+            dtype=dtype,
+            compiled=dtype == torch.bfloat16 and not channels_last,
+        )
+        for dtype in (torch.bfloat16, torch.float32)
+        for channels_last in (False, True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("against", "rival"),
+    [
+        pytest.param(
+            "repeat_interleave, multiply by a ready pixel mask", repeated, id="repeated", marks=pytest.mark.short
+        ),
+        pytest.param("a copy of the same bytes", copied, id="copied"),
+    ],
+)
+def test_mask_patches(pair, against, rival):
     shape = "B 8, M 8, 3x224x224, P 196, float32"
-    compare(
-        "mask_patches",
-        shape,
-        lambda: fk.mask_patches(images, bits, (14, 14)),
-        lambda: images.repeat_interleave(8, 0) * masks,
-        against="repeat_interleave, multiply by a ready pixel mask",
-        bar=3.0,
-    )
-
-
-def test_mask_patches_against_a_copy(compare):
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(8, 3, 224, 224, generator=generator)
-    bits = fk.pack_bits(torch.rand(8, 8, 196, generator=generator) < 0.5)
-    tiled = torch.randn(64, 3, 224, 224, generator=generator)
-    compare(
-        "mask_patches",
-        "B 8, M 8, 3x224x224, P 196, float32",
-        lambda: fk.mask_patches(images, bits, (14, 14)),
-        lambda: tiled.clone(),
-        against="a copy of the same bytes",
-        bar=0.5,
-    )
+    pair.of_row(Row("mask_patches", shape, SIZES | {"batch": 8}, (), {against: rival}), "forward")

@@ -1,30 +1,43 @@
+"""pack_tokens beside indexing with a mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
 import fastshap_kernels as fk
+from bench.lib.rows import Provider, Row, beside
+from fastshap_kernels.testing import Case
 
-BATCH, COALITIONS, PLAYERS = 4, 4, 196
+
+def indexed(case: Case, sizes: dict[str, Any]) -> Provider:
+    """The repeated tokens, by a ready boolean mask; with the lengths, that ours gives too."""
+    kept = pad(fk.unpack_bits(case.tensors["bits"], sizes["players"]), (sizes["prefix"], 0), value=True)
+
+    def compute(tokens: Tensor, bits: Tensor) -> Tensor:
+        kept.sum(2).flatten().cumsum(0)
+        return tokens.unsqueeze(1).expand(-1, sizes["coalitions"], -1, -1)[kept]
+
+    return beside(case, compute)
 
 
-@pytest.mark.parametrize("width", [384, 1152])
-def test_pack_tokens(compare, width):
-    generator = torch.Generator().manual_seed(0)
-    present = torch.rand(BATCH, COALITIONS // 2, PLAYERS, generator=generator) < 0.5
-    present = torch.stack([present, ~present], 2).flatten(1, 2)
-    bits = fk.pack_bits(present)
-    kept = torch.nn.functional.pad(present, (1, 0), value=True)
-    tokens = torch.randn(BATCH, 1 + PLAYERS, width, generator=generator, requires_grad=True)
-    cotangent = torch.randn(int(kept.sum()), width, generator=generator)
+def gpu_rows(tiny: bool) -> list[Row]:
+    batch, width = (1, 48) if tiny else (64, 768)
+    sizes = {"batch": batch, "coalitions": 8, "players": 196, "prefix": 1, "width": width}
+    shape = f"ViT-B: B {batch}, M 8, P 196, Q 1, D {width}"
+    return [
+        Row("pack_tokens", shape, sizes, ("tokens",), dtype=dtype, compiled=dtype == torch.bfloat16)
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
 
-    def plain():
-        lengths = kept.sum(2).flatten().cumsum(0)
-        rows = tokens.unsqueeze(1).expand(-1, COALITIONS, -1, -1)[kept]
-        return torch.autograd.grad(rows, tokens, cotangent), lengths
 
-    compare(
-        "pack_tokens",
-        f"B 4, M 4, P 196, Q 1, D {width}, float32, forward + backward",
-        lambda: torch.autograd.grad(fk.pack_tokens(tokens, bits, 1, paired=True)[0], tokens, cotangent),
-        plain,
-        against="indexing the repeated tokens with a ready boolean mask",
-    )
+@pytest.mark.parametrize("width", [pytest.param(384, marks=pytest.mark.short), 1152])
+def test_pack_tokens(pair, width):
+    sizes = {"batch": 4, "coalitions": 4, "players": 196, "prefix": 1, "width": width}
+    shape = f"B 4, M 4, P 196, Q 1, D {width}, float32, forward + backward"
+    rivals = {"indexing the repeated tokens with a ready boolean mask": indexed}
+    pair.of_row(Row("pack_tokens", shape, sizes, ("tokens",), rivals))

@@ -1,27 +1,38 @@
+"""segment_sum beside index_add; on a GPU, layer_norm_segment_sum too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
 import torch
 
-import fastshap_kernels as fk
+from bench.lib.rows import Provider, Row, beside
+from fastshap_kernels.testing import Case
 
 
-def test_segment_sum(compare):
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 196, (8,), generator=generator)
-    lengths = 1 + torch.stack([lengths, 196 - lengths], 1).flatten()
-    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-    rows = torch.randn(int(cu_seqlens[-1]), 384, generator=generator, requires_grad=True)
-    cotangent = torch.randn(16, 384, generator=generator)
-    sequence = torch.arange(16).repeat_interleave(lengths)
-    sequence[cu_seqlens[:-1].long()] = 16  # the prefix rows go to a sum that is dropped
+def index_add(case: Case, sizes: dict[str, Any]) -> Provider:
+    """With ready indices; the prefix rows go to a sum that is dropped."""
+    cu_seqlens, count = case.tensors["cu_seqlens"], sizes["batch"] * sizes["coalitions"]
+    sequence = torch.arange(count).repeat_interleave(cu_seqlens.diff())
+    sequence[cu_seqlens[:-1].long()] = count
+    return beside(case, lambda rows, **_: rows.new_zeros(count + 1, rows.shape[1]).index_add(0, sequence, rows)[:count])
 
-    def plain():
-        sums = rows.new_zeros(17, 384).index_add(0, sequence, rows)[:16]
-        return torch.autograd.grad(sums, rows, cotangent)
 
-    compare(
-        "segment_sum",
-        "16 sequences of 196 players in pairs, Q 1, D 384, float32, forward + backward",
-        lambda: torch.autograd.grad(fk.segment_sum(rows, cu_seqlens, 1), rows, cotangent),
-        plain,
-        against="index_add with ready indices",
-        rounds=60,
-    )
+def gpu_rows(tiny: bool) -> list[Row]:
+    batch, width = (1, 48) if tiny else (64, 768)
+    sizes = {"batch": batch, "coalitions": 8, "players": 196, "prefix": 1, "width": width}
+    shape = f"ViT-B: B {batch}, M 8, P 196, Q 1, D {width}"
+    return [
+        Row(op, shape, sizes, leaves, dtype=dtype, compiled=dtype == torch.bfloat16)
+        for dtype in (torch.bfloat16, torch.float32)
+        for op, leaves in (("segment_sum", ("rows",)), ("layer_norm_segment_sum", ("rows", "weight", "bias")))
+    ]
+
+
+@pytest.mark.short
+def test_segment_sum(pair):
+    sizes = {"batch": 8, "coalitions": 2, "players": 196, "prefix": 1, "width": 384}
+    shape = "16 sequences of 196 players in pairs, Q 1, D 384, float32, forward + backward"
+    row = Row("segment_sum", shape, sizes, ("rows",), {"index_add with ready indices": index_add})
+    pair.of_row(row, rounds=60)

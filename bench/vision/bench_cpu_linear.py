@@ -8,9 +8,10 @@ WIDTH = 384
 
 
 @pytest.mark.parametrize(
-    ("inputs", "outputs"), [(WIDTH, 3 * WIDTH), (WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH)]
+    ("inputs", "outputs"),
+    [(WIDTH, 3 * WIDTH), pytest.param(WIDTH, WIDTH, marks=pytest.mark.short), (WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH)],
 )
-def test_onednn_linear(compare, inputs, outputs):
+def test_cpu_linear(pair, inputs, outputs):
     rows = torch.randn(2376, inputs, requires_grad=True)  # a packed joint batch of ViT-S/16: B 4, M 4
     weight, bias = torch.randn(outputs, inputs, requires_grad=True), torch.randn(outputs, requires_grad=True)
     cotangent = torch.randn(2376, outputs)
@@ -22,10 +23,5 @@ def test_onednn_linear(compare, inputs, outputs):
         with cpu_linears(rows):
             return plain()
 
-    compare(
-        "cpu_linears",
-        f"{inputs} to {outputs}, 2376 rows, float32, forward + backward",
-        ours,
-        plain,
-        against="the BLAS of PyTorch",
-    )
+    shape = f"{inputs} to {outputs}, 2376 rows, float32, forward + backward"
+    pair("cpu_linears", shape, "the BLAS of PyTorch", ours, plain)

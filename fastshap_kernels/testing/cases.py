@@ -187,6 +187,7 @@ def _shapley_regression_loss(
     coalitions: int = 5,
     players: int = 33,
     classes: int = 48,
+    normalization: str = "none",
     reduction: str = "none",
 ) -> Case:
     tensors = {
@@ -194,7 +195,10 @@ def _shapley_regression_loss(
         "bits": draw.bits(batch, coalitions, players),
         "values": draw.normal(batch, coalitions, classes),
     }
-    return Case("shapley_regression_loss", tensors, ("phi", "values"), {"reduction": reduction})
+    if normalization != "none":
+        tensors["grand"] = draw.normal(batch, classes)
+    options = {"normalization": normalization, "reduction": reduction}
+    return Case("shapley_regression_loss", tensors, ("phi", "values"), options)
 
 
 def _linear_shapley_loss(

@@ -1,4 +1,4 @@
-"""Every op and backend once, small, forward and backward: under compute-sanitizer, by bench/gpu_steps.py."""
+"""Every op and backend once, small, forward and backward: under compute-sanitizer, by bench/gpu/steps.py."""
 
 import sys
 

@@ -1,19 +1,18 @@
-"""bench/gpu.py on the processor, at small shapes, so that it holds when a device comes."""
+"""bench.gpu on the processor, at small shapes, so that it holds when a device comes."""
 
-import importlib
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parents[2] / "bench"
+from bench import tables
+from bench.lib.machine import ROOT
 
 
 def measure(path, *options):
-    command = [sys.executable, BENCH / "gpu.py", "--device", "cpu", "--tiny", "--output", path, *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--tiny", "--output", path, *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +25,7 @@ def measured(tmp_path_factory):
 
 def test_the_header_says_where_and_how(measured):
     _, _, content = measured
-    for name in ("device", "driver", "cuda", "torch", "triton", "commit", "date", "method", "ceilings", "bars"):
+    for name in ("device", "processor", "threads", "torch", "triton", "commit", "date", "method", "ceilings", "bars"):
         assert name in content
     assert content["checks"] == {"build": {"status": "passed"}}
 
@@ -56,8 +55,8 @@ def test_promises_are_held_against_the_worst_row(measured):
         if row["op"] == "packed_attention" and row["mode"] == "forward" and "ms_p50" in row:
             ratios.setdefault(row["shape"], {})[row["backend"]] = row["ms_p50"]
     worst = min(times["masked SDPA"] / times["cpu"] for times in ratios.values())
-    promise = "forward: times as fast as masked SDPA"
-    (bar,) = [bar for bar in content["bars"] if bar["promise"] == promise]
+    promise = "packed_attention, forward: times as fast as masked SDPA"
+    (bar,) = [bar for bar in content["bars"] if bar["what"] == promise]
     assert bar["measured"] == worst
     assert bar["met"] == (worst >= 2.2)
 
@@ -73,12 +72,10 @@ def test_one_op_is_measured_anew_and_no_row_lost(measured):
     assert kept == [row for row in content["rows"] if row["op"] != "sample_coalitions"]
 
 
-def test_the_readme_has_a_table_of_it(measured, monkeypatch):
+def test_the_readme_has_a_table_of_it(measured):
     _, _, content = measured
-    monkeypatch.syspath_prepend(BENCH)
-    tables = importlib.import_module("tables")
     text = tables.gpu_table(content)
-    assert "| `packed_attention` | forward: times as fast as masked SDPA | 2.2 |" in text
+    assert "| packed_attention, forward: times as fast as masked SDPA | at least 2.2 |" in text
     assert "masked SDPA" in text
     assert tables.gpu_table(None).startswith("No GPU has run these kernels yet")
 

@@ -1,0 +1,3 @@
+from bench.fidelity.experiment import main
+
+main()

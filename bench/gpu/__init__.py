@@ -1,0 +1,1 @@
+"""Every op on a GPU beside its rivals."""

@@ -1,0 +1,3 @@
+from bench.gpu.measure import main
+
+main()

@@ -1,0 +1,1 @@
+"""What all measurements share: the timer, the results files, the targets, the processor's name."""

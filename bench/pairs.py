@@ -1,0 +1,180 @@
+"""Every op, and what makes training quick, beside plain PyTorch; the ratio of medians is what counts.
+
+    python -m bench.pairs                  holds every pair against the committed ratios
+    python -m bench.pairs --short          those that CI runs
+    python -m bench.pairs --runs 3 --write commits this processor's, the median of three runs
+
+pytest-benchmark runs the pairs (bench/**/bench_*.py). A ratio below `TOLERANCE` of the committed one fails: absolute
+times drift on a shared machine, ratios less so. They do drift: a pair that fails is measured again, and the best of
+`ATTEMPTS` counts. Each processor has a file of its own. A pair that it lacks is held against the lowest ratio of all
+processors; one that no file has is only shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+from bench.lib import machine, targets
+from bench.lib.results import PAIRS, Results, Row, read
+
+#: What tells pairs apart. With other numbers of threads, or memory kept, a ratio is another.
+KEY = ("op", "shape", "against", "memory", "threads")
+#: Ten runs of the short set on a busy machine of two cores: see `spread` in the results files.
+TOLERANCE = 0.5
+ATTEMPTS = 3
+MEMORY = ("returned", "kept")
+METHOD = "both sides by turns in one process, median; ratio = plain / ours"
+
+
+class Baseline(NamedTuple):
+    """What a pair's ratio is held against, and whose it is."""
+
+    ratio: float | None
+    whose: str
+
+
+def measure(tests: list[str], memory: str) -> list[Row]:
+    """One run of some tests, in a process of its own: a row a pair."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "benchmarks.json"
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            *tests,
+            f"--benchmark-json={path}",
+            "--benchmark-columns=median,rounds",
+        ]
+        done = subprocess.run(
+            command, cwd=machine.ROOT, env=os.environ | {"FASTSHAP_BENCH_MEMORY": memory}, check=False
+        )
+        if done.returncode:
+            sys.exit(done.returncode)
+        return rows_of(json.loads(path.read_text())["benchmarks"])
+
+
+def rows_of(benchmarks: list[dict[str, Any]]) -> list[Row]:
+    """pytest-benchmark's rows, two by two."""
+    sides: dict[str, dict[str, dict[str, Any]]] = {}
+    for benchmark in benchmarks:
+        about = benchmark["extra_info"]
+        sides.setdefault(about["test"], {})[about["side"]] = benchmark
+    rows = []
+    for pair in sides.values():
+        ours, plain = (pair[side]["stats"]["median"] * 1e3 for side in ("fused", "plain"))
+        about = {name: value for name, value in pair["fused"]["extra_info"].items() if name != "side"}
+        rows.append(about | {"ours_ms": ours, "plain_ms": plain, "ratio": plain / ours})
+    return rows
+
+
+def key_of(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in KEY)
+
+
+def middle(rows: list[Row]) -> Row:
+    """Of several runs of a pair, the one of the median ratio, with the lowest and highest."""
+    ratios = sorted(row["ratio"] for row in rows)
+    found = min(rows, key=lambda row: abs(row["ratio"] - statistics.median_low(ratios)))
+    return found | ({"spread": [ratios[0], ratios[-1]], "runs": len(rows)} if len(rows) > 1 else {})
+
+
+def baseline(row: Row, committed: dict[str, list[Row]], here: str) -> Baseline:
+    """This processor's committed ratio; else the lowest of all of them."""
+    for other in committed.get(here, []):
+        if key_of(other) == key_of(row):
+            return Baseline(other["ratio"], "this processor")
+    alike = [
+        (other["ratio"], name)
+        for name, rows in committed.items()
+        for other in rows
+        if key_of(other | {"threads": row["threads"]}) == key_of(row)
+    ]
+    return Baseline(*min(alike)) if alike else Baseline(None, "nobody")
+
+
+def falls_short(row: Row, committed: dict[str, list[Row]], here: str) -> bool:
+    ratio, _ = baseline(row, committed, here)
+    return ratio is not None and row["ratio"] < TOLERANCE * ratio
+
+
+def hold(tests: list[str], memory: str, runs: int, committed: dict[str, list[Row]], here: str) -> list[Row]:
+    """Measures pairs, those that fall short again."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for _ in range(runs):
+        for row in measure(tests, memory):
+            found.setdefault(key_of(row), []).append(row)
+    rows = {key: middle(several) for key, several in found.items()}
+    for _ in range(ATTEMPTS - 1):
+        short = [row for row in rows.values() if falls_short(row, committed, here)]
+        if not short:
+            break
+        print(f"again, since the ratio fell short: {', '.join(row['test'] for row in short)}", flush=True)
+        for row in measure([row["test"] for row in short], memory):
+            rows[key_of(row)] = max(rows[key_of(row)], row, key=lambda one: one["ratio"])
+    return list(rows.values())
+
+
+def figures(rows: list[Row]) -> dict[str, float]:
+    """The lowest figure of each target."""
+    found: dict[str, list[float]] = {}
+    known = {target.what for target in targets.TARGETS["pairs"]}
+    for row in rows:
+        specific = f"{row['op']}, {row['against']}"
+        what = specific if specific in known else row["op"]
+        if what in known:
+            found.setdefault(what, []).append(row["ratio"])
+        if "memory_ratio" in row:
+            found.setdefault(f"{row['op']}, peak memory", []).append(row["memory_ratio"])
+    return {what: min(ratios) for what, ratios in found.items()}
+
+
+def describe(row: Row, committed: dict[str, list[Row]], here: str) -> str:
+    ratio, whose = baseline(row, committed, here)
+    name = f"{row['op']}, {row['shape']}, against {row['against']}, memory {row['memory']}"
+    if ratio is None:
+        return f"new   {row['ratio']:6.2f}x, with nothing to hold it against: {name}"
+    word = "SHORT" if falls_short(row, committed, here) else "holds"
+    return f"{word} {row['ratio']:6.2f}x, committed {ratio:.2f}x of {whose}, at least {TOLERANCE * ratio:.2f}x: {name}"
+
+
+def commit(rows: list[Row], here: str) -> Path:
+    """Puts rows into this processor's file."""
+    results = Results(PAIRS / f"{here}.json", KEY, lambda every: targets.judge("pairs", figures(every)))
+    results.content |= machine.header() | {"method": METHOD}
+    results.replace(rows)
+    results.content["rows"] = sorted(results.rows, key=lambda row: str(key_of(row)))
+    results.write()
+    return results.path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="the pairs that CI runs, memory returned")
+    parser.add_argument("--runs", type=int, default=1, help="of each pair, the median of so many")
+    parser.add_argument("--write", action="store_true", help="put what does not fall short into this processor's file")
+    options = parser.parse_args()
+    here, committed = machine.processor_slug(), {path.stem: read(path)["rows"] for path in sorted(PAIRS.glob("*.json"))}
+    tests = ["bench", *(["-m", "short"] if options.short else [])]
+    rows = []
+    for memory in MEMORY[:1] if options.short else MEMORY:
+        rows += hold(tests, memory, options.runs, committed, here)
+    print(*(describe(row, committed, here) for row in rows), sep="\n")
+    print(*targets.lines(targets.judge("pairs", figures(rows))), sep="\n")
+    if here not in committed:
+        print(f"{here} has no committed results: the lowest of all processors are its floor")
+    short = [row for row in rows if falls_short(row, committed, here)]
+    if options.write:
+        print(commit([row for row in rows if row not in short], here))
+    sys.exit(f"{len(short)} of {len(rows)} pairs fell short" if short else 0)
+
+
+if __name__ == "__main__":
+    main()

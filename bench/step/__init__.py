@@ -1,0 +1,1 @@
+"""One training step in several ways: packed, dense, compiled, plain."""

@@ -1,0 +1,3 @@
+from bench.step.measure import main
+
+main()

@@ -1,0 +1,1 @@
+"""What makes training quick on a processor, beside plain PyTorch."""
