@@ -23,41 +23,18 @@ import torch
 import fastshap_kernels as fk
 import fastshap_vision as fv
 from bench.fidelity.checks import one_explanation
-from bench.lib import machine
+from bench.lib import machine, networks
 from bench.lib.pictures import pyplot, save
 from bench.lib.results import read, write
 from bench.lib.timer import timed
+from bench.tables import digits_table
 from fastshap_vision.plotting import explanation_page
 
 MODELS: dict[str, dict[str, Any]] = {
-    "vit": {
-        "model_name": "vit_tiny_patch16_224",
-        "img_size": 8,
-        "model_kwargs": {
-            "patch_size": 2,
-            "in_chans": 1,
-            "embed_dim": 64,
-            "depth": 3,
-            "num_heads": 4,
-            "mlp_ratio": 2.0,
-            "class_token": False,
-            "global_pool": "avg",
-            "fc_norm": False,
-        },
-    },
-    "cnn": {
-        "model_name": "nf_resnet26",
-        "img_size": 8,
-        "model_kwargs": {
-            "in_chans": 1,
-            "depths": [2],
-            "channels": [64],
-            "stem_type": "deep",
-            "stem_chs": 64,
-            "bottle_ratio": 0.5,
-            "output_stride": 2,
-        },
-    },
+    "vit": networks.vit(8, patch_size=2, in_chans=1, embed_dim=64, depth=3, num_heads=4, mlp_ratio=2.0),
+    "cnn": networks.cnn(
+        8, in_chans=1, depths=[2], channels=[64], stem_type="deep", stem_chs=64, bottle_ratio=0.5, output_stride=2
+    ),
 }
 #: Of classifier and explanation together, the same for plain models; the explainer of a trained model has the recipe
 #: of `fv.recipe`.
@@ -172,18 +149,6 @@ def describe(row: dict[str, Any]) -> str:
     )
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
-    print(f"\n{'model':<6}{'head':<8}{'seed':>5}{'accuracy':>10}{'plain':>9}{'R²':>8}{'r':>8}{'ms':>7}{'training':>10}")
-    for row in rows:
-        print(
-            f"{row['model']:<6}{row['head']:<8}{row['seed']:>5}{row['accuracy']:>9.2f}%{row['plain_accuracy']:>8.2f}%"
-            f"{row['r2_exact']:>8.3f}{row['correlation']:>8.3f}{row['ms_per_explanation']:>7.1f}"
-            f"{row['seconds_training']:>9.0f}s"
-        )
-    print("R² of all classes and r of the predicted one: against the exact Shapley values of test images.")
-    print("ms: one image, every class explained.\n")
-
-
 def record(row: dict[str, Any], path: Path) -> None:
     """Puts one run into the file of a model, in the place of an earlier run of its head and seed."""
     kind = row["model"]
@@ -232,11 +197,10 @@ def main() -> None:
     # A core for each model: networks as small as these gain nothing from two.
     with ProcessPoolExecutor(len(options.models), get_context("spawn")) as pool:
         runs = list(pool.map(run_model, options.models, [options] * len(options.models)))
-    rows = [row for run in runs for row in run.rows]
     draw(runs, options.output / "explanations.png")
     first = {run.rows[0]["model"]: run.rows[0] for run in runs}
     write(options.output / "report.json", {"models": first})
-    print_table(rows)
+    print(digits_table([{"means": means(run.rows)} for run in runs]))
     print(f"report and pictures: {options.output}")
 
 

@@ -26,11 +26,12 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 import fastshap_vision as fv
+from bench import tables
 from bench.fidelity import runs as fidelity_runs
 from bench.fidelity.checks import check_model, converge, first_images, game_key
 from bench.fidelity.compare import compare_methods
 from bench.fidelity.plot import plot_curves, plot_settings
-from bench.fidelity.report import Findings, summary
+from bench.fidelity.report import Findings, judge
 from bench.fidelity.runs import BUDGETS, SETTINGS, Budget, Run
 from bench.lib import machine
 from bench.lib.machine import ROOT
@@ -289,7 +290,8 @@ def main() -> None:
     ready = [pair for pair in pairs if is_comparable(*pair, options)]
     failed += carry_out([partial(compare, *pair, options) for pair in ready], options.jobs)
     findings = Findings(options.output / options.budget)
-    print(summary(findings))
+    judged = tables.targets_table("fidelity", judge(findings))
+    print(tables.settings_table(findings), tables.methods_table(findings), judged, sep="\n\n")
     plot_settings(findings, options.pictures / "fidelity_settings.png")
     plot_curves(findings, options.pictures / "fidelity_curves.png")
     sys.exit(bool(failed))
@@ -314,7 +316,3 @@ def is_comparable(network: str, seed: int, options: argparse.Namespace) -> bool:
         return False
     path = methods_path(network, seed, options)
     return not path.exists() or read(path)["settings"] != methods_settings(network, seed, options)
-
-
-if __name__ == "__main__":
-    main()

@@ -179,26 +179,3 @@ def _mean(both: tuple[float, float] | None) -> float | None:
 
 def _minus(ours: float | None, theirs: float | None) -> float | None:
     return None if ours is None or theirs is None else ours - theirs
-
-
-def summary(findings: Findings) -> str:
-    """Settings, methods and bars as text."""
-    lines = []
-    for network, setting in findings.in_order():
-        runs = findings.runs[network, setting]
-        figures = {
-            "accuracy": findings.over_seeds(network, setting, lambda run: run["accuracy"]),
-            "- plain": findings.accuracy_difference(network, setting),
-            "R²": findings.over_seeds(network, setting, r2_of),
-            "r": findings.over_seeds(network, setting, lambda run: run["fidelity"]["correlation_predicted"]),
-        }
-        shown = "  ".join(f"{name} {both[0]:.3f} ± {both[1]:.3f}" for name, both in figures.items() if both)
-        lines.append(f"{network} {setting:13} {len(runs)} seeds  {shown}")
-    for network in findings.methods:
-        for game in ("own", "pixel"):
-            of_game = findings.of_methods(network, game, "difference")
-            for (model, method), (mean, deviation) in sorted(of_game.items(), key=lambda item: -item[1][0]):
-                lines.append(
-                    f"{network} {game:6} {model:9} {method:22} insertion − deletion {mean:.3f} ± {deviation:.3f}"
-                )
-    return "\n".join([*lines, *targets.lines(judge(findings))])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 import fastshap_vision as fv
+from bench.lib import networks
 from fastshap_vision import recipe
 
 #: Of `fv.record_coalitions`.
@@ -156,64 +157,21 @@ class Budget:
     training: dict[str, Any] = field(default_factory=lambda: dict(TRAINING))
 
 
-#: Patches are averaged before a linear classifier: they can vote.
-_AVERAGED = {"class_token": False, "global_pool": "avg", "fc_norm": False}
 _SMALL_NETWORKS: dict[str, dict[str, Any]] = {
-    "vit": {
-        "model_name": "vit_tiny_patch16_224",
-        "img_size": 32,
-        "model_kwargs": {
-            "patch_size": 4,
-            "embed_dim": 96,
-            "depth": 3,
-            "num_heads": 3,
-            "mlp_ratio": 2.0,
-            **_AVERAGED,
-        },
-    },
-    "cnn": {
-        "model_name": "nf_resnet26",
-        "img_size": 32,
-        "model_kwargs": {
-            "depths": [1, 1, 1],
-            "channels": [48, 96, 192],
-            "stem_type": "3x3",
-            "stem_chs": 48,
-            "bottle_ratio": 0.5,
-            "output_stride": 8,
-            "act_layer": "relu",
-        },
-    },
+    "vit": networks.vit(32, patch_size=4, embed_dim=96, depth=3, num_heads=3, mlp_ratio=2.0),
+    "cnn": networks.cnn(
+        32,
+        **{"depths": [1, 1, 1], "channels": [48, 96, 192], "stem_type": "3x3", "stem_chs": 48},
+        **{"bottle_ratio": 0.5, "output_stride": 8, "act_layer": "relu"},
+    ),
 }
 _LARGE_NETWORKS: dict[str, dict[str, Any]] = {
-    "vit": {
-        "model_name": "vit_small_patch16_224",
-        "img_size": 32,
-        "model_kwargs": {"patch_size": 4, **_AVERAGED},
-    },
-    "cnn": {
-        "model_name": "nf_resnet26",
-        "img_size": 32,
-        "model_kwargs": {"stem_type": "3x3", "stem_chs": 64, "output_stride": 4},
-    },
+    "vit": networks.vit(32, "vit_small_patch16_224", patch_size=4),
+    "cnn": networks.cnn(32, stem_type="3x3", stem_chs=64, output_stride=4),
 }
 _TINY_NETWORKS = {
-    "vit": {
-        "model_name": "vit_tiny_patch16_224",
-        "img_size": 32,
-        "model_kwargs": {
-            "patch_size": 8,
-            "embed_dim": 32,
-            "depth": 2,
-            "num_heads": 2,
-            **_AVERAGED,
-        },
-    },
-    "cnn": {
-        "model_name": "nf_resnet26",
-        "img_size": 32,
-        "model_kwargs": {"depths": [1], "channels": [16], "stem_type": "3x3", "stem_chs": 16, "output_stride": 8},
-    },
+    "vit": networks.vit(32, patch_size=8, embed_dim=32, depth=2, num_heads=2),
+    "cnn": networks.cnn(32, depths=[1], channels=[16], stem_type="3x3", stem_chs=16, output_stride=8),
 }
 _FIRST = ("plain", "recipe", "fastshap")
 BUDGETS: dict[str, Budget] = {

@@ -64,17 +64,3 @@ def _note_group(about: Row, ours: Row, by_backend: dict[str, Row], note: Any) ->
 
 def _milliseconds(row: Row) -> float:
     return row["ms_p50"]
-
-
-def summary(content: dict[str, Any]) -> str:
-    """The targets and the rows as text, a line each."""
-    lines = targets.lines(content["bars"])
-    for row in content["rows"]:
-        name = f"{row['op']:24} {row['mode']:8} {row['dtype']:9} {row['backend']:20}"
-        if "ms_p50" not in row:
-            lines.append(f"{name} {row['error']}"[:150])
-            continue
-        share = f"{row['of_ceiling']:6.1%}" if "of_ceiling" in row else "      "
-        error = f"{row['max_error']:.1e}" if row.get("max_error") is not None else "      -"
-        lines.append(f"{name} {row['ms_p50']:9.4f} ms {share} {row['peak_mb']:9.1f} MB  {error}  {row['shape']}")
-    return "\n".join(lines)

@@ -7,11 +7,9 @@ kernel that breaks the CUDA context is recorded with its error, and the measurin
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import statistics
 import sys
-import time
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -21,13 +19,14 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch
 
-from bench.gpu.figures import KEY, judge, summary
+from bench.gpu.figures import KEY, judge
 from bench.gpu.floors import floors
 from bench.lib import machine
 from bench.lib.machine import ROOT
 from bench.lib.memory import peak_on_gpu
 from bench.lib.results import RESULTS, Results
 from bench.lib.rows import Provider, Row
+from bench.lib.run import clean_up, measure_all
 from bench.lib.timer import Call, Timer, synchronize
 from fastshap_kernels import testing
 
@@ -53,6 +52,10 @@ def default_path(folder: Path, device: torch.device, kind: str = "") -> Path:
     """<device>/<kind><date>-<commit>.json."""
     name = f"{kind}{machine.now('%Y-%m-%d')}-{machine.commit()}.json"
     return folder / machine.slug(machine.device_name(device)) / name
+
+
+def describe(row: Row) -> str:
+    return f"{row.op}, {row.shape}, {row.dtype}"
 
 
 def largest_error(outputs: list[Tensor], exact: list[Tensor], mode: str) -> float:
@@ -149,16 +152,8 @@ def warm_up(chosen: list[Row], device: torch.device) -> None:
             try:
                 make().calls(row.modes[-1])[0]()
             except Exception as error:
-                print(f"{row.op}, {row.shape}, {name}: {machine.describe(error)}", flush=True)
+                print(f"{describe(row)}, {name}: {machine.describe(error)}", flush=True)
         clean_up(device)
-
-
-def clean_up(device: torch.device) -> None:
-    """Frees what a row held."""
-    torch._dynamo.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def prepare(results: Results, timer: Timer, only: list[str], resume: bool, tiny: bool) -> None:
@@ -198,23 +193,7 @@ def main() -> None:
     results = Results(path, KEY, judge)
     prepare(results, timer, options.only, options.resume, options.tiny)
     measuring = Measuring(timer, results)
-    left_out = results.content["left_out"] = []
-    for row in chosen:
-        if time.time() > options.until:
-            left_out.append(f"{row.op}, {row.shape}, {row.dtype}: no time was left")
-            continue
-        try:
-            measuring.row(row)
-        except Exception as error:
-            left_out.append(f"{row.op}, {row.shape}, {row.dtype}: {machine.describe(error)}")
-        clean_up(device)
-    results.write()
-    print(summary(results.content))
-    print("left out:", *left_out or ["nothing"], sep="\n")
-    print(path)
+    left_out = measure_all(results, chosen, measuring.row, describe, device, options.until)
+    print(results.summary("ms_p50", "of_ceiling", "peak_mb", "max_error"), left_out, path, sep="\n")
     ours_failed = [r for r in results.rows if "error" in r and r["backend"] in ("triton", "cuda", "cpu")]
-    sys.exit(1 if left_out or ours_failed else 0)
-
-
-if __name__ == "__main__":
-    main()
+    sys.exit(bool(results.content["left_out"] or ours_failed))

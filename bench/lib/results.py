@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from bench.lib import targets
 from bench.lib.machine import ROOT
 
 RESULTS = ROOT / "bench" / "results"
@@ -74,3 +75,12 @@ class Results:
         if self.judge is not None:
             self.content["bars"] = self.judge(self.rows)
         write(self.path, self.content)
+
+    def summary(self, *fields: str) -> str:
+        """The rows and the targets as text, a line each."""
+        found = []
+        for row in self.rows:
+            figures = [f"{name} {row[name]:.4g}" for name in fields if row.get(name) is not None]
+            about = row.get("error") or ", ".join(figures)
+            found.append(f"{', '.join(str(part) for part in self.key_of(row))}: {about}"[:200])
+        return "\n".join(found + targets.lines(self.content["bars"]))

@@ -86,6 +86,12 @@ class Row:
         return makers
 
 
+def in_dtypes(op: str, shape: str, sizes: dict[str, Any], leaves: tuple[str, ...], compiled: bool = True) -> list[Row]:
+    """One shape without rivals in bfloat16, where torch.compile is tried too, and in float32."""
+    row = Row(op, shape, sizes, leaves)
+    return [replace(row, dtype=torch.bfloat16, compiled=compiled), row]
+
+
 def beside(case: testing.Case, compute: Callable[..., Tensor]) -> Provider:
     """Any function of the case's tensors, by name."""
     tensors = {name: x.detach().requires_grad_(name in case.leaves) for name, x in case.tensors.items()}

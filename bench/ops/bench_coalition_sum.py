@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastshap_kernels as fk
-from bench.lib.rows import Provider, Row, beside
+from bench.lib.rows import Provider, Row, beside, in_dtypes
 from fastshap_kernels.testing import Case
 
 
@@ -20,18 +20,12 @@ def unpacked(case: Case, sizes: dict[str, Any]) -> Provider:
 
 def gpu_rows(tiny: bool) -> list[Row]:
     batch, width = (2, 24) if tiny else (128, 1000)
-    return [
-        Row(
-            "coalition_sum",
-            f"B {batch}, M {coalitions}, P 196, L {width}",
-            {"batch": batch, "coalitions": coalitions, "players": 196, "width": width},
-            ("features",),
-            dtype=dtype,
-            compiled=coalitions == 32 and dtype == torch.bfloat16,
-        )
-        for coalitions in (32, 8, 2)
-        for dtype in (torch.bfloat16, torch.float32)
-    ]
+    found = []
+    for coalitions in (32, 8, 2):
+        sizes = {"batch": batch, "coalitions": coalitions, "players": 196, "width": width}
+        shape = f"B {batch}, M {coalitions}, P 196, L {width}"
+        found += in_dtypes("coalition_sum", shape, sizes, ("features",), compiled=coalitions == 32)
+    return found
 
 
 @pytest.mark.short

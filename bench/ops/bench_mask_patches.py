@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 import fastshap_kernels as fk
-from bench.lib.rows import Provider, Row, beside
+from bench.lib.rows import Provider, Row, beside, in_dtypes
 from fastshap_kernels.testing import Case
 
 SIZES: dict[str, Any] = {"coalitions": 8, "grid": (14, 14), "patch": (16, 16)}
@@ -28,18 +27,12 @@ def copied(case: Case, sizes: dict[str, Any]) -> Provider:
 
 def gpu_rows(tiny: bool) -> list[Row]:
     batch = 1 if tiny else 64
-    return [
-        Row(
-            "mask_patches",
-            f"B {batch}, M 8, 3x224x224, P 196, {'channels_last' if channels_last else 'contiguous'}",
-            SIZES | {"batch": batch, "channels_last": channels_last},
-            ("images",),
-            dtype=dtype,
-            compiled=dtype == torch.bfloat16 and not channels_last,
-        )
-        for dtype in (torch.bfloat16, torch.float32)
-        for channels_last in (False, True)
-    ]
+    found = []
+    for name in ("contiguous", "channels_last"):
+        sizes = SIZES | {"batch": batch, "channels_last": name == "channels_last"}
+        shape = f"B {batch}, M 8, 3x224x224, P 196, {name}"
+        found += in_dtypes("mask_patches", shape, sizes, ("images",), compiled=name == "contiguous")
+    return found
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 import fastshap_kernels as fk
-from bench.lib.rows import Provider, Row, beside
+from bench.lib.rows import Provider, Row, beside, in_dtypes
 from fastshap_kernels.testing import Case
 
 
@@ -29,10 +28,7 @@ def gpu_rows(tiny: bool) -> list[Row]:
     batch, width = (1, 48) if tiny else (64, 768)
     sizes = {"batch": batch, "coalitions": 8, "players": 196, "prefix": 1, "width": width}
     shape = f"ViT-B: B {batch}, M 8, P 196, Q 1, D {width}"
-    return [
-        Row("pack_tokens", shape, sizes, ("tokens",), dtype=dtype, compiled=dtype == torch.bfloat16)
-        for dtype in (torch.bfloat16, torch.float32)
-    ]
+    return in_dtypes("pack_tokens", shape, sizes, ("tokens",))
 
 
 @pytest.mark.parametrize("width", [pytest.param(384, marks=pytest.mark.short), 1152])

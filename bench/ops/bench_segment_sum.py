@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.lib.rows import Provider, Row, beside
+from bench.lib.rows import Provider, Row, beside, in_dtypes
 from fastshap_kernels.testing import Case
 
 
@@ -23,11 +23,8 @@ def gpu_rows(tiny: bool) -> list[Row]:
     batch, width = (1, 48) if tiny else (64, 768)
     sizes = {"batch": batch, "coalitions": 8, "players": 196, "prefix": 1, "width": width}
     shape = f"ViT-B: B {batch}, M 8, P 196, Q 1, D {width}"
-    return [
-        Row(op, shape, sizes, leaves, dtype=dtype, compiled=dtype == torch.bfloat16)
-        for dtype in (torch.bfloat16, torch.float32)
-        for op, leaves in (("segment_sum", ("rows",)), ("layer_norm_segment_sum", ("rows", "weight", "bias")))
-    ]
+    found = in_dtypes("segment_sum", shape, sizes, ("rows",))
+    return found + in_dtypes("layer_norm_segment_sum", shape, sizes, ("rows", "weight", "bias"))
 
 
 @pytest.mark.short

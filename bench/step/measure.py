@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +20,12 @@ from torch.nn.functional import linear
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
-from bench.gpu.measure import clean_up, default_path
-from bench.lib import machine, targets
+from bench.gpu.measure import default_path
+from bench.lib import machine
 from bench.lib.machine import ROOT
 from bench.lib.memory import peak_on_gpu
 from bench.lib.results import RESULTS, STEPS, Results
+from bench.lib.run import measure_all
 from bench.lib.timer import Timer
 from bench.step.figures import KEY, judge, series, setting_of
 from bench.step.flops import step_flops
@@ -185,24 +185,6 @@ def describe(step: Step) -> str:
     return f"{step.model} {size}, {step.mode}, {step.dtype}"
 
 
-def summary(content: dict[str, Any]) -> str:
-    """The rows and the promises as text, a line each."""
-    lines = []
-    for row in content["rows"]:
-        name = (
-            f"{row['model']:11} {row['image_size']:4} K {row['classes']:5} M {row['coalitions']:3} B {row['batch']:3}"
-        )
-        name += f" {row['mode']:8} {row['dtype']:8} {row['way']:20}"
-        if "ms_p50" not in row:
-            lines.append(f"{name} {row['error']}"[:160])
-            continue
-        memory = f"{row['peak_mb']:8.0f} MB" if "peak_mb" in row else " " * 11
-        times = f"{row['times_packed']:5.2f} x" if "times_packed" in row else " " * 7
-        rate = f"{row['coalitions_s']:9.1f} coalitions/s {row['of_ceiling']:6.1%}" if "gflop" in row else " " * 29
-        lines.append(f"{name} {row['ms_p50']:9.2f} ms {times} {rate} {memory}")
-    return "\n".join([*lines, *targets.lines(content["bars"])])
-
-
 def in_onednn(a: Tensor, b: Tensor) -> Tensor:
     """The other library that PyTorch carries."""
     with cpu_linears(a):
@@ -252,28 +234,16 @@ def main() -> None:
     results = Results(path, KEY, lambda rows: judge(rows, device.type))
     prepare(results, device, options.set == "tiny", options.anew)
     measuring = Measuring(results, device, options.compile_backend)
-    left_out = results.content["left_out"] = []
     fv.keep_freed_memory()
     steps = [step for step in steps_of(options.set, device.type) if options.anew or not is_measured(step, results)]
-    for step in steps * options.visits:
-        if time.time() > options.until:
-            left_out.append(f"{describe(step)}: no time was left")
-            continue
-        started = time.time()
-        try:
-            measuring.step(step if options.seconds is None else replace(step, seconds=options.seconds, rounds=2))
-        except Exception as error:
-            left_out.append(f"{describe(step)}: {machine.describe(error)}")
-        clean_up(device)
-        print(f"{describe(step)}: {time.time() - started:.0f} s", flush=True)
-    results.write()
-    print(summary(results.content))
-    print("left out:", *left_out or ["nothing"], sep="\n")
+    if options.seconds is not None:
+        steps = [replace(step, seconds=options.seconds, rounds=2) for step in steps]
+    left_out = measure_all(results, steps * options.visits, measuring.step, describe, device, options.until)
+    print(results.summary("ms_p50", "times_packed", "coalitions_s", "of_ceiling", "peak_mb"), left_out, path, sep="\n")
     if series(results.rows, device.type):
         default = ROOT / "docs" / "step_growth.png" if device.type == "cpu" else path.with_suffix(".png")
         plot(results.content, options.plot or default)
-    print(path)
-    sys.exit(bool(left_out or measuring.failed))
+    sys.exit(bool(results.content["left_out"] or measuring.failed))
 
 
 def is_measured(step: Step, results: Results) -> bool:
@@ -285,7 +255,3 @@ def is_measured(step: Step, results: Results) -> bool:
         if "error" not in row and all(row[name] == value for name, value in about.items())
     }
     return found >= set(step.ways)
-
-
-if __name__ == "__main__":
-    main()
