@@ -137,7 +137,7 @@ format: $(INSTALLED)
 	$(BIN)/clang-format -i $(NATIVE)
 
 bench: $(INSTALLED)
-	$(BIN)/python -m bench.pairs --write
+	$(BIN)/python -m bench.pairs --runs 3 --write
 	$(BIN)/python -m bench.tables
 
 bench-short: $(INSTALLED)

@@ -51,7 +51,7 @@ def environment(kind: str, backend: str) -> dict[str, str]:
     Malformed calls name a backend or leave it to the op: named for all, it would refuse ops that have no such kernels.
     """
     variables = {"OMP_NUM_THREADS": "1"} | ({"FASTSHAP_BACKEND": backend} if kind == "differential" else {})
-    folders = [ROOT, ROOT / "python", ROOT / "tests", ROOT / "tests" / "gpu", HERE]
+    folders = [ROOT, ROOT / "python", ROOT / "tests", HERE]
     variables["PYTHONPATH"] = os.pathsep.join(str(folder) for folder in folders)
     if backend == "triton":
         variables["TRITON_INTERPRET"] = "1"
