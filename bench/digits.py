@@ -28,7 +28,7 @@ from bench.lib.pictures import pyplot, save
 from bench.lib.results import read, write
 from bench.lib.timer import timed
 from bench.tables import digits_table
-from fastshap_vision.plotting import explanation_page
+from fastshap_vision.explanations.page import explanation_page
 
 MODELS: dict[str, dict[str, Any]] = {
     "vit": networks.vit(8, patch_size=2, in_chans=1, embed_dim=64, depth=3, num_heads=4, mlp_ratio=2.0),

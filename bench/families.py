@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import fastshap_kernels as fk
 import fastshap_vision as fv
 from bench.lib.results import RESULTS, read, write
-from fastshap_vision.game import SUPPORTED
+from fastshap_vision.games.base import SUPPORTED
 
 FILE = RESULTS / "families.json"
 CLASSES = 5
@@ -93,7 +93,7 @@ def row_of(family: str, name: str, size: int) -> dict[str, Any]:
         model = fv.convert(backbone, img_size=size).eval()
     except fv.UnsupportedModelError as error:
         return row | {"reason": error.reason.removesuffix(f" {SUPPORTED}")}
-    nn.init.normal_(model.shares.weight, std=0.1)
+    nn.init.normal_(model.head.shares.weight, std=0.1)
     check(model, x, logits)
     train(backbone, x)
     with torch.no_grad():

@@ -16,10 +16,8 @@ def main(epochs: int = 12, images: int = 1437, picture: str = "explanation.png")
     # In place of this line, your own classifier, trained as you train it.
     fv.fit(classifier, few, test, objective=fv.TaskObjective(), epochs=epochs, warmup_epochs=0, batch_size=64, lr=2e-3)
 
-    model = fv.convert(classifier, **fv.recipe.MODEL)
-    games = fv.play(model, fv.WithMirrorImages(few))  # v(S) of 64 coalitions of each image and its mirror image
-    training = fv.recipe.training(model) | {"epochs": epochs, "warmup_epochs": 0}
-    fv.fit(model, games, test, objective=fv.ExplainerObjective(), **training)
+    result = fv.train_explainer(classifier, few, epochs=epochs, warmup_epochs=0)
+    model = result.model
 
     shown = torch.stack([test[index][0] for index in range(4)]).to(next(model.parameters()).device)
     model.explain(shown).plot(shown)[0].savefig(picture)

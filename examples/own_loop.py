@@ -12,13 +12,13 @@ def main(epochs: int = 5, images: int = 1437) -> list[float]:
     data = Subset(fv.load_dataset("digits", "train"), range(images))
     loader = DataLoader(data, batch_size=64, shuffle=True, drop_last=True)
     model = fv.SelfExplainingClassifier("vit_tiny_patch16_224", num_classes=10, img_size=8, model_kwargs=SIZE)
-    objective = fv.ShapleyObjective(coalitions=4)
+    objective = fv.JointObjective(coalitions=4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     tasks = []
     for epoch in range(epochs):
         for step, (x, y) in enumerate(loader):
-            objective.progress = (epoch + step / len(loader)) / epochs  # λ grows over the first half
-            terms = objective(model, x, y)
+            progress = (epoch + step / len(loader)) / epochs  # λ grows over the first half
+            terms = objective(model, x, y, progress=progress)
             optimizer.zero_grad()
             terms.loss.backward()
             optimizer.step()

@@ -12,7 +12,7 @@ def main(epochs: int = 20, images: int = 1437) -> fv.FitResult:
     size = {"in_chans": 1, "depths": [2], "channels": [64], "stem_type": "deep", "stem_chs": 64, "output_stride": 2}
     model = fv.SelfExplainingClassifier("nf_resnet26", num_classes=10, img_size=8, model_kwargs=size)
     # 4 coalitions an image and step, complements in pairs; the masked images are classified too.
-    objective = fv.ShapleyObjective(coalitions=4, regression_weight=3.0, masked_task_weight=1.0)
+    objective = fv.JointObjective(coalitions=4, regression_weight=3.0, masked_task_weight=1.0)
     training = {"epochs": epochs, "warmup_epochs": 0, "batch_size": 64, "lr": 2e-3}
     result = fv.fit(model, Subset(train, range(images)), test, objective=objective, **training)
 

@@ -458,7 +458,7 @@ def test_an_attention_that_can_not_be_read_is_named(options, message):
 
 def test_logits_that_are_not_the_backbone_s_are_named():
     model = timm.create_model("vit_tiny_patch16_224", num_classes=CLASSES, img_size=(16, 24), **VIT)
-    with pytest.raises(ValueError, match=r"Subject.of.*head='votes'"):
+    with pytest.raises(ValueError, match=r"Subject.of.*VotesHead"):
         Subject.of(fv.convert(model, img_size=(16, 24), head="votes"))
 
 

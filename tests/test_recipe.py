@@ -9,7 +9,8 @@ import pytest
 
 import fastshap_vision as fv
 from bench.fidelity import runs as fidelity_runs
-from fastshap_vision import cli, recipe
+from fastshap_vision import recipe
+from fastshap_vision.cli import main as cli
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,6 +16,7 @@ from bench.lib import memory
 from bench.lib.timer import Times
 from bench.step import figures, flops, plot, sets, ways
 from bench.step import measure as program
+from fastshap_vision.games.base import Features
 
 CPU = torch.device("cpu")
 VIT, *_ = sets.tiny("cpu")
@@ -153,7 +154,7 @@ def test_flops_of_a_joint_step_are_those_of_both_passes(model):
 
     def explanation():  # a product with pooled features, once a coalition
         features = torch.ones(2, net.players, net.game.feature_width)
-        net.head.shares(net.head.explainer(features).sum(1).repeat_interleave(bits.shape[1], 0))
+        net.head.shares(net.head.explainer(Features(features)).sum(1).repeat_interleave(bits.shape[1], 0))
 
     once_too_often = 0.0
     if setting.is_transformer:  # forward, and backward to the weight

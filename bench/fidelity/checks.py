@@ -60,7 +60,7 @@ def check_model(
 def game_key(model: Any, *asked: int) -> str:
     """All that the game depends on, and what is asked of it. An explainer that is trained apart plays a surrogate's."""
     player = getattr(model, "surrogate", model)
-    about = (type(model).__name__, player.head, player.removal, *asked)
+    about = (type(model).__name__, type(player.head).__name__, player.removal, *asked)
     digest = hashlib.sha256(repr(about).encode())
     for name, weight in player.backbone.state_dict().items():
         digest.update(name.encode() + weight.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -83,7 +83,7 @@ def converge(model: Any, images: Tensor, evaluations: int) -> fv.ReferenceValues
     """
     options = {"relative_error": 0.02, "coalitions": min(2048, evaluations), "most": evaluations}
     with torch.autocast(images.device.type, torch.bfloat16):
-        found = fv.converged_values(model, images, **options)
+        found = fv.kernel_shap_values(model, images, **options)
     with torch.no_grad():
         grand = torch.cat([model.shapley_values(part)[1] for part in images.split(BATCH)])
     return found._replace(grand=grand.double())

@@ -97,7 +97,7 @@ def _by(model: Any) -> Explain:
 def _alike(first: fv.SelfExplainingClassifier, second: fv.SelfExplainingClassifier) -> bool:
     """Whether two models are one to a post-hoc method: equal weights, one game."""
     ours, theirs = first.backbone.state_dict(), second.backbone.state_dict()
-    is_one_game = (first.head, first.removal) == (second.head, second.removal)
+    is_one_game = (type(first.head), first.removal) == (type(second.head), second.removal)
     return is_one_game and all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
 
 

@@ -37,7 +37,7 @@ from bench.lib import machine
 from bench.lib.machine import ROOT
 from bench.lib.pictures import pyplot, save
 from bench.lib.results import RESULTS, read, write
-from fastshap_vision.plotting import explanation_page
+from fastshap_vision.explanations.page import explanation_page
 
 #: The settings whose models every method explains; the first two must be trained.
 COMPARED = ("plain", "recipe", "grey-pixels", "fastshap")
@@ -45,6 +45,9 @@ COMPARED = ("plain", "recipe", "grey-pixels", "fastshap")
 PLAYED = "bf16"
 #: Images on the page of explanations.
 SHOWN = 6
+
+#: What a result keeps of every epoch.
+HISTORY = ("task", "masked_task", "value_r2", "spread")
 
 
 def settings_of(run: Run, budget: Budget) -> dict[str, Any]:
@@ -107,7 +110,9 @@ def train_and_check(run: Run, options: argparse.Namespace) -> str:
         **check_model(model, test, explained, budget.evaluations, device, options.runs / "games"),
         "training_evaluations": fidelity_runs.evaluations_of(run, budget),
         "training_seconds": sum(fit.seconds for fit in fits),
-        "history": [{name: row[name] for name in ("task", "masked_task", "r2", "spread")} for row in fits[-1].history],
+        "history": [
+            {name: row[name] for name in ("task", "masked_task", "value_r2", "spread")} for row in fits[-1].history
+        ],
         "settings": settings_of(run, budget),
         "machine": machine.header(device),
     }
@@ -124,7 +129,7 @@ def train_classifier(run: Run, train: Any, classes: int, options: argparse.Names
         before = load_classifier(Run(run.network, setting.starts_from, run.seed), options)
         model.backbone.load_state_dict(before.backbone.state_dict())
     if setting.kind == "played":
-        train = played(run, model, train, options)
+        train = recorded_for(run, model, train, options)
     trained = model.backbone if setting.kind == "task" else model
     epochs = fidelity_runs.epochs_of(run, budget)
     result = fit(trained, train, fidelity_runs.make_objective(run), run, epochs, folder, options)
@@ -132,16 +137,18 @@ def train_classifier(run: Run, train: Any, classes: int, options: argparse.Names
     return model, [result]
 
 
-def played(run: Run, model: fv.SelfExplainingClassifier, train: Any, options: argparse.Namespace) -> fv.RecordedCoalitions:
-    """The games of the training images, which all settings that share an encoder play once."""
+def recorded_for(
+    run: Run, model: fv.SelfExplainingClassifier, train: Any, options: argparse.Namespace
+) -> fv.RecordedCoalitions:
+    """The coalitions of the training images, which all settings that share an encoder record once."""
     coalitions = fidelity_runs.objective_of(run)["coalitions"]
     path = options.runs / "games" / f"{game_key(model, len(train), coalitions, run.seed)}.safetensors"
     if path.exists():
         return fv.RecordedCoalitions.load(path, train)
-    games = fv.record_coalitions(model, train, coalitions, seed=run.seed, precision=PLAYED, progress=False)
+    recorded = fv.record_coalitions(model, train, coalitions, seed=run.seed, precision=PLAYED, progress=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    games.save(path)
-    return games
+    recorded.save(path)
+    return recorded
 
 
 def train_explainer(run: Run, train: Any, classes: int, options: argparse.Namespace) -> tuple[Any, list[fv.FitResult]]:
@@ -159,7 +166,9 @@ def train_explainer(run: Run, train: Any, classes: int, options: argparse.Namesp
     return explainer, fits
 
 
-def make_explainer(surrogate: fv.SelfExplainingClassifier, plain: fv.SelfExplainingClassifier) -> fv.baselines.FastSHAPExplainer:
+def make_explainer(
+    surrogate: fv.SelfExplainingClassifier, plain: fv.SelfExplainingClassifier
+) -> fv.baselines.FastSHAPExplainer:
     """The network that explains begins as the plain model, as the surrogate did, and as in the papers."""
     return fv.baselines.FastSHAPExplainer(surrogate, deepcopy(plain.backbone))
 

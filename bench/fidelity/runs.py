@@ -51,8 +51,8 @@ class Setting:
         kind: "task" trains the task alone; "played" the explainer of a model that another setting trained, on games
             played once; "shapley" the task and the regression together; "viashap" with ViaSHAP's objective;
             "amortized" FastSHAP's surrogate and explainer, for a model that another setting trained.
-        objective: arguments of the objective, of "played" those of `fv.record_coalitions`; of "played" and "shapley" those that
-            differ from `RECIPE` and `TOGETHER`.
+        objective: arguments of the objective, of "played" those of `fv.record_coalitions`; of "played" and "shapley"
+            those that differ from `RECIPE` and `TOGETHER`.
         model: arguments of `fv.SelfExplainingClassifier`.
         training: arguments of `fv.fit`, by network, that differ from the budget's.
         starts_from: the setting whose trained weights it goes on from.
@@ -242,7 +242,7 @@ def make_objective(run: Run) -> Any:
         return fv.TaskObjective()
     if setting.kind == "played":
         return fv.ExplainerObjective()
-    make = fv.baselines.viashap_objective if setting.kind == "viashap" else fv.JointObjective
+    make = fv.baselines.ViaSHAPObjective if setting.kind == "viashap" else fv.JointObjective
     return make(**objective_of(run), seed=run.seed)
 
 

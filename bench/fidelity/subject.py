@@ -47,7 +47,7 @@ class Subject:
             ValueError: where its logits are not the timm model's.
         """
         if not classifier.is_exact_conversion:
-            fail("Subject.of", "classifier", "one whose logits are its backbone's", f"head={classifier.head!r}")
+            fail("Subject.of", "classifier", "one whose logits are its backbone's", type(classifier.head))
         return cls(classifier.backbone, classifier)
 
     @property

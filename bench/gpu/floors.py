@@ -22,6 +22,8 @@ def floors(row: Row, case: Case) -> dict[str, tuple[float, float]]:
     if row.op in ("segment_sum", "layer_norm_segment_sum"):
         rows = t["rows"].nbytes
         return _modes(rows + sums, (2 if row.op.startswith("layer") else 1) * rows + sums)
+    if row.op == "coalition_sizes":
+        return {"forward": (t["bits"].nbytes + 4 * s["batch"] * s["coalitions"], 0.0)}
     if row.op == "coalition_sum":
         moved = t["features"].nbytes + sums
         return _modes(moved, moved)

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
+from fastshap_vision.games.base import Features
 
 
 def step_flops(model: fv.SelfExplainingClassifier, bits: Tensor, mode: str) -> float:
@@ -29,7 +30,9 @@ def step_flops(model: fv.SelfExplainingClassifier, bits: Tensor, mode: str) -> f
         lengths = [*(sizes.flatten() + vit.num_prefix_tokens).tolist(), *[tokens_of(vit)] * images]
         embedding = batch * embedding_flops(vit)
         forward = embedding + sum(encoder_flops(vit, length) for length in lengths)
-        explanation = batch * sum(block_flops(block, model.players) for block in model.explainer)
+        explanation = batch * sum(block_flops(block, model.players) for block in model.head.explainer.blocks)
+        if isinstance(model.head.explainer.projection, nn.Linear):
+            explanation += 2.0 * batch * model.players * model.head.explainer.projection.weight.numel()
     else:
         # No cell is left out: its pixels are there, in the mean colour.
         forward, embedding = ((batch * coalitions + images) * flops for flops in convolution_flops(model))
@@ -38,7 +41,8 @@ def step_flops(model: fv.SelfExplainingClassifier, bits: Tensor, mode: str) -> f
     forward += (batch * coalitions + images) * head
     if not joint:
         return forward
-    return 3 * (forward + explanation + batch * coalitions * head) - embedding
+    shares = 2 * model.head.shares.weight.numel()
+    return 3 * (forward + explanation + batch * coalitions * shares) - embedding
 
 
 def tokens_of(vit: VisionTransformer) -> int:
@@ -77,7 +81,7 @@ def convolution_flops(model: fv.SelfExplainingClassifier) -> tuple[float, float]
 
 def convolution_explanation_flops(model: fv.SelfExplainingClassifier) -> float:
     features = _one_image(model).new_zeros(1, model.players, model.game.feature_width)
-    return _count(lambda: model.explainer(features))
+    return _count(lambda: model.head.explainer(Features(features)))
 
 
 def _one_image(model: fv.SelfExplainingClassifier) -> Tensor:

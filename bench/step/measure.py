@@ -33,7 +33,7 @@ from bench.step.memory import peak_in_process
 from bench.step.plot import plot
 from bench.step.sets import Step, steps_of
 from bench.step.ways import MASKED_TASK_WEIGHT, REGRESSION_WEIGHT, Setting, make_call, make_setting
-from fastshap_vision.cpu_linear import cpu_linears
+from fastshap_vision._runtime.onednn_linear import cpu_linears
 
 METHOD = (
     "Forward and backward, without the optimizer's update; value: coalition values alone, no gradient, evaluation "

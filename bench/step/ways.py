@@ -27,6 +27,7 @@ from torch.nn import functional as F
 import fastshap_kernels as fk
 import fastshap_vision as fv
 from bench.step.sets import Step
+from fastshap_vision.games.base import Features
 
 Call = Callable[[], Tensor]
 
@@ -69,7 +70,7 @@ def make_setting(step: Step, device: torch.device) -> Setting:
     model = fv.SelfExplainingClassifier(
         name, step.classes, img_size=step.image_size, backbone_gradient=1.0, model_kwargs=arguments
     )
-    torch.nn.init.normal_(model.shares.weight, std=0.02)
+    torch.nn.init.normal_(model.head.shares.weight, std=0.02)
     dtype = torch.bfloat16 if step.dtype == "bfloat16" else torch.float32
     images = torch.randn(step.batch, 3, step.image_size, step.image_size)
     labels = torch.randint(step.classes, (step.batch,))
@@ -117,7 +118,11 @@ def _values(kind: str, setting: Setting, options: dict[str, Any] | None) -> Call
     if kind == "packed" and options is None:
         return lambda: model.coalition_values(images, fv.Coalitions(bits, model.players, paired=True))
     if kind == "packed":
-        function = _compiled(lambda images, bits: model.game.values(images, fv.Coalitions(bits, model.players, paired=True)), options)
+
+        def packed(images: Tensor, bits: Tensor) -> Tensor:
+            return model.game.values(images, fv.Coalitions(bits, model.players, paired=True))
+
+        function = _compiled(packed, options)
     else:
         function = _compiled(lambda images, bits: dense_values(model, images, bits, kind), options)
     return lambda: function(images, bits)
@@ -201,7 +206,7 @@ def dense_loss(
         values = read_votes(model, coalition_map, present)
     members = present.to(features.dtype)
     even = ((logits.detach() - null) / players).unsqueeze(1).expand(-1, players, -1)
-    delta = model.shares(model.explainer(features))
+    delta = model.head.shares(model.head.explainer(Features(features)))
     phi = delta - delta.mean(1, keepdim=True) + (_fixed_votes(model, features) if model.base == "votes" else even)
     target = values if live else values.detach()
     residual = target - null - torch.einsum("bmp,bpk->bmk", members, phi)

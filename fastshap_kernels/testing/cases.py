@@ -99,6 +99,10 @@ def _sample_coalitions(
     return Case("sample_coalitions", {}, options=options | {"device": draw.device})
 
 
+def _coalition_sizes(draw: Draw, *, batch: int = 5, coalitions: int = 4, players: int = 196) -> Case:
+    return Case("coalition_sizes", {"bits": draw.bits(batch, coalitions, players)}, (), {"players": players})
+
+
 def _mask_patches(
     draw: Draw,
     *,
@@ -231,6 +235,7 @@ _MAKERS: dict[str, Callable[..., Case]] = {
     maker.__name__.removeprefix("_"): maker
     for maker in (
         _sample_coalitions,
+        _coalition_sizes,
         _mask_patches,
         _pack_tokens,
         _packed_attention,

@@ -13,8 +13,10 @@ from vision_transformers import create, images
 import fastshap_kernels as fk
 import fastshap_vision as fv
 from fastshap_kernels import testing
-from fastshap_vision import coalition_stream
-from fastshap_vision.coalition_stream import Limits, LiveBytes, cut, evaluate
+from fastshap_vision.streaming import memory, stream
+from fastshap_vision.streaming.chunks import Limits, cut
+from fastshap_vision.streaming.memory import LiveBytes
+from fastshap_vision.streaming.stream import evaluate
 
 pytestmark = pytest.mark.gpu
 
