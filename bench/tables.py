@@ -17,7 +17,9 @@ from fastshap_kernels import testing
 
 README = ROOT / "README.md"
 FIDELITY = ROOT / "docs" / "fidelity.md"
+KERNELS = ROOT / "docs" / "kernels.md"
 MODELS = ROOT / "docs" / "models.md"
+FIGURES = ROOT / "docs" / "results.md"
 
 
 def table(header: str, rows: Iterable[str]) -> str:
@@ -164,6 +166,63 @@ def newest_findings() -> tuple[Findings, str] | None:
     return None
 
 
+def summary_table() -> str:
+    """What the recipe gives, a row a network."""
+    if (found := newest_findings()) is None:
+        return NO_FIDELITY
+    findings, budget = found
+    bars = {bar["what"]: bar["measured"] for bar in judge_fidelity(findings)}
+    rows = []
+    for network, name in NETWORKS.items():
+        key = (network, "recipe")
+        r2, correlation = (
+            plus_minus(findings.over_seeds(*key, figure), ".3f")
+            for figure in (r2_of, lambda run: run["fidelity"]["correlation_predicted"])
+        )
+        change = plus_minus(findings.accuracy_difference(*key), "+.2f")
+        faster = bars[f"{name}: times as fast as KernelSHAP, 2048"]
+        rows.append(f"{name} | {change} | {r2} | {correlation} | {faster:.0f}×")
+    header = "network | accuracy, points | R² to Shapley values | correlation, predicted class | faster than KernelSHAP"
+    return table(header, rows) + "\n\n" + about_fidelity(findings, budget)
+
+
+def speed_table(steps: dict[str, Any] | None, explanations: dict[str, Any] | None) -> str:
+    """Few figures: coalition values and steps beside dense ones, an explanation beside the prediction."""
+    bars = {bar["what"]: bar["measured"] for bar in (steps or {}).get("bars", [])}
+    base = "ViT-S/16 at 224, "
+    names = {
+        "v(S) of 8 coalitions an image": (f"{base}v(S), M 8, float32: times as fast as dense-mask", "masked attention"),
+        "joint training step, 4 coalitions": (
+            f"{base}joint step, M 4, float32: times as fast as the faster dense way",
+            "the faster dense way",
+        ),
+    }
+    rows = [
+        f"{name} | {bars[what]:.1f}× as fast as {against}"
+        for name, (what, against) in names.items()
+        if bars.get(what) is not None
+    ]
+    costs = {row["network"]: row["time"] for row in (explanations or {}).get("rows", [])}
+    if "vit_small_patch16_224" in costs:
+        rows.append(f"explanation of an image | {costs['vit_small_patch16_224']:.2f}× the time of the prediction alone")
+    if not rows:
+        return "Not measured yet: `make bench-step`."
+    return table("ViT-S/16 at 224 pixels, on 2 CPU cores | measured", rows)
+
+
+def explanation_table(results: list[dict[str, Any]]) -> str:
+    """What an explanation costs beside the prediction, a row a network and processor."""
+    rows = [
+        f"`{r['network']}` | {r['width']} | {r['time']:.2f}× | {r['parameters']:+.1%} | {result['device']}, "
+        f"{result['threads']} threads"
+        for result in results
+        for r in result["rows"]
+    ]
+    if not rows:
+        return "Not measured yet: `make bench-explanation`."
+    return table("network | width of the head | time | parameters | measured on", rows)
+
+
 def fidelity_tables() -> str:
     """The recipe beside the plain model and FastSHAP, and the targets."""
     if (found := newest_findings()) is None:
@@ -251,22 +310,32 @@ def load(name: str) -> Any:
 def tables_of() -> dict[Path, dict[str, str]]:
     """Every table by page and name."""
     pairs = [read(path) for path in PAIRS.glob("*.json")]
+    explanations = [read(path) for path in sorted((RESULTS / "explanation").glob("*.json"))]
+    steps = newest(STEPS, "*.json")
     readme = {
+        "summary": summary_table(),
+        "speed": speed_table(steps, newest(RESULTS / "explanation", "*.json")),
+    }
+    kernels = {
         # Of the processors, the one that most is known of.
         "cpu": pairs_table(max(pairs, key=lambda results: (len(results["rows"]), results["date"]))),
+        "coverage": coverage_table(),
+        "gpu": gpu_table(newest(RESULTS, "*/[0-9]*.json")),
+    }
+    figures = {
         "fidelity": fidelity_tables(),
         "digits": digits_table([load("digits_vit"), load("digits_cnn")]),
-        "gpu": gpu_table(newest(RESULTS, "*/[0-9]*.json")),
-        "coverage": coverage_table(),
+        "explanation": explanation_table(explanations),
+        "step": step_table(steps, newest(RESULTS, "*/step-*.json")),
         "precision": precision_table(load("precision")),
-        "step": step_table(newest(STEPS, "*.json"), newest(RESULTS, "*/step-*.json")),
     }
     fidelity = {
         "methods": fidelity_methods_table(),
         "ablation": ablation_table("small"),
         "longer": ablation_table("medium"),
     }
-    return {README: readme, FIDELITY: fidelity, MODELS: {"families": families_table(load("families"))}}
+    families = {"families": families_table(load("families"))}
+    return {README: readme, KERNELS: kernels, FIGURES: figures, FIDELITY: fidelity, MODELS: families}
 
 
 def render(page: Path, tables: dict[str, str]) -> str:

@@ -59,10 +59,10 @@ def test_the_docs_show_the_recipe():
 def test_the_readme_shows_the_recipe():
     text = (ROOT / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert sum("recipe.training(" in block for block in blocks) == 1
+    assert sum("train_explainer(" in block for block in blocks) == 1
     assert all(differing(block) == [] for block in blocks)
     assert re.findall(r"(\d+) coalitions of each image", text) == [str(recipe.COALITIONS)]
-    assert re.findall(r"# Muon, (\d+) epochs", text) == [str(2 * recipe.TRAINING["epochs"])]
+    assert re.findall(r"for the recipe's (\d+) epochs", text) == [str(2 * recipe.TRAINING["epochs"])]
 
 
 @pytest.mark.parametrize(("network", "options"), [("vit", VIT), ("cnn", CNN)])

@@ -20,10 +20,11 @@ def evaluating(model: object) -> Iterator[None]:
 @contextmanager
 def evaluation_mode(backbone: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while; each module gets its own mode back (a frozen batch norm stays frozen)."""
-    modes = [(module, module.training) for module in backbone.modules()]
-    backbone.eval()
+    training = [module for module in backbone.modules() if module.training]
+    if training:
+        backbone.eval()
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in training:
+            module.training = True

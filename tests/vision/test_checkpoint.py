@@ -131,7 +131,7 @@ def outcome(event):
 
 
 @pytest.mark.parametrize("event", ["killed", "full disk"])
-@pytest.mark.parametrize("moment", ["_write_model", "_write_summary"])
+@pytest.mark.parametrize("moment", ["write_model", "_write_summary"])
 def test_resuming_finishes_what_was_left(tmp_path, monkeypatch, event, moment):
     raised, seen = outcome(event)
     inner = getattr(checkpoint, moment)
