@@ -14,6 +14,7 @@
 # make bench-digits  three seeds of the demo, both heads, written to bench/results/
 # make bench-step  a whole training step beside dense ones, and how it grows, written to bench/results/ and docs/
 # make build  recompile in place what has changed of the CPU library, with ninja: MAX_JOBS files at a time
+# make bench-explanation  what an explanation costs beside the prediction, written to bench/results/
 # make bench-precision  what lower precision of v(S) changes, on digits, written to bench/results/
 # make gpu-step  after make gpu: the training step on that device, under nine minutes; again, it goes on
 # make gpu    on a machine with a CUDA device: build, check and measure everything, in PYTHON as it is, no .venv
@@ -32,7 +33,7 @@ EMULATE := FASTSHAP_BACKEND=cuda FASTSHAP_EMULATE_CUDA=$(EMULATED)
 # Where there is no device, compiling for it is left to `make gate`.
 export FASTSHAP_SKIP_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,1)
 
-.PHONY: env build demo test test-main test-triton test-cuda test-slow sanitize fuzz test-processors test-matrix matrix-oldest matrix-newest gate lint format bench bench-short bench-digits bench-step bench-precision bench-fidelity gpu gpu-step clean
+.PHONY: env build demo test test-main test-triton test-cuda test-slow sanitize fuzz test-processors test-matrix matrix-oldest matrix-newest gate lint format bench bench-short bench-digits bench-step bench-precision bench-explanation bench-fidelity gpu gpu-step clean
 
 env: $(INSTALLED)
 
@@ -152,6 +153,10 @@ bench-digits: $(INSTALLED)
 bench-step: $(INSTALLED)
 	$(BIN)/python -m bench.step --set bars --anew
 	$(BIN)/python -m bench.step --set growth --anew --visits 2
+	$(BIN)/python -m bench.tables
+
+bench-explanation: $(INSTALLED)
+	$(BIN)/python -m bench.explanation
 	$(BIN)/python -m bench.tables
 
 bench-precision: $(INSTALLED)
