@@ -804,3 +804,8 @@ def test_a_frozen_backbone_is_explained():
     objective(model, images(), torch.tensor([0, 1, 2])).loss.backward()
     assert model.head.shares.weight.grad.abs().sum() > 0
     assert all(torch.equal(value, before[key]) for key, value in model.backbone.state_dict().items())
+
+
+def test_a_name_is_told_what_to_use():
+    with pytest.raises(fv.UnsupportedModelError, match=r"fv\.SelfExplainingClassifier\('resnet18'\)"):
+        fv.convert("resnet18")

@@ -40,6 +40,11 @@ def convert(
         UnsupportedModelError: for a model that timm did not make, or a family that has no game.
         ValueError: for an image size that the model can't take, or a model made from arguments that can't be saved.
     """
+    if isinstance(model, str):
+        raise UnsupportedModelError(
+            f"Argument `model` must be a model, but it is the name {model!r}.",
+            f"Use fv.SelfExplainingClassifier({model!r}), or pass timm.create_model({model!r}).",
+        )
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     if not name:
         raise UnsupportedModelError(
