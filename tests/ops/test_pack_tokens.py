@@ -42,7 +42,8 @@ def gradient_of(bits, prefix):
 @pytest.mark.parametrize("prefix", [0, 1, 5])
 @pytest.mark.parametrize("players", PLAYERS)
 def test_backends_agree(generator, players, prefix, dtype):
-    tokens, bits = tokens_and_bits(generator, players=players, prefix=prefix, dtype=dtype)
+    few = {"batch": 1, "coalitions": 2} if BACKEND == "triton" and players > 512 else {}  # its interpreter is slow
+    tokens, bits = tokens_and_bits(generator, players=players, prefix=prefix, dtype=dtype, **few)
     packed, plain = (fk.pack_tokens(tokens, bits, prefix, backend=backend) for backend in (BACKEND, "reference"))
     assert torch.equal(packed[0], plain[0])
     assert torch.equal(packed[1], plain[1])
