@@ -20,6 +20,9 @@ from bench.lib.timer import seconds
 #: "kept": as after `fv.keep_freed_memory()`, which `fastshap train` calls. Both sides have the same.
 MEMORY = os.environ.get("FASTSHAP_BENCH_MEMORY", "returned")
 
+#: A pair takes this many seconds, or this many turns: a burst of other work must not be most of what is measured.
+LENGTH, MOST = 1.0, 200
+
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     if MEMORY == "kept":
@@ -33,7 +36,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 class Pair:
-    """pair(op, shape, against, fused, plain): times both by turns.
+    """pair(op, shape, against, fused, plain): times both by turns, `rounds` of them at least.
 
     `against` says in words what the plain side is; what else is known of the pair is kept beside the times.
     """
@@ -57,11 +60,14 @@ class Pair:
             benchmark.extra_info = about | more | {"side": side, "test": benchmark.fullname}
             benchmark.name, benchmark.group = f"{benchmark.name}: {side}", f"{op}: {shape}, against {against}"
         self.plain.pedantic(plain, warmup_rounds=warmup)
+        for _ in range(warmup):
+            fused()
+        turns = max(rounds, min(MOST, int(LENGTH / (seconds(plain) + seconds(fused)))))
 
         def plain_turn() -> None:
             self.plain.stats.update(seconds(plain))
 
-        self.fused.pedantic(fused, setup=plain_turn, rounds=rounds, warmup_rounds=warmup)
+        self.fused.pedantic(fused, setup=plain_turn, rounds=turns)
 
     def of_row(self, row: Row, mode: str = "both", op: str | None = None, **options: Any) -> None:
         """The CPU kernel of a row's op beside the row's first rival."""

@@ -86,6 +86,7 @@ def header(device: torch.device = CPU) -> dict[str, Any]:
         "device": device_name(device),
         "processor": processor(),
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),
         "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
         "cuda": torch.version.cuda,
         "torch": torch.__version__,

@@ -33,4 +33,4 @@ def test_coalition_sum(pair):
     sizes = {"batch": 32, "coalitions": 4, "players": 196, "width": 384}
     shape = "B 32, M 4, P 196, L 384, float32, forward + backward"
     row = Row("coalition_sum", shape, sizes, ("features",), {"unpack to float masks, bmm": unpacked})
-    pair.of_row(row, rounds=60)
+    pair.of_row(row)

@@ -32,4 +32,4 @@ def test_segment_sum(pair):
     sizes = {"batch": 8, "coalitions": 2, "players": 196, "prefix": 1, "width": 384}
     shape = "16 sequences of 196 players in pairs, Q 1, D 384, float32, forward + backward"
     row = Row("segment_sum", shape, sizes, ("rows",), {"index_add with ready indices": index_add})
-    pair.of_row(row, rounds=60)
+    pair.of_row(row)

@@ -49,4 +49,4 @@ def test_shapley_regression_loss(pair, normalization):
     shape = f"B 32, M 8, P 196, K 1000, float32, forward + backward{switch}"
     rivals = {"einsum with ready float masks": eager}
     row = Row("shapley_regression_loss", shape, sizes | {"normalization": normalization}, ("phi",), rivals)
-    pair.of_row(row, rounds=30)
+    pair.of_row(row)
