@@ -7,7 +7,8 @@
 pytest-benchmark runs the pairs (bench/**/bench_*.py). A ratio below `TOLERANCE` of the committed one fails: absolute
 times drift on a shared machine, ratios less so. They do drift: of each side the fastest turn counts, since other guests
 only add time, and a pair that fails is measured again, best of `ATTEMPTS`. Each processor has a file of its own. A pair
-that it lacks is held against the lowest ratio of all processors; one that no file has is only shown.
+that it lacks is shown beside the lowest ratio of all processors, and does not fail: on one processor a loss was 2.8
+times as fast as plain PyTorch, on another half as fast.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ KEY = ("op", "shape", "against", "memory", "threads")
 #: Of ten runs of the short set with six processes on two cores, the lowest ratio of any pair was 0.73 of the pair's
 #: median run, and 0.85 as the best of three. Of medians, in place of the fastest turns, it was 0.31 and 0.69.
 TOLERANCE = 0.65
+#: Whose ratio it is that a pair can fail.
+HERE = "this processor"
 ATTEMPTS = 3
 #: With what environment variables all pairs run, and those that CI runs: on one thread, since two of them wait for one
 #: another whenever somebody else takes a core.
@@ -86,7 +89,7 @@ def baseline(row: Row, committed: dict[str, list[Row]], here: str) -> Baseline:
     """This processor's committed ratio; else the lowest of all of them."""
     for other in committed.get(here, []):
         if key_of(other) == key_of(row):
-            return Baseline(other["ratio"], "this processor")
+            return Baseline(other["ratio"], HERE)
     alike = [
         (other["ratio"], name, other["threads"])
         for name, rows in committed.items()
@@ -99,8 +102,9 @@ def baseline(row: Row, committed: dict[str, list[Row]], here: str) -> Baseline:
 
 
 def falls_short(row: Row, committed: dict[str, list[Row]], here: str) -> bool:
-    ratio, _ = baseline(row, committed, here)
-    return ratio is not None and row["ratio"] < TOLERANCE * ratio
+    """Whether a pair fails: on a processor that was measured before, since another's ratios may be others by far."""
+    ratio, whose = baseline(row, committed, here)
+    return ratio is not None and whose == HERE and row["ratio"] < TOLERANCE * ratio
 
 
 def hold(
@@ -141,8 +145,10 @@ def describe(row: Row, committed: dict[str, list[Row]], here: str) -> str:
     name = f"{row['op']}, {row['shape']}, against {row['against']}, memory {row['memory']}"
     if ratio is None:
         return f"new   {row['ratio']:6.2f}x, with nothing to hold it against: {name}"
+    if whose != HERE:
+        return f"other {row['ratio']:6.2f}x, {ratio:.2f}x on {whose}, which is no floor here: {name}"
     word = "SHORT" if falls_short(row, committed, here) else "holds"
-    return f"{word} {row['ratio']:6.2f}x, committed {ratio:.2f}x of {whose}, at least {TOLERANCE * ratio:.2f}x: {name}"
+    return f"{word} {row['ratio']:6.2f}x, committed {ratio:.2f}x, at least {TOLERANCE * ratio:.2f}x: {name}"
 
 
 def commit(rows: list[Row], here: str) -> Path:
@@ -169,7 +175,7 @@ def main() -> None:
     print(*(describe(row, committed, here) for row in rows), sep="\n")
     print(*targets.lines(targets.judge("pairs", figures(rows))), sep="\n")
     if here not in committed:
-        print(f"{here} has no committed results: the lowest of all processors are its floor")
+        print(f"{here} has no committed results: no pair can fail. Write them with --write")
     short = [row for row in rows if falls_short(row, committed, here)]
     if options.write:
         print(commit([row for row in rows if row not in short], here))
