@@ -59,6 +59,11 @@ def test_an_unknown_processor_is_shown_the_lowest_of_all_and_does_not_fail():
     assert pairs.baseline(row(9.0, threads=8), committed, HERE) == (2.0, THIRD)
 
 
+def test_the_floor_is_the_lowest_of_the_committed_runs():
+    committed = {HERE: [row(3.0) | {"spread": [2.0, 4.0], "runs": 10}]}
+    assert pairs.baseline(row(9.0), committed, HERE) == (2.0, pairs.HERE)
+
+
 def test_a_measured_processor_fails_below_its_own_ratio():
     committed = {HERE: [row(2.0)]}
     assert pairs.falls_short(row(2.0 * pairs.TOLERANCE - 0.01), committed, HERE)
