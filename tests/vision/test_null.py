@@ -35,11 +35,12 @@ def test_it_is_kept(counted):
     [
         lambda model: model.backbone.blocks[0].mlp.fc1.weight.detach().mul_(2),
         lambda model: model.backbone.blocks[0].mlp.fc1.weight.data.mul_(2),
+        lambda model: model.backbone.blocks[0].mlp.fc1.weight.data[1:].zero_(),
         lambda model: setattr(model.backbone.head.weight, "data", 2 * model.backbone.head.weight.data),
         lambda model: model.load_state_dict({name: 1.1 * tensor for name, tensor in model.state_dict().items()}),
         lambda model: model.double(),
     ],
-    ids=["in place", "through .data", "other data", "loaded", "other dtype"],
+    ids=["in place", "through .data", "through .data but for a row", "other data", "loaded", "other dtype"],
 )
 def test_changed_weights_are_noticed(counted, change):
     model, calls = counted

@@ -809,3 +809,11 @@ def test_a_frozen_backbone_is_explained():
 def test_a_name_is_told_what_to_use():
     with pytest.raises(fv.UnsupportedModelError, match=r"fv\.SelfExplainingClassifier\('resnet18'\)"):
         fv.convert("resnet18")
+
+
+@pytest.mark.parametrize("method", ["coalition_values", "joint"])
+def test_coalitions_of_other_players_are_refused(method):
+    """As many words hold the bits of 9 players and of 16."""
+    model, bits = trained("class token"), fk.sample_coalitions(3, 2, 9, seed=0)
+    with pytest.raises(ValueError, match=r"`coalitions` must be of the model's 16 players, but they are of 9"):
+        getattr(model, method)(images(), fv.Coalitions(bits, 9))

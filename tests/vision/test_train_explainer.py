@@ -123,3 +123,12 @@ def test_votes_need_no_explainer():
     model = fv.convert(network(global_pool="avg", class_token=False, fc_norm=False), head="votes")
     with pytest.raises(ValueError, match="its votes are its explanation already"):
         fv.train_explainer(model, photographs())
+
+
+def test_a_constant_game_keeps_the_explanation_before_training():
+    """Its held-out values vary by rounding only, so that no epoch is better than another."""
+    backbone = network()
+    torch.nn.init.zeros_(backbone.head.weight)
+    result = fv.train_explainer(backbone, photographs(), coalitions=4, **QUICK)
+    assert result.best_epoch == 0
+    assert result.model.is_untrained

@@ -22,7 +22,20 @@ _SHARE = 0.15
 _STEP = 32
 
 
-class VotesHead(nn.Module):
+class _Head(nn.Module):
+    """What both heads keep: the game that they explain, and γ."""
+
+    def __init__(self, game: Game, backbone_gradient: float) -> None:
+        super().__init__()
+        self._game = (game,)  # in a tuple: the encoder is no part of its head
+        self.backbone_gradient = backbone_gradient
+
+    @property
+    def game(self) -> Game:
+        return self._game[0]
+
+
+class VotesHead(_Head):
     """Φ_p = (W e_p + b)/P, W and b the classifier's own, and an equal part of what that leaves of f(x) − v(∅).
 
     Args:
@@ -31,12 +44,7 @@ class VotesHead(nn.Module):
     """
 
     def __init__(self, game: Game, backbone_gradient: float = 1.0) -> None:
-        super().__init__()
-        self._game, self.backbone_gradient = (game,), backbone_gradient
-
-    @property
-    def game(self) -> Game:
-        return self._game[0]  # in a tuple: the encoder is no part of its head
+        super().__init__(game, backbone_gradient)
 
     def forward(self, features: Features, logits: Tensor, null: Tensor) -> Tensor:
         """Shapley values (B, P, K), float32 at least, that add up to logits (B, K) − null (K,)."""
@@ -59,7 +67,7 @@ class VotesHead(nn.Module):
         return loss_of_classes(classes, last, weight / players, bias, coalitions, values, null)
 
 
-class SharesHead(nn.Module):
+class SharesHead(_Head):
     """Φ_p = base_p + δ_p, δ = G(E) W_sᵀ minus its mean over p: the logits never move.
 
     G brings the features to its width, where that is another, adds a linear map of the normalised features of earlier
@@ -83,17 +91,13 @@ class SharesHead(nn.Module):
         width: int | None = None,
         backbone_gradient: float = 0.0,
     ) -> None:
-        super().__init__()
-        self._game, self.base, self.backbone_gradient = (game,), base, backbone_gradient
+        super().__init__(game, backbone_gradient)
+        self.base = base
         width = width_of(game, classes, depth) if width is None else width
         self.explainer = Explainer(game, depth, width)
         self.shares = nn.Linear(self.explainer.width, classes, bias=False)
         nn.init.zeros_(self.shares.weight)
         self.to(next(game.backbone.parameters()))
-
-    @property
-    def game(self) -> Game:
-        return self._game[0]  # in a tuple: the encoder is no part of its head
 
     @property
     def is_untrained(self) -> bool:

@@ -340,7 +340,14 @@ class SelfExplainingClassifier(Pretrained):
         is_on_cpu = or_on_cpu and isinstance(bits, Tensor) and bits.device.type == "cpu"
         like = images.new_empty(len(images), device="cpu") if is_on_cpu else images
         check_bits(op, bits, self.players, like, "coalitions")
-        return coalitions if isinstance(coalitions, Coalitions) else Coalitions(bits, self.players)
+        if not isinstance(coalitions, Coalitions):
+            return Coalitions(bits, self.players)
+        if coalitions.players != self.players:
+            raise ValueError(
+                f"{op}: argument `coalitions` must be of the model's {self.players} players, but they are of "
+                f"{coalitions.players}. Pass Coalitions(bits, model.players)."
+            )
+        return coalitions
 
     def null_value(self) -> Tensor:
         """v(∅): (K,); exactly zero where patches vote. In evaluation it is kept from one call to the next."""

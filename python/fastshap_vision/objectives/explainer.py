@@ -99,7 +99,7 @@ class ExplainerObjective(Objective):
                 terms = self(model, images.to(like.device, like.dtype), parts)
                 found.append(terms.value_r2.expand(len(images)))  # type: ignore[union-attr]
         mean = float(torch.cat(found).nanmean())
-        if self.keep_best and mean > self._best_value_r2:
+        if self.keep_best and (self._best is None or mean > self._best_value_r2):
             self._best_value_r2 = mean
             self._best = {name: tensor.detach().cpu().clone() for name, tensor in model.head.state_dict().items()}
         return {"eval_value_r2": None if math.isnan(mean) else mean}

@@ -42,9 +42,9 @@ def check_kinds(model: object, objective: object, output: object) -> None:
     """The arguments that are no numbers or words."""
     if not isinstance(model, nn.Module):
         fail("fit", "model", "a torch.nn.Module that returns logits", model, "Use timm.create_model or fv.convert.")
-    if isinstance(objective, type) or not all(
-        callable(part) for part in (objective, *(getattr(objective, name, None) for name in _OF_OBJECTIVES))
-    ):
+    parts = (objective, *(getattr(objective, name, None) for name in _OF_OBJECTIVES))
+    has_settings = isinstance(getattr(objective, "settings", None), dict)
+    if isinstance(objective, type) or not has_settings or not all(map(callable, parts)):
         fail(
             "fit",
             "objective",
