@@ -132,3 +132,12 @@ def test_a_constant_game_keeps_the_explanation_before_training():
     result = fv.train_explainer(backbone, photographs(), coalitions=4, **QUICK)
     assert result.best_epoch == 0
     assert result.model.is_untrained
+
+
+@pytest.mark.parametrize("label", [None, -1, 99, "cat"])
+def test_labels_have_no_part_in_it(label):
+    unlabelled = [(image, label) for image, _ in photographs()]
+    found = fv.train_explainer(network(), unlabelled, coalitions=4, **QUICK)
+    expected = fv.train_explainer(network(), photographs(), coalitions=4, **QUICK)
+    assert torch.equal(found.model.head.shares.weight, expected.model.head.shares.weight)
+    assert found.accuracy is None

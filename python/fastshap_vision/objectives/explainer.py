@@ -44,7 +44,7 @@ class ExplainerObjective(Objective):
         self,
         model: SelfExplainingClassifier,
         images: Tensor,
-        recorded: Sequence[Tensor] | Tensor,
+        recorded: Sequence[Any] | Tensor,
         *,
         progress: float = 1.0,
     ) -> ObjectiveTerms:
@@ -94,9 +94,9 @@ class ExplainerObjective(Objective):
         like, found = next(model.parameters()), []
         loader = DataLoader(data, batch_size, num_workers=workers, generator=torch.Generator())
         with evaluating(model):
-            for images, recorded in loader:
-                parts = [part.to(like.device) for part in recorded]
-                terms = self(model, images.to(like.device, like.dtype), parts)
+            for images, (labels, bits, values) in loader:
+                recorded = (labels, bits.to(like.device), values.to(like.device))
+                terms = self(model, images.to(like.device, like.dtype), recorded)
                 found.append(terms.value_r2.expand(len(images)))  # type: ignore[union-attr]
         mean = float(torch.cat(found).nanmean())
         if self.keep_best and (self._best is None or mean > self._best_value_r2):

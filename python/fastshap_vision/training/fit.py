@@ -43,10 +43,10 @@ class FitResult:
 
     Args:
         history: one dict an epoch: epoch, lr, the means of the objective's terms (None where there is none),
-            eval_loss, eval_accuracy (percent; None without eval_data), eval_value_r2 (of recorded
+            eval_loss, eval_accuracy (percent; None without eval_data, or of recorded), eval_value_r2 (of recorded
             eval_data, as value_r2 is of train_data), seconds.
         seconds: of all epochs, those before a resume too.
-        accuracy, best_accuracy: of the last epoch and of the best, percent; None without eval_data.
+        accuracy, best_accuracy: of the last epoch and of the best, percent; None where no epoch has one.
         checkpoint: the last checkpoint's folder; None without output.
         model: what was trained.
         best_epoch: of `train_explainer`, the epoch that was kept, from 1; 0 where no epoch was better than the
@@ -298,18 +298,13 @@ class _Run:
 
     def evaluate(self, data: Dataset) -> dict[str, float | None]:
         """The columns of the history that an evaluation fills."""
-        accuracy, loss = evaluate(
-            self.model,
-            data,
-            self.settings["batch_size"],
-            workers=self.settings["workers"],
-            accelerator=self.accelerator,
-        )
+        options = {"batch_size": self.settings["batch_size"], "workers": self.settings["workers"]}
+        found: dict[str, float | None] = {}
+        if not isinstance(data, RecordedCoalitions):  # whose classifier stays as it is, and whose labels have no part
+            accuracy, loss = evaluate(self.model, data, accelerator=self.accelerator, **options)
+            found = {"eval_loss": loss, "eval_accuracy": accuracy}
         with self.accelerator.autocast():
-            more = self.objective.evaluate(
-                self.model, data, batch_size=self.settings["batch_size"], workers=self.settings["workers"]
-            )
-        return {"eval_loss": loss, "eval_accuracy": accuracy} | more
+            return found | self.objective.evaluate(self.model, data, **options)
 
 
 def _prepare_file(model: SelfExplainingClassifier, train_data: Dataset, output: str | Path | None) -> None:
