@@ -114,3 +114,20 @@ def test_what_is_not_finite_or_of_another_dtype_is_found(generator):
         check(spoiled, x)
     with pytest.raises(AssertionError):
         check(x.sum(1).double(), x)
+
+
+def test_what_the_dtype_cannot_hold_is_infinite():
+    exact = torch.linspace(-6e4, 6e4, 64, dtype=torch.float64)
+    exact[3], exact[5], exact[7] = 1e6, -1e7, 65519.9
+    moved, right = exact.abs(), exact.half()
+    assert right[3] == torch.inf
+    assert right[5] == -torch.inf
+    assert_accurate(right, right, exact, moved, 6)
+    border = right.clone()
+    border[7] = torch.inf  # what rounding makes of 65520
+    assert_accurate(border, right, exact, moved, 6)
+    for place, value in ((3, 65504), (3, -torch.inf), (3, torch.nan), (5, torch.inf), (40, torch.inf), (40, 0)):
+        wrong = right.clone()
+        wrong[place] = value
+        with pytest.raises(AssertionError, match=r"error|NaN"):
+            assert_accurate(wrong, right, exact, moved, 6)

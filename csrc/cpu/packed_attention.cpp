@@ -56,27 +56,30 @@ void exponentiate(A* scores, int64_t keys, int64_t queries, A* largest, A* sum) 
   });
 }
 
-// Scores (keys, queries) and the gradient of the probabilities → probabilities p in place of the scores and,
-// in place of the gradient, that of the scores: p · (gradient − Σ p · gradient / Σ p). The p of large scores
-// add up to 1 but for the rounding of logsumexp, and without the division that much of the gradient would be
-// left.
+// What `exponentiate` makes of scores, its sums, and the gradient of the probabilities → probabilities p in
+// place of the scores and, in place of the gradient, that of the scores: p · (gradient − Σ p · gradient).
+//
+// Where only one key counts, or the gradient hardly differs between keys, everything cancels but the rounding
+// of that mean: so the mean of the differences from it is subtracted too.
 template <typename A>
-void differentiate(A* scores, A* gradient, int64_t keys, int64_t queries, const A* logsumexp) {
+void differentiate(A* powers, const A* sum, A* gradient, int64_t keys, int64_t queries) {
   with_vectors([&]<int64_t kBytes>() FASTSHAP_INLINE_BODY {
     using V = vector_t<A, kBytes>;
     for (int64_t query = 0; query < queries; query += kLanes<A, kBytes>) {
-      A *column = scores + query, *grad = gradient + query;
-      const V normaliser = load<kBytes>(logsumexp + query);
-      V total{};
-      const V sum = sum_rows<V>(keys, [&](int64_t key) FASTSHAP_INLINE_BODY {
-        const V power = exponential<kBytes>(load<kBytes>(column + key * kQueries) - normaliser, A(0));
-        store(column + key * kQueries, power);
-        total += power;
-        return power * load<kBytes>(grad + key * kQueries);
+      A *column = powers + query, *grad = gradient + query;
+      const V share = A(1) / load<kBytes>(sum + query);
+      const V mean = sum_rows<V>(keys, [&](int64_t key) FASTSHAP_INLINE_BODY {
+        const V probability = load<kBytes>(column + key * kQueries) * share;
+        store(column + key * kQueries, probability);
+        return probability * load<kBytes>(grad + key * kQueries);
       });
-      const V mean = sum / total;
+      const V rest = sum_rows<V>(keys, [&](int64_t key) FASTSHAP_INLINE_BODY {
+        const V difference = load<kBytes>(grad + key * kQueries) - mean;
+        store(grad + key * kQueries, difference);
+        return load<kBytes>(column + key * kQueries) * difference;
+      });
       for (int64_t at = 0; at < keys * kQueries; at += kQueries) {
-        store(grad + at, load<kBytes>(column + at) * (load<kBytes>(grad + at) - mean));
+        store(grad + at, load<kBytes>(column + at) * (load<kBytes>(grad + at) - rest));
       }
     }
   });
@@ -138,13 +141,16 @@ void attend(const Heads& heads, const Head<T>& head, Scratch<A>& scratch, T* out
 template <typename A>
 int64_t backward_scratch(const Heads& heads, int64_t length) {
   const int64_t wide = round_up(heads.head_dim, kPanel<A>);
-  return 4 * length * wide + kQueries * (5 * wide + 2 * length + 1);
+  return 4 * length * wide + kQueries * (5 * wide + 2 * length + 2);
 }
 
 // The gradient of one head of qkv, at `grad_qkv` and in rows as far apart as those of the head.
+//
+// All scores of a query are at hand, and their largest and sum are found anew: a logsumexp is rounded, and
+// all probabilities of large scores with it; and its own scores may have been summed in another order.
 template <typename T, typename A>
 void attend_backward(const Heads& heads, const Head<T>& head, Scratch<A>& scratch, const T* grad,
-                     const A* logsumexp, T* grad_qkv) {
+                     T* grad_qkv) {
   const int64_t head_dim = heads.head_dim, length = head.length, width = heads.heads * head_dim;
   const int64_t wide = round_up(head_dim, kPanel<A>);
   scratch.start();
@@ -152,7 +158,8 @@ void attend_backward(const Heads& heads, const Head<T>& head, Scratch<A>& scratc
   A *grad_key = scratch.take(length * wide), *grad_value = scratch.take(length * wide);
   A *query = scratch.take(kQueries * wide), *query_columns = scratch.take(kQueries * wide);
   A *grad_out = scratch.take(kQueries * wide), *grad_out_columns = scratch.take(kQueries * wide);
-  A *grad_query = scratch.take(kQueries * wide), *normaliser = scratch.take(kQueries);
+  A *grad_query = scratch.take(kQueries * wide), *largest = scratch.take(kQueries),
+    *sum = scratch.take(kQueries);
   A *scores = scratch.take(length * kQueries), *grad_scores = scratch.take(length * kQueries);
   copy_rows(head.key, head.stride, length, head_dim, A(1), key, wide);
   copy_rows(head.value, head.stride, length, head_dim, A(1), value, wide);
@@ -163,12 +170,11 @@ void attend_backward(const Heads& heads, const Head<T>& head, Scratch<A>& scratc
     copy_rows(grad + first * width, width, rows, head_dim, A(1), grad_out, wide);
     transpose(query, wide, rows, head_dim, query_columns);
     transpose(grad_out, wide, rows, head_dim, grad_out_columns);
-    copy_rows(logsumexp + first * heads.heads, heads.heads, rows, 1, A(1), normaliser, 1);
-    std::fill(normaliser + rows, normaliser + queries, A(0));
     multiply<A>(length, queries, head_dim, {key, wide, 1}, query_columns, kQueries, false, scores, kQueries);
     multiply<A>(length, queries, head_dim, {value, wide, 1}, grad_out_columns, kQueries, false, grad_scores,
                 kQueries);
-    differentiate(scores, grad_scores, length, queries, normaliser);
+    exponentiate(scores, length, queries, largest, sum);
+    differentiate(scores, sum, grad_scores, length, queries);
     multiply<A>(rows, wide, length, {grad_scores, 1, kQueries}, key, wide, false, grad_query, wide);
     multiply<A>(length, wide, rows, {grad_scores, kQueries, 1}, query, wide, add, grad_key, wide);
     multiply<A>(length, wide, rows, {scores, kQueries, 1}, grad_out, wide, add, grad_value, wide);
@@ -248,7 +254,7 @@ std::tuple<Tensor, Tensor> packed_attention(const Tensor& qkv, const Tensor& cu_
 Tensor packed_attention_backward(const Tensor& grad, const Tensor& qkv, const Tensor& cu_seqlens,
                                  int64_t max_seqlen, const Tensor& logsumexp, double scale) {
   const Tensor rows = torch::stable::contiguous(qkv), boundaries = torch::stable::contiguous(cu_seqlens);
-  const Tensor grad_out = torch::stable::contiguous(grad), saved = torch::stable::contiguous(logsumexp);
+  const Tensor grad_out = torch::stable::contiguous(grad);
   const Heads heads = make_heads("packed_attention_backward", rows, boundaries, max_seqlen, scale);
   STD_TORCH_CHECK(3 * grad.numel() == qkv.numel() && logsumexp.numel() == qkv.size(0) * heads.heads,
                   "packed_attention_backward: `grad` and `logsumexp` must fit `qkv`.");
@@ -260,15 +266,14 @@ Tensor packed_attention_backward(const Tensor& grad, const Tensor& qkv, const Te
     using A = accumulate_t<T>;
     const T *from = rows.const_data_ptr<T>(), *grad_from = grad_out.const_data_ptr<T>();
     T* to = out.mutable_data_ptr<T>();
-    const A* sums = saved.const_data_ptr<A>();
     const int64_t scratch = backward_scratch<A>(heads, longest(boundaries));
     parallel_for_heads<A>(heads, boundaries, scratch, [&](Scratch<A>& memory, int64_t s, int64_t head) {
       prefetch_next(from, 3 * width, starts, sequences, s, head, heads.heads);
       prefetch_next(grad_from, width, starts, sequences, s, head, heads.heads);
       const Head<T> source = make_head(heads, from, starts, s, head);
       const int64_t at = starts[s] * heads.heads + head;
-      attend_backward(heads, source, memory, grad_from + at * heads.head_dim, sums + at,
-                      to + (source.query - from));
+      attend_backward<T, A>(heads, source, memory, grad_from + at * heads.head_dim,
+                            to + (source.query - from));
     });
   });
   return out;

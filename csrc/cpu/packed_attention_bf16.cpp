@@ -77,25 +77,29 @@ FASTSHAP_BF16 void pair_values(const BFloat16* from, int64_t stride, int64_t len
   }
 }
 
-// Scores (keys, queries) → pairs of exp(scale · score − largest) along the keys, and for each query the
-// largest and the sum.
+// Scores (keys, queries) → pairs of exp(scale · (score − largest)) along the keys, and for each query the
+// largest, scaled, and the sum.
 FASTSHAP_BF16 void exponentiate_pairs(const float* scores, int64_t keys, int64_t queries, float scale,
                                       Pair* powers, float* largest, float* sum) {
+  const float sign = scale < 0 ? -1.0f : 1.0f, size = std::abs(scale);
   for (int64_t query = 0; query < queries; query += kLanes16) {
     const float* column = scores + query;
-    Floats highest = load<64>(column) * scale;
+    // Scaled after the subtraction: a product and its sum may be one operation, and the difference of a huge
+    // score from itself what rounding took from its product.
+    Floats highest = load<64>(column) * sign;
     for (int64_t key = 1; key < keys; ++key) {
-      highest = larger<Floats>(load<64>(column + key * kQueries) * scale, highest);
+      highest = larger<Floats>(load<64>(column + key * kQueries) * sign, highest);
     }
     Floats total = {};
     // In blocks, so that a long sum loses no more digits than PyTorch's.
     for (int64_t start = 0; start < keys; start += kBlock) {
       Floats block = {};
       for (int64_t key = start; key < std::min(start + kBlock, keys); key += 2) {
-        const Floats first = exponential<64>(load<64>(column + key * kQueries) * scale - highest, 0.0f);
+        const Floats first =
+            exponential<64>((load<64>(column + key * kQueries) * sign - highest) * size, 0.0f);
         Floats second = {};
         if (key + 1 < keys) {
-          second = exponential<64>(load<64>(column + (key + 1) * kQueries) * scale - highest, 0.0f);
+          second = exponential<64>((load<64>(column + (key + 1) * kQueries) * sign - highest) * size, 0.0f);
         }
         block += first + second;
         const __m512i both =
@@ -104,7 +108,7 @@ FASTSHAP_BF16 void exponentiate_pairs(const float* scores, int64_t keys, int64_t
       }
       total += block;
     }
-    store(largest + query, highest);
+    store(largest + query, highest * size);
     store(sum + query, total);
   }
 }

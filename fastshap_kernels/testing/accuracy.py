@@ -3,7 +3,8 @@
 Two rules hold together. On the whole, by the root of the sum of squares, a result is at most twice as far from
 float64 as plain PyTorch in the same dtype, plus an eps. And no single value is farther than its arithmetic explains:
 one rounding of the result, and c · √n · eps of what its terms amount to. Both change little with the order of a sum,
-which differs between processors; the largest error divided by another largest error is chance.
+which differs between processors; the largest error divided by another largest error is chance. A number too large for
+the dtype is an infinity of its sign, as in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -71,23 +72,32 @@ def assert_accurate(
         working: dtype that sums and intermediate values have; default that of `actual`, but at least float32.
 
     Raises:
-        AssertionError: for another shape or dtype, a value that is not finite, or one that is too far off.
+        AssertionError: for another shape or dtype, a NaN, an infinity where the dtype can hold the exact value, or one
+            that is too far off.
     """
-    assert actual.shape == plain.shape == exact.shape
-    assert actual.dtype == plain.dtype
-    assert torch.isfinite(actual).all()
+    assert actual.shape == plain.shape == exact.shape, f"shape {actual.shape}, wanted {exact.shape}"
+    assert actual.dtype == plain.dtype, f"{actual.dtype}, wanted {plain.dtype}"
+    assert not actual.isnan().any(), f"{int(actual.isnan().sum())} values are NaN"
     rounding = torch.finfo(actual.dtype)
     eps = torch.finfo(working or torch.promote_types(actual.dtype, torch.float32)).eps
-    off = (actual.double() - exact).abs()
+    off, off_plain = ((_beside(x.double(), exact, rounding.max) - exact).abs() for x in (actual, plain))
+    # What the dtype can't hold weighs no more than its largest number.
+    moved = moved.where(exact.abs() <= rounding.max, moved.clamp_max(rounding.max))
     # In float64 the exact values are no better than ours.
     if actual.dtype != torch.float64 and exact.numel() >= FEW:
-        allowed = 2 * (plain.double() - exact).norm() + rounding.eps * exact.norm() + eps * moved.norm()
-        assert off.norm() <= allowed, f"error {off.norm():.3g}, plain PyTorch's {(plain.double() - exact).norm():.3g}"
+        size = exact.clamp(-rounding.max, rounding.max).norm()
+        allowed = 2 * off_plain.norm() + rounding.eps * size + eps * moved.norm()
+        assert off.norm() <= allowed, f"error {off.norm():.3g}, plain PyTorch's {off_plain.norm():.3g}"
     # Where terms cancel whatever they are, nothing moves, and they are still rounded: like the other values' terms.
     moved = moved.clamp_min(moved.square().mean().sqrt()) if moved.numel() else moved
     allowed = rounding.eps / 2 * exact.abs() + MARGIN * terms**0.5 * eps * moved
     allowed += rounding.tiny * rounding.eps  # steps of the numbers next to 0
     assert (off <= allowed).all(), f"an error of {(off / allowed).max():.3g} times what the arithmetic explains"
+
+
+def _beside(x: Tensor, exact: Tensor, largest: float) -> Tensor:
+    """`x`, an infinity of which stands for every number of its sign that is too large for the dtype."""
+    return x.where(~x.isinf(), x.sign() * exact.abs().clamp_min(largest))
 
 
 def spread(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Any]) -> list[Tensor]:

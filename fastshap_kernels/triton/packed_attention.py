@@ -3,8 +3,9 @@
 Coalitions are short, so that memory is the floor: forward reads qkv and writes out (4 rows of a head a token),
 backward reads qkv and grad and writes grad_qkv (7 rows). Forward keeps a block of queries and streams keys past it,
 softmax running in base 2. Backward keeps all keys and values of a sequence that fits, and streams queries: each
-query then sees its whole row of probabilities, so that Σ p·dp needs neither `out` nor a pass of its own, and dq,
-dk and dv come of one reading with five products. Longer sequences take two kernels, with no atomics either way.
+query then sees its whole row of scores, so that probabilities and Σ p·dp need neither `logsumexp` nor `out` nor a
+pass of their own, and dq, dk and dv come of one reading with five products. Longer sequences take two kernels, with
+no atomics either way.
 
 Programs of one sequence's heads are neighbours, since its rows hold all heads. `max_seqlen` is an upper bound:
 programs past the end of their sequence leave after two loads.
@@ -20,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
+_TINY = tl.constexpr(1e-37)  # in place of the sum of no powers at all
 
 
 class _Blocks(NamedTuple):
@@ -156,8 +158,12 @@ def _forward(
 
 
 @triton.jit
-def _probabilities(products, logsumexp, scale):
-    """exp(scale · products - logsumexp): never above 1, even where rounding of huge scores says so."""
+def _powers(products, logsumexp, scale):
+    """exp(scale · products - logsumexp): never above 1, even where rounding of huge scores says so.
+
+    The logsumexp of a score of 10⁴ is off by 0.0005, and all powers of its row with it: divided by their sum, they are
+    probabilities. From 10⁹ on no power may be left.
+    """
     exponent = products * (scale * _LOG2_E) - logsumexp * _LOG2_E
     return tl.exp2(tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL))
 
@@ -168,7 +174,8 @@ def _backward_keys(
     qkv,  # [T, 3, heads, HEAD_DIM]
     cu_seqlens,  # [S + 1]
     logsumexp,  # [T, heads]
-    deltas,  # [T, heads], read only where a block is not WHOLE
+    means,  # [T, heads]; like logsumexp and totals read only where a block is not WHOLE
+    totals,  # [T, heads]
     out,  # [T, 3, heads, HEAD_DIM]
     blocks,
     heads,
@@ -200,20 +207,28 @@ def _backward_keys(
     grad_key = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     grad_value = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     row = tl.arange(0, BLOCK_Q)
+    existing = tl.arange(0, BLOCK_K)[:, None] < count
     at = start * heads + head
     for left in range(length, 0, -BLOCK_Q):
         query = _load_rows(qkv + query_at, 3 * width, left, BLOCK_Q, HEAD_DIM, BLOCK_D)
         grad_out = _load_rows(grad + at * HEAD_DIM, width, left, BLOCK_Q, HEAD_DIM, BLOCK_D)
-        sums = tl.load(logsumexp + at + row * heads, mask=row < left, other=0.0)
         products = tl.dot(key, tl.trans(query), input_precision="ieee")
-        weights = _probabilities(products, sums[None, :], scale)
+        if WHOLE:
+            scores = tl.where(existing, products * (scale * _LOG2_E), float("-inf"))
+            weights = tl.exp2(scores - tl.max(scores, 0)[None, :])
+            # A division's own steps would take registers that are not left: it would spill.
+            weights *= tl.exp2(-tl.log2(tl.sum(weights, 0)))[None, :]
+        else:
+            sums = tl.load(logsumexp + at + row * heads, mask=row < left, other=0.0)
+            total = tl.load(totals + at + row * heads, mask=row < left, other=1.0)
+            weights = _powers(products, sums[None, :], scale) * (1.0 / total)[None, :]
         grad_value = tl.dot(weights.to(grad_out.dtype), grad_out, grad_value, input_precision="ieee")
         grad_weights = tl.dot(value, tl.trans(grad_out), input_precision="ieee")
         if WHOLE:
-            delta = tl.sum(weights * grad_weights, 0)
+            mean = tl.sum(weights * grad_weights, 0)
         else:
-            delta = tl.load(deltas + at + row * heads, mask=row < left, other=0.0)
-        grad_scores = (weights * (grad_weights - delta[None, :])).to(query.dtype)
+            mean = tl.load(means + at + row * heads, mask=row < left, other=0.0)
+        grad_scores = (weights * (grad_weights - mean[None, :])).to(query.dtype)
         grad_key = tl.dot(grad_scores, query, grad_key, input_precision="ieee")
         if WHOLE:
             # Transposed too: a block of queries is too narrow for the rows of a product.
@@ -231,7 +246,8 @@ def _backward_queries(
     qkv,  # [T, 3, heads, HEAD_DIM]
     cu_seqlens,  # [S + 1]
     logsumexp,  # [T, heads]
-    deltas,  # [T, heads]
+    means,  # [T, heads]
+    totals,  # [T, heads]
     out,  # [T, 3, heads, HEAD_DIM]
     blocks,
     heads,
@@ -242,7 +258,12 @@ def _backward_queries(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """delta = Σ p·dp and dq of a block of queries, in two passes over the keys."""
+    """The mean Σ p·dp and dq of a block of queries, in two passes over the keys.
+
+    Where only one key counts, or dp hardly differs between keys, all of dp - mean cancels but the rounding of the mean.
+    In float32 it is therefore the mean of the keys so far, and each block moves it twice: by the mean of the
+    differences from it, and by what rounding left of that. Other dtypes round what comes of it far more coarsely.
+    """
     block, head, start, length = _locate(cu_seqlens, blocks, heads)
     first = block * BLOCK_Q
     if (length < shortest) | (first >= length):
@@ -256,26 +277,43 @@ def _backward_queries(
     grad_out = _load_rows(grad + at * HEAD_DIM, width, count, BLOCK_Q, HEAD_DIM, BLOCK_D)
     row = tl.arange(0, BLOCK_Q)
     sums = tl.load(logsumexp + at + row * heads, mask=row < count, other=0.0)
-    delta = tl.zeros([BLOCK_Q], tl.float32)
+    column = tl.arange(0, BLOCK_K)[None, :]
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    mean = tl.zeros([BLOCK_Q], tl.float32)
     keys = rows + width
-    for _left in range(length, 0, -BLOCK_K):
-        key = _load_rows(keys, 3 * width, _left, BLOCK_K, HEAD_DIM, BLOCK_D)
-        value = _load_rows(keys + width, 3 * width, _left, BLOCK_K, HEAD_DIM, BLOCK_D)
+    for left in range(length, 0, -BLOCK_K):
+        key = _load_rows(keys, 3 * width, left, BLOCK_K, HEAD_DIM, BLOCK_D)
+        value = _load_rows(keys + width, 3 * width, left, BLOCK_K, HEAD_DIM, BLOCK_D)
         products = tl.dot(query, tl.trans(key), input_precision="ieee")
         grad_weights = tl.dot(grad_out, tl.trans(value), input_precision="ieee")
-        # Values past the end are zeros, and so are their terms.
-        delta += tl.sum(_probabilities(products, sums[:, None], scale) * grad_weights, 1)
+        powers = _powers(products, sums[:, None], scale)
+        if query.dtype == tl.float32:
+            powers = tl.where(column < left, powers, 0.0)
+            before = total
+            total += tl.sum(powers, 1)
+            share = 1.0 / tl.maximum(total, _TINY)
+            moved = mean + tl.sum(powers * (grad_weights - mean[:, None]), 1) * share
+            mean = moved + (tl.sum(powers * (grad_weights - moved[:, None]), 1) + before * (mean - moved)) * share
+        else:
+            total += tl.sum(powers, 1)
+            mean += tl.sum(powers * grad_weights, 1)
         keys += BLOCK_K * 3 * width
-    tl.store(deltas + at + row * heads, delta, mask=row < count)
+    if query.dtype != tl.float32:
+        # Keys past the end are zeros, and so are their scores: to tell them apart above would take registers.
+        total -= _powers(tl.zeros([BLOCK_Q], tl.float32), sums, scale) * (tl.cdiv(length, BLOCK_K) * BLOCK_K - length)
+        mean /= tl.maximum(total, _TINY)
+    total = tl.maximum(total, _TINY)
+    tl.store(means + at + row * heads, mean, mask=row < count)
+    tl.store(totals + at + row * heads, total, mask=row < count)
     grad_query = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     keys = rows + width
     for left in range(length, 0, -BLOCK_K):
         key = _load_rows(keys, 3 * width, left, BLOCK_K, HEAD_DIM, BLOCK_D)
         value = _load_rows(keys + width, 3 * width, left, BLOCK_K, HEAD_DIM, BLOCK_D)
         products = tl.dot(query, tl.trans(key), input_precision="ieee")
-        weights = _probabilities(products, sums[:, None], scale)
+        weights = _powers(products, sums[:, None], scale) * (1.0 / total)[:, None]
         grad_weights = tl.dot(grad_out, tl.trans(value), input_precision="ieee")
-        grad_scores = (weights * (grad_weights - delta[:, None])).to(key.dtype)
+        grad_scores = (weights * (grad_weights - mean[:, None])).to(key.dtype)
         grad_query = tl.dot(grad_scores, key, grad_query, input_precision="ieee")
         keys += BLOCK_K * 3 * width
     _store_rows(out + query_at, grad_query * scale, 3 * width, count, BLOCK_Q, HEAD_DIM, BLOCK_D)
@@ -309,18 +347,18 @@ def packed_attention_backward(
     for sizes in _whole_blocks(qkv.dtype, head_dim):
         if shortest <= max_seqlen:
             _backward_keys[(programs,)](
-                *tensors, logsumexp, out, 1, heads, scale, shortest, WHOLE=True, **sizes.arguments(head_dim)
+                *tensors, logsumexp, logsumexp, out, 1, heads, scale, shortest, WHOLE=True, **sizes.arguments(head_dim)
             )
         shortest = sizes.keys + 1
     if shortest <= max_seqlen:
-        deltas = torch.empty_like(logsumexp)
+        means, totals = torch.empty_like(logsumexp), torch.empty_like(logsumexp)
         of_queries, of_keys = _long_blocks(qkv.dtype, head_dim)
         blocks = triton.cdiv(max_seqlen, of_queries.queries)
         _backward_queries[(programs * blocks,)](
-            *tensors, deltas, out, blocks, heads, scale, shortest, **of_queries.arguments(head_dim)
+            *tensors, means, totals, out, blocks, heads, scale, shortest, **of_queries.arguments(head_dim)
         )
         blocks = triton.cdiv(max_seqlen, of_keys.keys)
         _backward_keys[(programs * blocks,)](
-            *tensors, deltas, out, blocks, heads, scale, shortest, WHOLE=False, **of_keys.arguments(head_dim)
+            *tensors, means, totals, out, blocks, heads, scale, shortest, WHOLE=False, **of_keys.arguments(head_dim)
         )
     return out

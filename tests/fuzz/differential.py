@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import random
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -66,6 +67,9 @@ def make(seed: int, number: int, backend: str) -> tuple[str, dict[str, Any]]:
     op = served[number % len(served)]
     torch.manual_seed(rng.getrandbits(32))
     arguments = CALLS[op].make(rng, draw_large_sizes)
+    while op == "layer_norm_segment_sum" and arguments["rows"].shape[1] == 1:
+        # A value is its row's mean: gradients are 0 but for rounding, with no scale to compare on. tests/ops has one.
+        arguments = CALLS[op].make(rng, draw_large_sizes)
     for name, value in arguments.items():
         if isinstance(value, Tensor) and value.is_floating_point():
             arguments[name] = changed(rng, value)
@@ -121,7 +125,7 @@ def check(op: str, arguments: dict[str, Any], backend: str) -> None:
     served = call(**(arguments | {"backend": backend}))
     wanted = call(**(arguments | {"backend": "reference"}))
     if not names:
-        assert torch.equal(served, wanted)
+        assert torch.equal(served, wanted), f"{int((served != wanted).sum())} of {wanted.numel()} values differ"
         return
     if isinstance(served, tuple):
         served, wanted = served[0], wanted[0]
@@ -161,7 +165,8 @@ def run_one(seed: int, number: int, backend: str) -> tuple[str, str, str]:
         try:
             check(op, arguments, backend)
         except AssertionError as error:
-            return op, "over tolerance", str(error)
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            return op, "over tolerance", str(error) or f"failed: {where.line}"
         except RuntimeError as error:
             if "can't serve this call" not in str(error):
                 raise

@@ -65,6 +65,20 @@ def test_backends_agree(generator, dtype, width):
         assert_sums_and_gradients_accurate((*inputs, cotangent), cu_seqlens, prefix, dtype)
 
 
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if BACKEND != "cuda"])
+def test_a_single_column_has_no_gradient(generator, dtype):
+    """Each value is its row's mean: what comes of it is 0, up to rounding of the terms that cancel."""
+    rows, cu_seqlens, weight, bias = arguments(generator, width=1, dtype=dtype)
+    weight, cotangent = 100 * weight, torch.randn(len(LENGTHS), 1, generator=generator).to(dtype)
+    for backend in BACKENDS:
+        sums, *gradients = sums_and_gradients(cu_seqlens, 1, backend, rows, weight, bias, cotangent)
+        counts = (cu_seqlens.diff() - 1).clamp_min(0).unsqueeze(1)
+        torch.testing.assert_close(sums, counts * bias)
+        terms = weight.abs().max() * cotangent.abs().max() * 1e-5**-0.5
+        eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+        assert all(gradient.abs().max() <= 8 * eps * terms for gradient in gradients[:2])
+
+
 @pytest.mark.parametrize("width", [1536, 2048])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_wide_rows(generator, dtype, width):

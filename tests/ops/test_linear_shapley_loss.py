@@ -29,9 +29,9 @@ def explicit_loss(features, weight, bias, *game, **switches):
 
 
 def loss_and_gradients(op, arguments, dtype, **switches):
-    inputs = [x if x.dtype == torch.int32 else x.to(dtype).detach().requires_grad_() for x in arguments]
+    inputs = [x if x is None or x.dtype == torch.int32 else x.to(dtype).detach().requires_grad_() for x in arguments]
     loss = op(*inputs, **switches)
-    leaves = [x for x in inputs if x.requires_grad]
+    leaves = [x for x in inputs if x is not None and x.requires_grad]
     return [loss.detach(), *torch.autograd.grad(loss.sum(), leaves, materialize_grads=True)]
 
 
@@ -80,6 +80,20 @@ def test_backends_agree(generator, players, normalization, dtype):
         return loss_and_gradients(of_head, inputs, inputs[0].dtype, normalization=normalization, backend=backend)
 
     assert_all_accurate(run, (features, weight, *game), dtype, terms=players + 3 * 40 + 67, working=working(dtype))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")  # NumPy's, in Triton's interpreter
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_gradients_that_float16_cannot_hold_are_infinite(generator, reduction):
+    features, weight, _, *game = make_arguments(generator, 2, 9, 70, 24, 3)
+
+    def run(backend, features, weight, *others):
+        arguments, switches = (features, weight, None, *others), {"reduction": reduction, "backend": backend}
+        found = loss_and_gradients(fk.linear_shapley_loss, arguments, features.dtype, **switches)
+        assert any(x.isinf().any() for x in found) == (features.dtype == torch.float16)
+        return found
+
+    assert_all_accurate(run, (4 * features, 40 * weight, *game), torch.float16, terms=70 + 3 * 9 + 24)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
