@@ -131,3 +131,16 @@ def test_what_the_dtype_cannot_hold_is_infinite():
         wrong[place] = value
         with pytest.raises(AssertionError, match=r"error|NaN"):
             assert_accurate(wrong, right, exact, moved, 6)
+
+
+def test_one_value_that_outweighs_the_others_may_be_nearer_by_luck():
+    """The largest of 64 values is five roundings off, as many terms may leave it; plain PyTorch's happens to be right."""
+    exact = torch.linspace(1, 2, 64, dtype=torch.float64)
+    exact[9] = 2000
+    plain = exact.float()
+    ours = plain.clone()
+    ours[9] += 6e-4
+    assert_accurate(ours, plain, exact, exact.clone(), 4)
+    ours[9] += 1e-2
+    with pytest.raises(AssertionError, match="arithmetic"):
+        assert_accurate(ours, plain, exact, exact.clone(), 4)
