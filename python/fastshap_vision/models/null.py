@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..games.base import Game
 from ..games.hooks import has_global_hooks, has_hooks, is_overridden
+
+#: Elements of each tensor that are compared.
+_COMPARED = 64
+
+
+class _Known(NamedTuple):
+    state: tuple[Any, ...]
+    samples: list[Tensor]  # views of the weights
+    content: Tensor  # of the samples, at the time of `null`
+    null: Tensor
 
 
 class KeptNull:
@@ -22,35 +31,44 @@ class KeptNull:
 
     def __init__(self, game: Game) -> None:
         self._game = game
-        self._known: tuple[Any, Tensor, Tensor] | None = None  # state, fingerprint, v(∅)
+        self._known: _Known | None = None
 
     def __call__(self) -> Tensor:
-        if not self._is_kept():
+        if self._game.patches_vote or not self._game.packs or torch.is_grad_enabled():
             return self._game.null()
-        tensors = list(chain(self._game.backbone.parameters(), self._game.backbone.buffers()))
+        tensors = None if torch.compiler.is_compiling() or has_global_hooks() else _weights(self._game.backbone)
+        if tensors is None:
+            self._known = None
+            return self._game.null()
         autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-        state = (autocast, *((id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors))
-        # What is written through `.data` counts as no new version: some elements of every tensor are compared.
-        fingerprint = torch.cat([_sample(tensor.detach()).double() for tensor in tensors])
-        if self._known is None or self._known[0] != state or not torch.equal(self._known[1], fingerprint):
-            self._known = state, fingerprint, self._game.null()
-        return self._known[2].clone()
+        state = (autocast, *[(id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors])
+        known = self._known
+        if known is None or known.state != state or not torch.equal(torch.cat(known.samples), known.content):
+            samples = [_sample(tensor) for tensor in tensors]
+            self._known = known = _Known(state, samples, torch.cat(samples), self._game.null())
+        return known.null.clone()
 
-    def _is_kept(self) -> bool:
-        backbone: nn.Module = self._game.backbone
-        if self._game.patches_vote or torch.is_grad_enabled() or torch.compiler.is_compiling() or has_global_hooks():
-            return False
-        if not self._game.packs:
-            return False
-        if any(module.training or has_hooks(module) or is_overridden(module) for module in backbone.modules()):
-            return False
-        return all(
-            tensor.device.type == "cpu" and not tensor.is_inference()
-            for tensor in chain(backbone.parameters(), backbone.buffers())
-        )
+
+def _weights(backbone: nn.Module) -> list[Tensor] | None:
+    """Parameters and buffers; None where one of them, or what a module does, may change unseen."""
+    found: list[Tensor] = []
+    for module in backbone.modules():
+        if module.training or has_hooks(module) or is_overridden(module):
+            return None
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is None:
+                continue
+            if tensor.device.type != "cpu" or tensor.is_inference() or not _is_dense(tensor):
+                return None
+            found.append(tensor)
+    return found
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or (tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """Elements evenly spread over a tensor, 64 to 127 of a larger one."""
-    flat = tensor.reshape(-1)
-    return flat[:: max(1, len(flat) // 64)]
+    """A view of elements evenly spread over a dense tensor, 64 to 127 of a larger one."""
+    step = max(1, tensor.numel() // _COMPARED)
+    return tensor.detach().as_strided((-(-tensor.numel() // step),), (step,))
