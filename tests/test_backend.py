@@ -7,7 +7,7 @@ from pathlib import Path
 import interpreter
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from dispatch import Operators
 
 import fastshap_kernels as fk
 from fastshap_kernels import _backend
@@ -17,23 +17,11 @@ KERNELS = ("cuda", "triton", "cpu")
 VALUES = torch.arange(8.0).unsqueeze(1)
 
 
-class Calls(TorchDispatchMode):
-    """Names of the dispatcher ops that ran."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.add(function.name())
-        return function(*args, **(kwargs or {}))
-
-
 def served_by(backend=None):
     """The backend that serves a call, seen from the op that ran."""
-    with Calls() as calls:
+    with Operators() as ran:
         fk.exact_shapley(VALUES, backend=backend)
-    return "cpu" if "fastshap::exact_shapley" in calls.names else "reference"
+    return "cpu" if "fastshap::exact_shapley" in ran.names else "reference"
 
 
 @pytest.fixture

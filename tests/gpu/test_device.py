@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from dispatch import no_waiting
 from torch.nn.functional import linear
 
 import fastshap_kernels as fk
@@ -86,11 +87,8 @@ def test_nothing_waits_for_the_device(op, backend):
     case = hot_case(op, 0)
     cotangent = testing.cotangents(case.call(backend, **case.tensors))
     testing.outputs(case, backend, cotangent)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         testing.outputs(case, backend, cotangent)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("index", OTHER_DEVICES)

@@ -7,6 +7,7 @@ from torch import Tensor
 pytest.importorskip("timm")
 
 import timm
+from dispatch import no_waiting
 from torch._dynamo.utils import counters
 from vision_transformers import SMALL, create, images
 
@@ -73,13 +74,9 @@ def test_a_step_never_waits(kind, paired, target, checkpointing):
     x, labels = batch()
     for _ in range(3):
         step(objective, model, x, labels)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         for number in range(3):
             step(objective, model, x, labels, 0.5 + number / 10)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(gradient(model)).all()
 
 
@@ -90,12 +87,8 @@ def test_values_without_a_gradient_never_wait(kind, paired):
     model, objective = convert(kind), objective_for(paired, masked_task_weight=0.0)
     x, labels = batch()
     step(objective, model, x, labels)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         step(objective, model, x, labels)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @PAIRED

@@ -1,8 +1,7 @@
 import pytest
 import torch
 from accuracy import BACKEND, BACKENDS, DTYPES, PLAYERS, assert_all_accurate, random_bits
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from dispatch import Operators
 
 import fastshap_kernels as fk
 
@@ -111,30 +110,18 @@ def test_many_classes_and_detached_values(generator, normalization, dtype):
     assert_all_accurate(run, (features, weight, *game), dtype, terms=4100 + 16 + 6, working=working(dtype))
 
 
-class LargestOutput(TorchDispatchMode):
-    """The largest number of elements that any tensor made inside the block has."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-        self.numel = max([self.numel, *[x.numel() for x in made]])
-        return out
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_shapley_values_are_never_made(generator, normalization, backend, dtype):
     batch, coalitions, players, width, classes = 2, 3, 64, 8, 500
     arguments = make_arguments(generator, batch, coalitions, players, width, classes)
-    with LargestOutput() as seen:
+    with Operators() as ran:
         loss_and_gradients(explicit_loss, arguments, dtype, normalization=normalization, backend=backend)
-    assert seen.numel >= batch * players * classes
-    with LargestOutput() as seen:
+    assert ran.largest >= batch * players * classes
+    with Operators() as ran:
         loss_and_gradients(fk.linear_shapley_loss, arguments, dtype, normalization=normalization, backend=backend)
-    assert seen.numel <= max(classes * width, batch * coalitions * classes, batch * players * width)
+    assert ran.largest <= max(classes * width, batch * coalitions * classes, batch * players * width)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
