@@ -58,6 +58,12 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: for a name that is no backend. An op that the backend can't serve raises when it is called:
             an explicit choice never falls back.
+
+    Example:
+        >>> with fk.use_backend("reference"):
+        ...     bits = fk.sample_coalitions(2, 4, 9, seed=0)
+        >>> torch.equal(bits, fk.sample_coalitions(2, 4, 9, seed=0))  # by the best backend: the same bits
+        True
     """
     previous, _choice.name = _choice.name, _known(name, "use_backend")
     try:

@@ -28,6 +28,11 @@ def coalition_sizes(bits: Tensor, players: int, *, backend: str | None = None) -
         RuntimeError: if an explicitly chosen backend can't serve the call.
 
     Deterministic: yes, the same numbers on every backend and device.
+
+    Example:
+        >>> bits = fk.pack_bits(torch.tensor([[True, False, True], [False, False, False]]))
+        >>> fk.coalition_sizes(bits, players=3)
+        tensor([2, 0], dtype=torch.int32)
     """
     op = "coalition_sizes"
     players = _checks.check_count(op, "players", players, 1, _checks.MAX_PLAYERS)

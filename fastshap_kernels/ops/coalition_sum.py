@@ -35,7 +35,11 @@ def coalition_sum(features: Tensor, bits: Tensor, *, backend: str | None = None)
         ValueError: if shapes, dtypes or devices do not match.
         RuntimeError: if an explicitly chosen backend can't serve the call.
 
-    Deterministic: yes, forward and backward.
+    Example:
+        >>> features = torch.tensor([[[1.0], [2.0], [4.0]]])  # one image, three players, L = 1
+        >>> bits = fk.pack_bits(torch.tensor([[[True, False, True], [False, True, False]]]))
+        >>> fk.coalition_sum(features, bits).tolist()
+        [[[5.0], [2.0]]]
     """
     op = "coalition_sum"
     check_features(op, "features", features, "(B, P, L)")

@@ -32,9 +32,12 @@ def exact_shapley(values: Tensor, *, backend: str | None = None) -> Tensor:
         ValueError: if the number of coalitions is not a power of two from 2 to 2^20.
         RuntimeError: if an explicitly chosen backend can't serve the call.
 
-    Deterministic: yes, forward and backward.
-
     Source: Shapley, A value for n-person games (1953).
+
+    Example:
+        >>> values = torch.tensor([[0.0], [1.0], [2.0], [5.0]])  # v of {}, {0}, {1} and {0, 1}
+        >>> fk.exact_shapley(values).tolist()
+        [[2.0], [3.0]]
     """
     op = "exact_shapley"
     _check_values(op, values)

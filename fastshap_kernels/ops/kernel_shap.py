@@ -12,7 +12,14 @@ from ..reference import kernel_shap as reference
 
 
 class KernelShapEstimate(NamedTuple):
-    """Shapley values (B, P, K) and their standard errors (B, P, K)."""
+    """Shapley values (B, P, K) and their standard errors (B, P, K).
+
+    Example:
+        >>> bits, grand = fk.sample_coalitions(2, 64, 9, seed=0), torch.randn(2, 3)
+        >>> estimate = fk.kernel_shap(bits, torch.randn(2, 64, 3), torch.zeros(3), grand, players=9)
+        >>> estimate.phi.shape, estimate.standard_error.shape
+        (torch.Size([2, 9, 3]), torch.Size([2, 9, 3]))
+    """
 
     phi: Tensor
     standard_error: Tensor
@@ -56,10 +63,15 @@ def kernel_shap(
             values (inside torch.compile that image is NaN instead).
         RuntimeError: if another backend was chosen.
 
-    Deterministic: yes.
-
     Source: Lundberg and Lee, A unified approach to interpreting model predictions (2017), theorem 2; Covert and
     Lee, Improving KernelSHAP (2021), for pairs.
+
+    Example:
+        >>> phi = torch.tensor([[[1.0], [2.0], [3.0]]])
+        >>> bits = fk.sample_coalitions(1, 16, 3, seed=0)
+        >>> values, null, grand = fk.coalition_sum(phi, bits), torch.zeros(1), phi.sum(1)
+        >>> torch.allclose(fk.kernel_shap(bits, values, null, grand, players=3).phi, phi)
+        True
     """
     op = "kernel_shap"
     players = _check_arguments(op, bits, values, null, grand, players)

@@ -51,7 +51,12 @@ def layer_norm_segment_sum(
             0 to T.
         RuntimeError: if an explicitly chosen backend can't serve the call.
 
-    Deterministic: yes, forward and backward.
+    Example:
+        >>> rows = torch.tensor([[5.0, 5.0], [-1.0, 1.0], [-2.0, 2.0]])
+        >>> cu_seqlens = torch.tensor([0, 3], dtype=torch.int32)  # one sequence
+        >>> sums = fk.layer_norm_segment_sum(rows, cu_seqlens, prefix=1)
+        >>> torch.allclose(sums, torch.tensor([[-2.0, 2.0]]))
+        True
     """
     op = "layer_norm_segment_sum"
     _checks.check_tensor(op, "rows", rows, "(T, D)", 2)

@@ -68,7 +68,12 @@ def linear_shapley_loss(
         ValueError: if shapes, dtypes or devices do not match, a choice is unknown, or `grand` is missing.
         RuntimeError: if an explicitly chosen backend can't serve the call.
 
-    Deterministic: yes, forward and backward.
+    Example:
+        >>> features, weight, bias = torch.randn(2, 9, 5), torch.randn(3, 5), torch.randn(3)
+        >>> bits, values = fk.sample_coalitions(2, 4, 9, seed=0), torch.randn(2, 4, 3)
+        >>> loss = fk.linear_shapley_loss(features, weight, bias, bits, values)
+        >>> torch.allclose(loss, fk.shapley_regression_loss(features @ weight.T + bias, bits, values))
+        True
     """
     op = "linear_shapley_loss"
     check_features(op, "features", features, "(B, P, L)")

@@ -46,7 +46,10 @@ def mask_patches(
         ValueError: if the grid does not divide the image, or shapes, dtypes or devices do not match.
         RuntimeError: if an explicitly chosen backend can't serve the call.
 
-    Deterministic: yes, forward and backward.
+    Example:
+        >>> bits = fk.pack_bits(torch.tensor([[[True, False]]]))  # of two patches, the left one
+        >>> fk.mask_patches(torch.ones(1, 1, 2, 4), bits, grid=(1, 2)).tolist()
+        [[[[1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]]]]
     """
     op = "mask_patches"
     _checks.check_tensor(op, "images", images, "(B, C, H, W)", 4)

@@ -23,7 +23,10 @@ def pack_bits(present: Tensor) -> Tensor:
     Raises:
         ValueError: if `present` is not bool or P is out of range.
 
-    Deterministic: yes.
+    Example:
+        >>> fk.pack_bits(torch.tensor([[True, False, True], [False, True, False]]))
+        tensor([[5],
+                [2]], dtype=torch.int32)
     """
     expected, remedy = "a bool tensor (..., P)", "Convert a 0/1 mask with .bool()."
     _checks.check_dense("pack_bits", "present", present, expected)
@@ -46,7 +49,9 @@ def unpack_bits(bits: Tensor, players: int) -> Tensor:
     Raises:
         ValueError: if `bits` is not int32 or W does not fit P.
 
-    Deterministic: yes.
+    Example:
+        >>> fk.unpack_bits(torch.tensor([5], dtype=torch.int32), players=3)
+        tensor([ True, False,  True])
     """
     players = _checks.check_count("unpack_bits", "players", players, 1, _checks.MAX_PLAYERS)
     _checks.check_packed("unpack_bits", bits, players)

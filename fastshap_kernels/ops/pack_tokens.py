@@ -54,7 +54,11 @@ def pack_tokens(
         RuntimeError: if an explicitly chosen backend can't serve the call; and from the compiled backend, for wrong
             numbers in an argument of the right shape.
 
-    Deterministic: yes, forward and backward.
+    Example:
+        >>> tokens, bits = torch.randn(2, 1 + 9, 8), fk.sample_coalitions(2, 4, 9, seed=0)
+        >>> rows, cu_seqlens, max_seqlen = fk.pack_tokens(tokens, bits, prefix=1, paired=True)
+        >>> rows.shape, cu_seqlens.shape, max_seqlen
+        (torch.Size([44, 8]), torch.Size([9]), 10)
     """
     op = "pack_tokens"
     _checks.check_tensor(op, "tokens", tokens, "(B, Q + P, D)", 3)

@@ -38,7 +38,11 @@ def packed_attention(
         RuntimeError: if an explicitly chosen backend can't serve the call; and from the compiled backend, for wrong
             numbers in an argument of the right shape.
 
-    Deterministic: yes, forward and backward.
+    Example:
+        >>> qkv = torch.randn(7, 3, 2, 8)
+        >>> cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32)  # sequences of 3 and 4 rows
+        >>> fk.packed_attention(qkv, cu_seqlens, max_seqlen=4).shape
+        torch.Size([7, 2, 8])
     """
     op = "packed_attention"
     _checks.check_tensor(op, "qkv", qkv, "(T, 3, heads, head_dim)", 4)

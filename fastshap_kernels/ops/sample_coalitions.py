@@ -59,6 +59,12 @@ def sample_coalitions(
 
     Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011 (Philox); Lundberg and Lee, NeurIPS
     2017, theorem 2 (Shapley kernel); Covert and Lee, AISTATS 2021 (paired sampling).
+
+    Example:
+        >>> bits = fk.sample_coalitions(batch=2, coalitions=4, players=9, seed=0)
+        >>> fk.coalition_sizes(bits, players=9)
+        tensor([[3, 6, 1, 8],
+                [8, 1, 7, 2]], dtype=torch.int32)
     """
     op = "sample_coalitions"
     batch, coalitions, players, seed, offset = _check_counts(batch, coalitions, players, seed, offset)

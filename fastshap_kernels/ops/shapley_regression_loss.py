@@ -62,8 +62,13 @@ def shapley_regression_loss(
         ValueError: if shapes, dtypes or devices do not match, a choice is unknown, or `grand` is missing.
         RuntimeError: if an explicitly chosen backend can't serve the call.
 
-    Deterministic: yes, forward and backward.
     Source: Jethani et al., FastSHAP, ICLR 2022 (weighted least squares, additive efficient normalisation).
+
+    Example:
+        >>> phi = torch.tensor([[[1.0], [2.0]]])  # one image, two players, one class
+        >>> bits = fk.pack_bits(torch.tensor([[[True, False], [False, True]]]))
+        >>> fk.shapley_regression_loss(phi, bits, torch.tensor([[[1.0], [4.0]]]))  # (0² + 2²) / 2
+        tensor(2.)
     """
     op = "shapley_regression_loss"
     check_features(op, "phi", phi, "(B, P, K)")
