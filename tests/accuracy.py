@@ -1,11 +1,11 @@
-"""The backend under test. How close is close enough: `fastshap_kernels.testing`."""
+"""The backend under test, and inputs for it. How close is close enough: `fastshap_kernels.testing`."""
 
 import os
 from functools import partial
 
 import torch
 
-from fastshap_kernels import _library, pack_bits, testing
+from fastshap_kernels import _library, pack_bits, testing, unpack_bits
 
 #: What these tests hold against the reference: FASTSHAP_BACKEND, which also serves the calls that name no backend.
 BACKEND = os.environ.get("FASTSHAP_BACKEND", "cpu")
@@ -22,3 +22,13 @@ assert_all_accurate = partial(testing.assert_all_accurate, backend=BACKEND)
 def random_bits(batch, coalitions, players, generator, probability=0.5):
     """Random coalitions, empty and full ones possible."""
     return pack_bits(torch.rand(batch, coalitions, players, generator=generator) < probability)
+
+
+def all_coalitions(players):
+    """bool (2^P, P), row S = the players of coalition S."""
+    return unpack_bits(torch.arange(2**players, dtype=torch.int32).unsqueeze(1), players)
+
+
+def normal(generator, *shape, dtype=torch.float64):
+    """Normal numbers, the same in every dtype but for rounding."""
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)

@@ -1,12 +1,12 @@
 import pytest
 import torch
-from accuracy import BACKEND, BACKENDS, DTYPES, KERNELS, PLAYERS, assert_all_accurate, random_bits
+from accuracy import BACKEND, BACKENDS, DTYPES, KERNELS, PLAYERS, assert_all_accurate, normal, random_bits
 
 import fastshap_kernels as fk
 
 
 def features_and_bits(generator, batch=3, coalitions=5, players=33, width=67, dtype=torch.float32):
-    features = torch.randn(batch, players, width, generator=generator, dtype=torch.float64).to(dtype)
+    features = normal(generator, batch, players, width, dtype=dtype)
     return features, random_bits(batch, coalitions, players, generator)
 
 
@@ -178,7 +178,7 @@ def test_autocast_does_not_round(generator, backend):
 def test_opcheck(generator, dtype, sums):
     features, bits = features_and_bits(generator, dtype=dtype)
     torch.library.opcheck(KERNELS.coalition_sum.default, (features.requires_grad_(), bits, sums))
-    grad = torch.randn(3, 5, 67, generator=generator, dtype=torch.float64).to(sums).requires_grad_()
+    grad = normal(generator, 3, 5, 67).to(sums).requires_grad_()
     torch.library.opcheck(KERNELS.coalition_sum_backward.default, (grad, bits, 33, dtype))
 
 

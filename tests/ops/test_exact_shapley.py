@@ -3,7 +3,7 @@ from math import factorial
 
 import pytest
 import torch
-from accuracy import BACKEND, BACKENDS, DTYPES, KERNELS, assert_all_accurate
+from accuracy import BACKEND, BACKENDS, DTYPES, KERNELS, assert_all_accurate, normal
 
 import fastshap_kernels as fk
 
@@ -15,15 +15,11 @@ def few_programs(monkeypatch):
         monkeypatch.setattr("fastshap_kernels.triton.exact_shapley._PROGRAMS", 8)
 
 
-def random_values(generator, *shape, dtype=torch.float64):
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("players", [1, 2, 3, 4, 5, 6])
 def test_definition(generator, players, backend):
     """The average gain of joining, over every order in which the players can join."""
-    values = random_values(generator, 2**players, 2)
+    values = normal(generator, 2**players, 2)
     phi = torch.zeros(players, 2, dtype=torch.float64)
     for order in permutations(range(players)):
         coalition = 0
@@ -45,7 +41,7 @@ def assert_values_accurate(values, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("players", "classes"), [(1, 1), (2, 3), (6, 5), (7, 64), (8, 65), (9, 130), (12, 7), (15, 1)])
 def test_backends_agree(generator, players, classes, dtype):
-    assert_values_accurate(random_values(generator, 3, 2**players, classes), dtype)
+    assert_values_accurate(normal(generator, 3, 2**players, classes), dtype)
 
 
 @pytest.mark.parametrize(("images", "players", "classes"), [(128, 10, 33), (40, 11, 64), (300, 4, 3), (1, 13, 129)])
@@ -53,13 +49,13 @@ def test_slices_of_every_length(generator, images, players, classes):
     """Where games are many, a thread block or program reads more of the coalitions."""
     if BACKEND == "triton":
         images = -(-images // 32)
-    assert_values_accurate(random_values(generator, images, 2**players, classes), torch.float32)
+    assert_values_accurate(normal(generator, images, 2**players, classes), torch.float32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_twenty_players(generator, backend):
     """A game whose Shapley values are known: the sum of the players' numbers, plus a prize for all twenty."""
-    numbers = random_values(generator, 20)
+    numbers = normal(generator, 20)
     values = torch.zeros(1, dtype=torch.float64)
     for number in numbers:
         values = torch.cat([values, values + number])
@@ -71,7 +67,7 @@ def test_twenty_players(generator, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_dtype_is_summed_in_float64_and_rounded_once(generator, dtype, backend):
-    values = random_values(generator, 2, 2**10, 4, dtype=dtype)
+    values = normal(generator, 2, 2**10, 4, dtype=dtype)
     exact = fk.exact_shapley(values.double(), backend="reference")
     off = (fk.exact_shapley(values, backend=backend).double() - exact).abs()
     assert (off <= 0.51 * torch.finfo(dtype).eps * exact.abs() + 1e-13).all()
@@ -79,14 +75,14 @@ def test_every_dtype_is_summed_in_float64_and_rounded_once(generator, dtype, bac
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_large_constant_costs_no_digits(generator, backend):
-    values = random_values(generator, 2**8, 3).mul(2**20).round()  # whole numbers: adding 2^40 is exact
+    values = normal(generator, 2**8, 3).mul(2**20).round()  # whole numbers: adding 2^40 is exact
     phi = fk.exact_shapley(values, backend=backend)
     shifted = fk.exact_shapley(values + 2.0**40, backend=backend)
     assert torch.equal(phi, shifted)
 
 
 def test_any_leading_shape_and_strides(generator):
-    values = random_values(generator, 2, 3, 4, 2**5, dtype=torch.float32).mT
+    values = normal(generator, 2, 3, 4, 2**5, dtype=torch.float32).mT
     phi = fk.exact_shapley(values.reshape(2, 3, 2**5, 4))
     strided = fk.exact_shapley(values)
     assert strided.shape == (2, 3, 5, 4)
@@ -110,21 +106,21 @@ def test_gradients(generator, dtype):
         x = values.detach().requires_grad_()
         return torch.autograd.grad(fk.exact_shapley(x, backend=backend), x, cotangent)
 
-    inputs = random_values(generator, 3, 2**6, 5), random_values(generator, 3, 6, 5)
+    inputs = normal(generator, 3, 2**6, 5), normal(generator, 3, 6, 5)
     assert_all_accurate(run, inputs, dtype, terms=6, working=torch.float64)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck(generator, backend):
     shape = (1, 2**2, 1) if backend == "triton" else (2, 2**3, 2)  # the interpreter is slow
-    values = random_values(generator, *shape).requires_grad_()
+    values = normal(generator, *shape).requires_grad_()
     torch.autograd.gradcheck(lambda x: fk.exact_shapley(x, backend=backend), values)
     torch.autograd.gradgradcheck(lambda x: fk.exact_shapley(x, backend=backend), values)
 
 
 @pytest.mark.parametrize("shape", [(16, 3), (2, 3, 8, 2)])
 def test_opcheck(generator, shape):
-    values = random_values(generator, *shape, dtype=torch.float32).requires_grad_()
+    values = normal(generator, *shape, dtype=torch.float32).requires_grad_()
     torch.library.opcheck(KERNELS.exact_shapley.default, (values,))
 
 
@@ -132,7 +128,7 @@ def test_compiles_without_graph_breaks(generator):
     def loss(x):
         return fk.exact_shapley(x).square().sum()
 
-    x = random_values(generator, 2, 16, 3).requires_grad_()
+    x = normal(generator, 2, 16, 3).requires_grad_()
     y = x.detach().clone().requires_grad_()
     torch.compile(loss, fullgraph=True, backend="aot_eager")(x).backward()
     loss(y).backward()
@@ -140,7 +136,7 @@ def test_compiles_without_graph_breaks(generator):
 
 
 def test_runs_and_thread_counts_give_the_same_bits(generator):
-    values = random_values(generator, 5, 2**9, 70, dtype=torch.float32)
+    values = normal(generator, 5, 2**9, 70, dtype=torch.float32)
     first = fk.exact_shapley(values, backend=BACKEND)
     threads = torch.get_num_threads()
     try:

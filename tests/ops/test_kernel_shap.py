@@ -1,6 +1,6 @@
 import pytest
 import torch
-from accuracy import DTYPES, random_bits
+from accuracy import DTYPES, all_coalitions, normal, random_bits
 
 import fastshap_kernels as fk
 
@@ -13,9 +13,9 @@ def sample(batch, coalitions, players, generator, paired):
 
 def random_game(players, classes, generator):
     """Values of all coalitions (2^P, K): an additive part and noise of its size."""
-    present = fk.unpack_bits(torch.arange(2**players, dtype=torch.int32).unsqueeze(1), players).double()
-    additive = present @ torch.randn(players, classes, generator=generator, dtype=torch.float64)
-    return additive + torch.randn(2**players, classes, generator=generator, dtype=torch.float64)
+    present = all_coalitions(players).double()
+    additive = present @ normal(generator, players, classes)
+    return additive + normal(generator, 2**players, classes)
 
 
 def estimate(game, bits, players, dtype=torch.float64, **options):
@@ -27,11 +27,11 @@ def estimate(game, bits, players, dtype=torch.float64, **options):
 
 @pytest.mark.parametrize("players", [1, 3, 5, 32, 33, 64])
 def test_an_additive_game_is_recovered_with_no_error(generator, players):
-    phi = torch.randn(2, players, 3, generator=generator, dtype=torch.float64)
+    phi = normal(generator, 2, players, 3)
     bits = (
         sample(2, 6 * players + 4, players, generator, paired=True) if players > 1 else random_bits(2, 3, 1, generator)
     )
-    null = torch.randn(2, 3, generator=generator, dtype=torch.float64)
+    null = normal(generator, 2, 3)
     values = fk.unpack_bits(bits, players).double() @ phi + null.unsqueeze(1)
     result = fk.kernel_shap(bits, values, null, null + phi.sum(1), players=players)
     assert (result.phi - phi).abs().max() <= 1e-10
@@ -41,8 +41,8 @@ def test_an_additive_game_is_recovered_with_no_error(generator, players):
 def test_definition(generator):
     """The stationarity conditions of the constrained problem: equal slopes for every player, and the exact sum."""
     players, bits = 7, random_bits(3, 40, 7, generator)
-    values = torch.randn(3, 40, 2, generator=generator, dtype=torch.float64)
-    null, grand = torch.randn(2, 3, 2, generator=generator, dtype=torch.float64)
+    values = normal(generator, 3, 40, 2)
+    null, grand = normal(generator, 2, 3, 2)
     weights = torch.rand(3, 40, generator=generator, dtype=torch.float64)
     phi = fk.kernel_shap(bits, values, null, grand, players=players, weights=weights).phi
     assert (phi.sum(1) - (grand - null)).abs().max() <= 1e-12
@@ -77,8 +77,8 @@ def test_standard_errors_are_calibrated(generator, players, coalitions, paired):
 
 
 def quadratic_game(players, generator):
-    quadratic = torch.randn(players, players, generator=generator, dtype=torch.float64)
-    present = fk.unpack_bits(torch.arange(2**players, dtype=torch.int32).unsqueeze(1), players).double()
+    quadratic = normal(generator, players, players)
+    present = all_coalitions(players).double()
     return torch.einsum("sp,pq,sq->s", present, quadratic, present).unsqueeze(1)
 
 

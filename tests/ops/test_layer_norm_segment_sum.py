@@ -2,7 +2,7 @@ from functools import partial
 
 import pytest
 import torch
-from accuracy import BACKEND, DTYPES, KERNELS, assert_all_accurate
+from accuracy import BACKEND, DTYPES, KERNELS, assert_all_accurate, normal
 
 import fastshap_kernels as fk
 
@@ -17,8 +17,7 @@ SERVED = None if ON_CPU else BACKEND
 def arguments(generator, lengths=LENGTHS, width=8, dtype=torch.float32):
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
 
-    def random(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    random = partial(normal, generator, dtype=dtype)
 
     return 3 * random(sum(lengths), width) + 1, cu_seqlens, random(width), random(width)
 
@@ -60,7 +59,7 @@ def assert_sums_and_gradients_accurate(inputs, cu_seqlens, prefix, dtype):
 )
 def test_backends_agree(generator, dtype, width):
     rows, cu_seqlens, weight, bias = arguments(generator, (3, 0, 1, 20, 7), width, dtype)
-    cotangent = torch.randn(5, width, generator=generator, dtype=torch.float64)
+    cotangent = normal(generator, 5, width)
     for prefix, inputs in ((1, (rows, weight, bias)), (0, (rows, weight, None)), (2, (rows, None, bias))):
         assert_sums_and_gradients_accurate((*inputs, cotangent), cu_seqlens, prefix, dtype)
 
@@ -83,7 +82,7 @@ def test_a_single_column_has_no_gradient(generator, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_wide_rows(generator, dtype, width):
     rows, cu_seqlens, weight, bias = arguments(generator, (2, 19), width, dtype)
-    cotangent = torch.randn(2, width, generator=generator, dtype=torch.float64)
+    cotangent = normal(generator, 2, width)
     assert_sums_and_gradients_accurate((rows, weight, bias, cotangent), cu_seqlens, 1, dtype)
 
 
@@ -103,7 +102,7 @@ else:
     @pytest.mark.parametrize(("dtype", "width"), [*ODD, (torch.float16, 131)])
     def test_any_width(generator, dtype, width):
         rows, cu_seqlens, weight, bias = arguments(generator, (2, 0, 5), width, dtype)
-        cotangent = torch.randn(3, width, generator=generator, dtype=torch.float64)
+        cotangent = normal(generator, 3, width)
         assert_sums_and_gradients_accurate((rows, weight, bias, cotangent), cu_seqlens, 1, dtype)
 
 
@@ -148,7 +147,7 @@ def test_parameters_of_another_dtype(generator):
 def test_rows_far_from_zero(generator):
     rows, cu_seqlens, weight, bias = arguments(generator, width=64)
     rows = rows + 1e4
-    cotangent = torch.randn(len(LENGTHS), 64, generator=generator, dtype=torch.float64)
+    cotangent = normal(generator, len(LENGTHS), 64)
     assert_sums_and_gradients_accurate((rows, weight, bias, cotangent), cu_seqlens, 0, torch.float32)
 
 

@@ -1,6 +1,8 @@
+from functools import partial
+
 import pytest
 import torch
-from accuracy import BACKEND, BACKENDS, DTYPES, PLAYERS, assert_all_accurate, random_bits
+from accuracy import BACKEND, BACKENDS, DTYPES, PLAYERS, assert_all_accurate, normal, random_bits
 from dispatch import Operators
 
 import fastshap_kernels as fk
@@ -12,8 +14,7 @@ NORMALIZATIONS = ("none", "additive")
 def make_arguments(generator, batch=3, coalitions=5, players=33, width=67, classes=9, dtype=torch.float64):
     """features, weight, bias, bits, values, null, grand, weights."""
 
-    def random(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    random = partial(normal, generator, dtype=dtype)
 
     # A small weight: float16 holds the square of what 1025 players add up to.
     head = random(batch, players, width), 0.1 * random(classes, width), random(classes)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from accuracy import BACKEND, BACKENDS, DTYPES, KERNELS, assert_all_accurate, random_bits
+from accuracy import BACKEND, BACKENDS, DTYPES, KERNELS, assert_all_accurate, normal, random_bits
 
 import fastshap_kernels as fk
 
@@ -9,7 +9,7 @@ FORMATS = (torch.contiguous_format, torch.channels_last)
 
 def images_and_bits(generator, batch=3, coalitions=5, channels=3, grid=(4, 3), patch=(2, 5), dtype=torch.float32):
     shape = (batch, channels, grid[0] * patch[0], grid[1] * patch[1])
-    images = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    images = normal(generator, *shape, dtype=dtype)
     return images, random_bits(batch, coalitions, grid[0] * grid[1], generator)
 
 
@@ -33,7 +33,7 @@ def test_definition(generator):
 def test_backends_agree(generator, dtype, memory_format):
     images, bits = images_and_bits(generator, dtype=dtype)
     images = images.contiguous(memory_format=memory_format)
-    baseline = torch.randn(images.shape[1:], generator=generator, dtype=torch.float64).to(dtype)
+    baseline = normal(generator, *images.shape[1:], dtype=dtype)
     ours = fk.mask_patches(images, bits, (4, 3), baseline, backend=BACKEND)
     plain = fk.mask_patches(images, bits, (4, 3), baseline, backend="reference")
     assert torch.equal(ours, plain)
@@ -47,7 +47,7 @@ def test_gradients(generator, dtype, memory_format, shape):
     images, bits = images_and_bits(generator)
     shapes = {"channel": (3,), "image": images.shape[1:], "batch": images.shape}
     baseline = torch.randn(shapes[shape], generator=generator) if shape != "number" else 0.5
-    cotangent = torch.randn(15, *images.shape[1:], generator=generator, dtype=torch.float64)
+    cotangent = normal(generator, 15, *images.shape[1:])
 
     def run(backend, images, baseline, cotangent):
         x = images.contiguous(memory_format=memory_format).detach().requires_grad_()
@@ -102,7 +102,7 @@ def test_empty(generator, batch, coalitions):
 
 def test_gradcheck(generator):
     images, bits = images_and_bits(generator, batch=2, coalitions=2, grid=(2, 2), patch=(1, 2), dtype=torch.float64)
-    baseline = torch.randn(images.shape, generator=generator, dtype=torch.float64)
+    baseline = normal(generator, *images.shape)
     for backend in BACKENDS:
         inputs = images.clone().requires_grad_(), baseline.clone().requires_grad_()
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from accuracy import BACKEND, BACKENDS, DTYPES, KERNELS, PLAYERS, assert_all_accurate, random_bits
+from accuracy import BACKEND, BACKENDS, DTYPES, KERNELS, PLAYERS, assert_all_accurate, normal, random_bits
 
 import fastshap_kernels as fk
 
@@ -9,7 +9,7 @@ CHECKING = [backend for backend in BACKENDS if backend in ("reference", "cpu")]
 
 
 def tokens_and_bits(generator, batch=3, coalitions=4, players=12, prefix=1, width=6, dtype=torch.float32):
-    tokens = torch.randn(batch, prefix + players, width, generator=generator, dtype=torch.float64).to(dtype)
+    tokens = normal(generator, batch, prefix + players, width, dtype=dtype)
     return tokens, random_bits(batch, coalitions, players, generator)
 
 
@@ -47,7 +47,7 @@ def test_backends_agree(generator, players, prefix, dtype):
     packed, plain = (fk.pack_tokens(tokens, bits, prefix, backend=backend) for backend in (BACKEND, "reference"))
     assert torch.equal(packed[0], plain[0])
     assert torch.equal(packed[1], plain[1])
-    cotangent = torch.randn(packed[0].shape, generator=generator, dtype=torch.float64)
+    cotangent = normal(generator, *packed[0].shape)
     assert_all_accurate(gradient_of(bits, prefix), (tokens, cotangent), dtype, terms=4)
 
 
@@ -145,13 +145,13 @@ def test_any_width_and_any_address(generator, dtype, width):
     shifted = flat[1:].view_as(tokens)  # contiguous, and no multiple of 16 bytes in memory
     rows = fk.pack_tokens(shifted, bits, 1)[0]
     assert torch.equal(rows, fk.pack_tokens(tokens, bits, 1, backend="reference")[0])
-    cotangent = torch.randn(rows.numel() + 1, generator=generator, dtype=torch.float64).to(dtype)[1:].view_as(rows)
+    cotangent = normal(generator, rows.numel() + 1, dtype=dtype)[1:].view_as(rows)
     assert_all_accurate(gradient_of(bits, 1), (shifted, cotangent), dtype, terms=4)
 
 
 @pytest.mark.parametrize("coalitions", [64, 66, 130])
 def test_many_coalitions(generator, coalitions):
-    tokens = torch.randn(1, 45, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    tokens = normal(generator, 1, 45, 5).requires_grad_()
     bits = paired_bits(generator, 1, coalitions // 2, 40)
     for paired in (True, False):
         rows, cu_seqlens, _ = fk.pack_tokens(tokens, bits, 5, paired=paired)

@@ -2,7 +2,7 @@ from functools import partial
 
 import pytest
 import torch
-from accuracy import BACKEND, BACKENDS, DTYPES, KERNELS, PLAYERS, assert_all_accurate, random_bits
+from accuracy import BACKEND, BACKENDS, DTYPES, KERNELS, PLAYERS, assert_all_accurate, normal, random_bits
 
 import fastshap_kernels as fk
 from fastshap_kernels import _backend
@@ -17,7 +17,7 @@ PRECISE = CHECKED = tuple(backend for backend in BACKENDS if backend != "triton"
 def rows_and_boundaries(generator, lengths=LENGTHS, heads=2, head_dim=8, dtype=torch.float32):
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     shape = (sum(lengths), 3, heads, head_dim)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype), cu_seqlens
+    return normal(generator, *shape, dtype=dtype), cu_seqlens
 
 
 def attend(qkv, lengths, scale=None):
@@ -43,7 +43,7 @@ def assert_accurate_everywhere(generator, lengths, heads, head_dim, dtype, scale
 
 def assert_accurate_at(generator, qkv, lengths, scale=None, backends=BACKENDS):
     dtype, cu_seqlens = qkv.dtype, torch.tensor([0, *lengths]).cumsum(0).int()
-    cotangent = torch.randn(len(qkv), *qkv.shape[2:], generator=generator, dtype=torch.float64)
+    cotangent = normal(generator, len(qkv), *qkv.shape[2:])
 
     def run(backend, qkv, cotangent):
         return output_and_gradient(

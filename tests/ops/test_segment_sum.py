@@ -1,6 +1,6 @@
 import pytest
 import torch
-from accuracy import BACKEND, BACKENDS, DTYPES, KERNELS, assert_all_accurate
+from accuracy import BACKEND, BACKENDS, DTYPES, KERNELS, assert_all_accurate, normal
 
 import fastshap_kernels as fk
 
@@ -9,7 +9,7 @@ LENGTHS = (3, 0, 1, 40, 0, 70, 7)
 
 def rows_and_boundaries(generator, lengths=LENGTHS, width=5, dtype=torch.float32):
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-    return torch.randn(sum(lengths), width, generator=generator, dtype=torch.float64).to(dtype), cu_seqlens
+    return normal(generator, sum(lengths), width, dtype=dtype), cu_seqlens
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -27,7 +27,7 @@ def test_definition(generator, width, prefix, backend):
 def test_backends_agree(generator, width, prefix, dtype):
     lengths = (*LENGTHS, 1025)
     rows, cu_seqlens = rows_and_boundaries(generator, lengths, width, dtype)
-    cotangent = torch.randn(len(lengths), width, generator=generator, dtype=torch.float64)
+    cotangent = normal(generator, len(lengths), width)
 
     def run(backend, rows):
         return [fk.segment_sum(rows, cu_seqlens, prefix, backend=backend)]
@@ -50,7 +50,7 @@ def test_any_width_and_any_address(generator, dtype, width):
     rows, cu_seqlens = rows_and_boundaries(generator, width=width, dtype=dtype)
     flat = torch.cat([rows.new_zeros(1), rows.flatten()])
     shifted = flat[1:].view_as(rows)  # contiguous, and no multiple of 16 bytes in memory
-    cotangent = torch.randn(len(LENGTHS) * width + 1, generator=generator, dtype=torch.float64)[1:].to(dtype)
+    cotangent = normal(generator, len(LENGTHS) * width + 1)[1:].to(dtype)
 
     def gradient(x, backend):
         x = x.detach().requires_grad_()

@@ -2,7 +2,7 @@ from functools import partial
 
 import pytest
 import torch
-from accuracy import BACKEND, BACKENDS, DTYPES, KERNELS, PLAYERS, assert_all_accurate, random_bits
+from accuracy import BACKEND, BACKENDS, DTYPES, KERNELS, PLAYERS, assert_all_accurate, normal, random_bits
 
 import fastshap_kernels as fk
 
@@ -13,8 +13,7 @@ NORMALIZATIONS = ("none", "additive")
 def make_game(generator, batch=3, coalitions=5, players=33, classes=67, dtype=torch.float64):
     """phi, bits, values, null, grand, weights."""
 
-    def random(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    random = partial(normal, generator, dtype=dtype)
 
     bits = random_bits(batch, coalitions, players, generator)
     game = random(batch, coalitions, classes), random(batch, classes), random(batch, classes)
@@ -111,7 +110,7 @@ def test_a_single_player_is_given_everything(generator, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_additive_normalization_ignores_a_shift_of_all_players(generator, backend):
     phi, bits, values, null, grand, weights = make_game(generator)
-    shift = torch.randn(3, 1, 67, generator=generator, dtype=torch.float64)
+    shift = normal(generator, 3, 1, 67)
     game = bits, values, null, grand, weights
     switches = {"normalization": "additive", "backend": backend}
     loss = fk.shapley_regression_loss(phi, *game, **switches)
