@@ -53,21 +53,24 @@ build: $(INSTALLED)
 demo: $(INSTALLED)
 	$(BIN)/python -m bench.digits --output runs/demo
 
+# The default tests, which end with the 25 slowest of them.
+DEFAULT := -m "not slow and not gpu" --durations=25 --durations-min=1
+
 # A core each: two threads a process would wait for one another.
 test: $(INSTALLED) $(EMULATED)
 	OMP_NUM_THREADS=1 $(MAKE) --jobs=2 --output-sync test-main test-triton test-cuda
 
 test-main: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest $(DEFAULT)
 
 # The ops' tests once more, with Triton's kernels in its interpreter. kernel_shap has no kernels.
 test-triton: $(INSTALLED)
-	FASTSHAP_BACKEND=triton TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops -m "not slow and not gpu" \
+	FASTSHAP_BACKEND=triton TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops $(DEFAULT) \
 		--ignore=tests/ops/test_kernel_shap.py
 
 # And with the CUDA kernels on the processor. packed_attention has none.
 test-cuda: $(EMULATED)
-	$(EMULATE) $(BIN)/python -m pytest tests/ops -m "not slow and not gpu" \
+	$(EMULATE) $(BIN)/python -m pytest tests/ops $(DEFAULT) \
 		--ignore=tests/ops/test_kernel_shap.py --ignore=tests/ops/test_packed_attention.py
 
 $(EMULATED): $(INSTALLED) $(NATIVE) tests/emulation/build.py
@@ -80,9 +83,9 @@ test-slow: $(INSTALLED) $(EMULATED)
 # Without the CUDA kernels: their launches are not Python. Triton's run in its interpreter.
 coverage: $(INSTALLED)
 	mkdir -p build/coverage
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" --cov --cov-report=
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(DEFAULT) --cov --cov-report=
 	OMP_NUM_THREADS=1 FASTSHAP_BACKEND=triton TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops \
-		-m "not slow and not gpu" --ignore=tests/ops/test_kernel_shap.py --cov --cov-append --cov-report=term --cov-report=html
+		$(DEFAULT) --ignore=tests/ops/test_kernel_shap.py --cov --cov-append --cov-report=term --cov-report=html
 
 sanitize: $(INSTALLED)
 	$(BIN)/python tests/sanitize.py
@@ -105,7 +108,7 @@ test-processors: $(INSTALLED)
 
 test-processor-%: $(INSTALLED)
 	@echo "== $*: $(PROCESSOR_$*)"
-	env $(PROCESSOR_$*) $(BIN)/python -m pytest -m "not slow and not gpu" -p no:cacheprovider
+	env $(PROCESSOR_$*) $(BIN)/python -m pytest $(DEFAULT) -p no:cacheprovider
 
 # Needs both Pythons; a run that was stopped goes on where it was.
 PYTHON_OLDEST ?= python3.10
