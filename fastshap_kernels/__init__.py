@@ -2,7 +2,7 @@
 
 Every op is deterministic, forward and backward: the same call of one backend on one device gives the same bits.
 
-Example, from which those of the ops go on:
+Example, whose names all other examples use:
     >>> import torch
     >>> import fastshap_kernels as fk
     >>> fk.sample_coalitions(batch=2, coalitions=4, players=9, seed=0).shape

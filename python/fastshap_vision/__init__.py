@@ -1,4 +1,16 @@
-"""The thin training API: timm models that explain themselves with Shapley values."""
+"""The thin training API: timm models that explain themselves with Shapley values.
+
+Results are deterministic as far as the model is: the same calls with the same seeds give the same bits on one machine.
+
+Example, whose names all other examples use:
+    >>> import timm, torch
+    >>> import fastshap_kernels as fk, fastshap_vision as fv
+    >>> model = fv.convert(timm.create_model("test_vit", num_classes=10, img_size=48))
+    >>> images, labels = torch.randn(4, 3, 48, 48), torch.tensor([3, 1, 4, 1])
+    >>> data = torch.utils.data.TensorDataset(images, labels)
+    >>> model.explain(images).values.shape
+    torch.Size([4, 9])
+"""
 
 from fastshap_kernels import __version__ as __version__
 

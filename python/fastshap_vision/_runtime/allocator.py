@@ -15,12 +15,16 @@ def keep_freed_memory() -> bool:
 
     glibc returns large blocks to the system when they are freed, so that every step of a training loop pays for fresh
     pages again: a tenth of a packed ViT-S step and more. From this call on they stay with the process, whose resident
-    memory therefore remains at its peak. Call it once, before the first step; `fastshap train` does.
+    memory therefore remains at its peak. Results don't change. Call it once, before the first step; `fastshap train`
+    does.
 
     Returns:
         whether it took effect: False where the C library is not glibc (macOS, Windows, musl).
 
-    Deterministic: yes; results don't change.
+    Example:
+        >>> import platform
+        >>> fv.keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
+        True
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -44,8 +44,6 @@ def lowered(model: nn.Module, precision: str = "auto") -> AbstractContextManager
         ValueError: for an unknown precision; for "fp8" where gradients are on, on a GPU before compute capability
             8.9, and for a model without blocks of linear layers.
 
-    Deterministic: yes.
-
     Source: Micikevicius et al., FP8 formats for deep learning, arXiv 2209.05433.
     """
     check_choice("precision", precision, PRECISIONS)

@@ -59,6 +59,12 @@ class SurrogateObjective(CoalitionObjective):
     Deterministic: yes, for one seed and sequence of calls. `state_dict` holds the sampler's counter.
 
     Source: Jethani et al., FastSHAP, ICLR 2022; Covert, Kim, Lee, ViT-Shapley, ICLR 2023.
+
+    Example:
+        >>> teacher = timm.create_model("test_vit", num_classes=10, img_size=48)
+        >>> terms = fv.baselines.SurrogateObjective(teacher)(model, images, labels)
+        >>> torch.equal(terms.loss, terms.task), terms.regression
+        (True, None)
     """
 
     def __init__(self, teacher: nn.Module, coalitions: int = 1, sizes: str = "uniform", seed: int = 0) -> None:
@@ -130,6 +136,11 @@ class FastSHAPExplainer(nn.Module):
 
     Source: Jethani et al., FastSHAP, ICLR 2022; Covert, Kim, Lee, ViT-Shapley, ICLR 2023, whose network ends in tanh
     and has a deeper head: neither is here.
+
+    Example:
+        >>> explainer = fv.baselines.FastSHAPExplainer(model, "test_vit")
+        >>> explainer.players, explainer.num_classes, explainer(images).shape
+        (9, 10, torch.Size([4, 10]))
     """
 
     def __init__(
@@ -214,7 +225,10 @@ class FastSHAPExplainer(nn.Module):
             TypeError: for images of another type.
             ValueError: for images of the wrong shape or with NaN or infinite pixels, or a target out of range.
 
-        Deterministic: yes.
+        Example:
+            >>> explainer = fv.baselines.FastSHAPExplainer(model, "test_vit")
+            >>> explainer.explain(images, target=3).unit
+            'probabilities'
         """
         images = self.preprocess(images)
         with evaluation_mode(self):
@@ -244,6 +258,12 @@ class FastSHAPObjective(CoalitionObjective):
     Deterministic: yes, for one seed and sequence of calls. `state_dict` holds the sampler's counter.
 
     Source: Jethani et al., FastSHAP, ICLR 2022; Covert, Kim, Lee, ViT-Shapley, ICLR 2023 (32 coalitions in pairs).
+
+    Example:
+        >>> explainer = fv.baselines.FastSHAPExplainer(model, "test_vit")
+        >>> terms = fv.baselines.FastSHAPObjective(coalitions=4)(explainer, images, labels)
+        >>> torch.equal(terms.loss, terms.regression), terms.task
+        (True, None)
     """
 
     def __init__(self, coalitions: int = 32, sizes: str = "shapley", paired: bool = True, seed: int = 0) -> None:

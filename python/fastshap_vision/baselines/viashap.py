@@ -32,6 +32,12 @@ class ViaSHAPObjective(JointObjective):
         ValueError: for arguments out of range, and in a step, for a model with another head.
 
     Source: Alkhatib et al., Prediction via Shapley Value Regression (ViaSHAP), ICML 2025.
+
+    Example:
+        >>> model = fv.SelfExplainingClassifier("test_vit", num_classes=10, img_size=48, head="votes")
+        >>> terms = fv.baselines.ViaSHAPObjective(beta=10)(model, images, labels)
+        >>> torch.allclose(terms.loss, terms.task + 10 * terms.regression)
+        True
     """
 
     def __init__(self, alpha: float = 1.0, beta: float = 10.0, coalitions: int = 2, seed: int = 0) -> None:

@@ -19,6 +19,11 @@ class WithMirrorImages(Dataset):
 
     Raises:
         TypeError: for what is no such dataset; for its items on reading.
+
+    Example:
+        >>> mirrored = fv.WithMirrorImages(data)
+        >>> len(mirrored), torch.equal(mirrored[4][0], images[0].flip(-1))
+        (8, True)
     """
 
     def __init__(self, data: Any) -> None:

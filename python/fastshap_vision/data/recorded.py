@@ -49,6 +49,12 @@ class RecordedCoalitions(Dataset):
 
     Raises:
         ValueError: for coalitions or values of another shape, type or number of images.
+
+    Example:
+        >>> recorded = fv.record_coalitions(model, data, coalitions=8)
+        >>> image, (label, bits, values) = recorded[0]
+        >>> image.shape, bits.shape, values.shape
+        (torch.Size([3, 48, 48]), torch.Size([8, 1]), torch.Size([8, 10]))
     """
 
     def __init__(self, data: Any, bits: Tensor, values: Tensor) -> None:
@@ -71,6 +77,18 @@ class RecordedCoalitions(Dataset):
         """Writes coalitions and values, not the images, as a safetensors file: whole or not at all.
 
         A digest of both, and mean and deviation of some of the images, are kept with them.
+
+        Args:
+            path: the file; its folder must exist.
+
+        Raises:
+            OSError: when it can't be written.
+
+        Example:
+            >>> recorded = fv.record_coalitions(model, data, coalitions=8)
+            >>> recorded.save("coalitions.safetensors")
+            >>> fv.RecordedCoalitions.load("coalitions.safetensors", data).digest == recorded.digest
+            True
         """
         path = Path(path)
         tensors = {"bits": self.bits, "values": self.values, "images": self._fingerprint()}
@@ -209,6 +227,11 @@ def record_coalitions(
         ValueError: for an odd or too small number of coalitions, no image, or images that change as they are read.
 
     Deterministic: as the model is; the coalitions follow from `seed` and an image's place in the data.
+
+    Example:
+        >>> recorded = fv.record_coalitions(model, data, coalitions=8)
+        >>> recorded.bits.shape, recorded.values.shape
+        (torch.Size([4, 8, 1]), torch.Size([4, 8, 10]))
     """
     coalitions = check_count("record_coalitions", "coalitions", coalitions, 2, 2**31 - 2)
     if coalitions % 2:

@@ -15,15 +15,29 @@ if TYPE_CHECKING:
 
 
 class ReferenceValues(NamedTuple):
-    """Shapley values to compare with, float64: by exhaustion, or estimated with standard errors."""
+    """Shapley values to compare with, float64: by exhaustion, or estimated with standard errors.
 
-    phi: Tensor  # (B, P, K)
-    standard_error: Tensor | None  # (B, P, K), None where phi is exact
-    null: Tensor  # (B, K), v(∅)
-    grand: Tensor  # (B, K), v(N)
-    evaluations: int  # coalitions evaluated, over all images
-    seconds: float  # wall time
-    converged: Tensor | None = None  # bool (B,), with relative_error: whether the errors are as small
+    Args:
+        phi: (B, P, K).
+        standard_error: (B, P, K), None where phi is exact.
+        null, grand: (B, K), v(∅) and v(N).
+        evaluations: coalitions evaluated, over all images.
+        seconds: wall time.
+        converged (bool): (B,), with `relative_error`: whether the errors are as small.
+
+    Example:
+        >>> found = fv.exact_values(model, images[:1])
+        >>> torch.allclose(found.phi.sum(1), found.grand - found.null), found.evaluations
+        (True, 512)
+    """
+
+    phi: Tensor
+    standard_error: Tensor | None
+    null: Tensor
+    grand: Tensor
+    evaluations: int
+    seconds: float
+    converged: Tensor | None = None
 
 
 def values_of(op: str, model: SelfExplainingClassifier, image: Tensor, bits: Tensor, batch: int, bar: tqdm) -> Tensor:

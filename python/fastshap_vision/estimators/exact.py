@@ -42,9 +42,11 @@ def exact_values(
     Raises:
         ValueError: for more than 20 players, or no image.
 
-    Deterministic: as the model is.
-
     Source: Shapley, A value for n-person games (1953).
+
+    Example:
+        >>> fv.exact_values(model, images[:1]).phi.shape
+        torch.Size([1, 9, 10])
     """
     players = check_game("exact_values", "model", model, "coalition_values")
     if players > _EXACT_PLAYERS:

@@ -68,6 +68,11 @@ def kernel_shap_values(
     Deterministic: as the model is; the coalitions follow from `seed`.
 
     Source: Lundberg and Lee (2017); Covert and Lee (2021) for pairs and for stopping by the standard error.
+
+    Example:
+        >>> found = fv.kernel_shap_values(model, images, coalitions=64)
+        >>> found.phi.shape, found.standard_error.shape, found.evaluations
+        (torch.Size([4, 9, 10]), torch.Size([4, 9, 10]), 264)
     """
     players = check_sampled_game(_OP, model)
     check_images(_OP, images)

@@ -23,6 +23,10 @@ class Attribution:
 
     Args:
         model: a `SelfExplainingClassifier`, or anything with its `explain`.
+
+    Example:
+        >>> fv.Attribution(model).attribute(images, target=3).shape
+        torch.Size([4, 3, 48, 48])
     """
 
     def __init__(self, model: _Explains) -> None:
@@ -52,7 +56,10 @@ class Attribution:
         Raises:
             ValueError: for baselines, or for images that the grid does not divide.
 
-        Deterministic: as the model is.
+        Example:
+            >>> pixels = fv.Attribution(model).attribute(images)
+            >>> torch.allclose(pixels.sum((1, 2, 3)), model.explain(images).values.sum(1), atol=1e-5)
+            True
         """
         if isinstance(inputs, tuple | list):
             if len(inputs) != 1 or not isinstance(inputs[0], Tensor):

@@ -50,6 +50,10 @@ class Explanation:
 
     Raises:
         ValueError: when the shapes do not fit each other.
+
+    Example:
+        >>> model.explain(images, target=3)
+        Explanation(4 images, grid=(3, 3), 10 classes, target=[3, 3, 3, 3], of an untrained explainer)
     """
 
     values: Tensor
@@ -151,7 +155,12 @@ class Explanation:
         return wanted
 
     def values_for(self, target: int | Tensor | None = None) -> Tensor:
-        """(B, P) the Shapley values of one class per image; `target` as in `targets`."""
+        """(B, P) the Shapley values of one class per image; `target` as in `targets`.
+
+        Example:
+            >>> model.explain(images, target="all").values_for(3).shape
+            torch.Size([4, 9])
+        """
         chosen = self.targets(target).to(self.values.device)
         if self.target is not None:
             return self.values
@@ -181,7 +190,9 @@ class Explanation:
         Raises:
             ValueError: for a target that is not explained, or an unknown size or mode.
 
-        Deterministic: yes.
+        Example:
+            >>> model.explain(images).heatmap(size=48).shape
+            torch.Size([4, 48, 48])
         """
         if mode not in ("nearest", "bilinear"):
             fail("Explanation.heatmap", "mode", '"nearest" or "bilinear"', mode)
@@ -231,6 +242,10 @@ class Explanation:
         Raises:
             ModuleNotFoundError: where matplotlib is not installed.
             ValueError: for an image, a target or names that do not fit the explanation.
+
+        Example:
+            >>> figure, ax = model.explain(images).plot(images, index=1)
+            >>> figure.savefig("explanation.png")
         """
         figures = pyplot()
         check_drawing("Explanation.plot", images, len(self), self.logits.shape[1], classes)
@@ -257,7 +272,14 @@ class Explanation:
         return f"{title}\n(untrained explainer)" if self.untrained else title
 
     def as_shap(self, images: Tensor | None = None, classes: Sequence[str] | None = None) -> Any:
-        """As a `shap.Explanation`; see `fastshap_vision.explanations.as_shap`."""
+        """As a `shap.Explanation`, for shap's plots: of patches, or of the pixels of images (B, C, H, W).
+
+        `classes` are K names, used where every class is explained. Needs the package shap.
+
+        Example:
+            >>> model.explain(images).as_shap(images).values.shape
+            (4, 48, 48, 3)
+        """
         return as_shap(self.values, self.null, self.target, self.grid, self.seen, images, classes)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -265,6 +287,12 @@ class Explanation:
 
         Args:
             path: the file; its folder must exist.
+
+        Example:
+            >>> explanation = model.explain(images)
+            >>> explanation.save("explanation.safetensors")
+            >>> torch.equal(fv.Explanation.load("explanation.safetensors").values, explanation.values)
+            True
         """
         tensors = {"values": self.values, "logits": self.logits, "null": self.null}
         if self.target is not None:

@@ -16,7 +16,15 @@ SUPPORTED = (
 
 
 class UnsupportedModelError(ValueError):
-    """A model that can't be converted; the message is the reason and what to do about it, or what is supported."""
+    """A model that can't be converted; the message is the reason and what to do about it, or what is supported.
+
+    Example:
+        >>> try:
+        ...     fv.convert(torch.nn.Linear(4, 2))
+        ... except fv.UnsupportedModelError as error:
+        ...     print(error.reason)
+        Argument `model` must be made by timm.create_model, but it is a Linear without timm's configuration.
+    """
 
     def __init__(self, reason: str, remedy: str = "") -> None:
         super().__init__(f"{reason} {remedy}".rstrip())

@@ -28,8 +28,7 @@ class Coalitions:
         ValueError: for bits of another type or shape, or an odd M that is `paired`.
 
     Example:
-        >>> import fastshap_kernels as fk
-        >>> coalitions = Coalitions(fk.sample_coalitions(2, 4, 9, seed=0), players=9, paired=True)
+        >>> coalitions = fv.Coalitions(fk.sample_coalitions(2, 4, 9, seed=0), players=9, paired=True)
         >>> coalitions.sizes.shape
         torch.Size([2, 4])
     """

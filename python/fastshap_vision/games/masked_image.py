@@ -41,6 +41,12 @@ class MaskedImageGame(nn.Module):
         ValueError: for an unknown or impossible baseline, grid or batch.
 
     Source: Petsiuk, Das, Saenko, RISE, BMVC 2018 (deletion to the mean colour, insertion from the blur).
+
+    Example:
+        >>> classifier = timm.create_model("test_resnet", num_classes=10).eval()
+        >>> game = fv.MaskedImageGame(classifier, grid=(4, 4), baseline="blur")
+        >>> fv.kernel_shap_values(game, images[:1], coalitions=128).phi.shape
+        torch.Size([1, 16, 10])
     """
 
     def __init__(
@@ -99,7 +105,10 @@ class MaskedImageGame(nn.Module):
         Raises:
             ValueError: for images, bits or a baseline of the wrong shape.
 
-        Deterministic: as the model is.
+        Example:
+            >>> game = fv.MaskedImageGame(model, grid=(4, 4))
+            >>> game.coalition_values(images, fk.sample_coalitions(4, 2, 16, seed=0)).shape
+            torch.Size([4, 2, 10])
         """
         check_tensor("MaskedImageGame", "images", images, "(B, C, H, W)", 4)
         bits = check_bits("MaskedImageGame", bits, self.players).to(images.device)

@@ -31,6 +31,11 @@ class Preprocessing:
 
     Raises:
         ValueError: for values out of their range.
+
+    Example:
+        >>> preprocessing = fv.Preprocessing((1, 8, 8), mean=(0.5,), std=(0.25,))
+        >>> fv.Preprocessing.from_dict(preprocessing.as_dict()) == preprocessing
+        True
     """
 
     input_size: tuple[int, int, int]

@@ -52,6 +52,11 @@ class Fidelity:
         r2_attainable: the `r2` that exact values are expected to score against this reference, 1 − noise².
         evaluations: coalitions that the reference took, over all images.
         seconds: wall time that the reference took.
+
+    Example:
+        >>> found = fv.fidelity(model, images[:1])
+        >>> found.reference, found.players, found.classes, found.evaluations
+        ('exact', 9, 10, 512)
     """
 
     reference: str
@@ -127,8 +132,7 @@ def fidelity(
     Args:
         model: a SelfExplainingClassifier, or a module with its `players`, `shapley_values` and `coalition_values`.
         images (floating point): (B, C, H, W), normalised as in training.
-        reference: "exact" (P ≤ 20), "kernel_shap", or what exact_values, kernel_shap_values
-            or converged_values returned for `images`.
+        reference: "exact" (P ≤ 20), "kernel_shap", or what exact_values or kernel_shap_values returned for `images`.
         coalitions, seed: of KernelSHAP; see `kernel_shap_values`.
         batch: coalitions handed to the model at once; it cuts them to what memory holds.
         progress: show a progress bar.
@@ -141,6 +145,11 @@ def fidelity(
             model whose Shapley values are not finite.
 
     Deterministic: as the model is, but for `seconds`.
+
+    Example:
+        >>> reference = fv.exact_values(model, images[:1])
+        >>> fv.fidelity(model, images[:1], reference).r2 <= 1
+        True
     """
     check_images("fidelity", images)
     players = check_game("fidelity", "model", model, "coalition_values", "shapley_values")

@@ -32,9 +32,13 @@ def pointing_game(maps: Tensor, masks: Tensor, tolerance: int = 15) -> Score:
     Raises:
         ValueError: for maps and masks that do not fit, maps that are not finite, or a mask with no object.
 
-    Deterministic: yes.
-
     Source: Zhang et al., Top-down neural attention by excitation backprop, ECCV 2016.
+
+    Example:
+        >>> maps = torch.tensor([[[0.0, 1.0], [0.0, 1.0]]])
+        >>> masks = torch.tensor([[[False, True], [False, False]]])
+        >>> fv.metrics.pointing_game(maps, masks, tolerance=0).mean
+        0.5
     """
     maps, masks = _check_maps("pointing_game", maps, masks)
     tolerance = check_count("pointing_game", "tolerance", tolerance, 0, 4096)
@@ -59,6 +63,11 @@ class Segmentation:
         correct (float64): (B,) share of the pixels that are labelled right.
         intersection, union (int64): (B, 2) pixels per class.
         average_precision (float64): (B,).
+
+    Example:
+        >>> masks = torch.tensor([[[False, True], [False, False]]])
+        >>> fv.metrics.segmentation(masks.float(), masks)
+        Segmentation(pixel accuracy 1.0000, mIoU 1.0000, mAP 1.0000, 1 images)
     """
 
     correct: Tensor
@@ -109,9 +118,13 @@ def segmentation(maps: Tensor, masks: Tensor) -> Segmentation:
     Raises:
         ValueError: for maps and masks that do not fit, or maps that are not finite.
 
-    Deterministic: yes.
-
     Source: Guillaumin, Küttel, Ferrari, IJCV 2014 (the masks); Chefer, Gur, Wolf, CVPR 2021 (the rules).
+
+    Example:
+        >>> maps = torch.tensor([[[0.0, 1.0], [0.0, 1.0]]])
+        >>> masks = torch.tensor([[[False, True], [False, False]]])
+        >>> fv.metrics.segmentation(maps, masks).pixel_accuracy.mean
+        0.75
     """
     maps, masks = _check_maps("segmentation", maps, masks)
     flat, truth = maps.double().flatten(1), masks.flatten(1)

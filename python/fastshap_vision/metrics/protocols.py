@@ -57,9 +57,13 @@ def protocol_scores(
     Raises:
         ValueError: for an unknown protocol, what it needs and lacks, or as `removal_curve`.
 
-    Deterministic: as the model is.
-
     Source: Petsiuk, Das, Saenko, BMVC 2018; Chefer, Gur, Wolf, CVPR 2021; Covert, Kim, Lee, ICLR 2023.
+
+    Example:
+        >>> values = model.explain(images).values
+        >>> scores = fv.metrics.protocol_scores(model, images, values, protocol="vit-shapley")
+        >>> sorted(scores)
+        ['deletion', 'insertion', 'insertion_minus_deletion']
     """
     check_choice("protocol", protocol, PROTOCOLS)
     removed: Any = model

@@ -37,6 +37,11 @@ class RemovalCurve:
         players: P.
         classes: K.
         keep: whether `counts` players are present instead of removed.
+
+    Example:
+        >>> curve = fv.metrics.removal_curve(model, images, model.explain(images).values)
+        >>> curve.probability.shape, curve.area().values.shape
+        (torch.Size([4, 10]), torch.Size([4]))
     """
 
     counts: Tensor
@@ -147,7 +152,11 @@ def removal_curve(
     Raises:
         ValueError: for attributions, a target or levels that do not fit, or values that are not finite.
 
-    Deterministic: as the game is.
+    Example:
+        >>> values = model.explain(images).values
+        >>> curve = fv.metrics.removal_curve(model, images, values, levels=(0, 0.5, 1))
+        >>> curve.counts.tolist(), curve.probability.shape
+        ([0, 5, 9], torch.Size([4, 3]))
     """
     op = "removal_curve"
     check_choice("order", order, ("most", "least"))
@@ -197,9 +206,12 @@ def insertion(
     Raises:
         ValueError: as `removal_curve`, or for levels that mean fewer than two numbers of players.
 
-    Deterministic: as the game is.
-
     Source: Petsiuk, Das, Saenko, RISE, BMVC 2018; by patches: Covert, Kim, Lee, ViT-Shapley, ICLR 2023.
+
+    Example:
+        >>> score = fv.metrics.insertion(model, images, model.explain(images).values)
+        >>> 0 <= score.mean <= 1, score.curve.counts.tolist()
+        (True, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
     """
     return removal_curve(game, images, attributions, target, keep=True, levels=levels).area()
 
@@ -225,9 +237,12 @@ def deletion(
     Raises:
         ValueError: as `removal_curve`, or for levels that mean fewer than two numbers of players.
 
-    Deterministic: as the game is.
-
     Source: Petsiuk, Das, Saenko, RISE, BMVC 2018; by patches: Covert, Kim, Lee, ViT-Shapley, ICLR 2023.
+
+    Example:
+        >>> score = fv.metrics.deletion(model, images, model.explain(images).values)
+        >>> 0 <= score.mean <= 1, score.curve.counts.tolist()
+        (True, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
     """
     return removal_curve(game, images, attributions, target, levels=levels).area()
 
@@ -250,9 +265,12 @@ def aopc(
     Raises:
         ValueError: as `removal_curve`.
 
-    Deterministic: as the game is.
-
     Source: Samek et al., TNNLS 2017; Qiang et al., AttCAT, NeurIPS 2022 (the nine levels).
+
+    Example:
+        >>> score = fv.metrics.aopc(model, images, model.explain(images).values)
+        >>> -1 <= score.mean <= 1, score.curve.counts.tolist()
+        (True, [1, 2, 3, 4, 5, 5, 6, 7, 8])
     """
     check_flag("aopc", "signed", signed)
     return removal_curve(game, images, attributions, target, levels=NINE_LEVELS).aopc(signed=signed)
@@ -270,9 +288,11 @@ def log_odds(game: Game, images: Tensor, attributions: Tensor, target: int | Ten
     Raises:
         ValueError: as `removal_curve`.
 
-    Deterministic: as the game is.
-
     Source: Shrikumar, Greenside, Kundaje, DeepLIFT, ICML 2017; Qiang et al., AttCAT, NeurIPS 2022.
+
+    Example:
+        >>> fv.metrics.log_odds(model, images, model.explain(images).values).values.shape
+        torch.Size([4])
     """
     return removal_curve(game, images, attributions, target, levels=NINE_LEVELS).log_odds()
 
@@ -298,9 +318,12 @@ def perturbation_test(
     Raises:
         ValueError: as `removal_curve`, or for a game of one class, where there is no other to lead.
 
-    Deterministic: as the game is.
-
     Source: Chefer, Gur, Wolf, Transformer Interpretability Beyond Attention Visualization, CVPR 2021.
+
+    Example:
+        >>> score = fv.metrics.perturbation_test(model, images, model.explain(images).values, labels)
+        >>> score.curve.hit.shape
+        torch.Size([4, 10])
     """
     order = "most" if check_flag("perturbation_test", "positive", positive) else "least"
     return removal_curve(game, images, attributions, labels, order=order, levels=TEN_LEVELS).hit_area()

@@ -17,6 +17,10 @@ class Score:
     Args:
         values (float64): (B,) one number per image; NaN where the metric is not defined, which is left out below.
         curve: the `RemovalCurve` that the numbers were computed from, where they come from removing patches, or None.
+
+    Example:
+        >>> fv.metrics.Score(torch.tensor([0.5, 1.0]).double())
+        Score(0.7500 ± 0.2500, 2 images)
     """
 
     values: Tensor

@@ -27,6 +27,12 @@ class SensitivityN:
         sizes (int64): (s,) players per subset.
         correlation (float64): (B, s). 0 where the sums of attributions do not vary; NaN where the output does not,
             which is left out below.
+
+    Example:
+        >>> values = model.explain(images).values
+        >>> found = fv.metrics.sensitivity_n(model, images, values, sizes=(2, 5), subsets=10)
+        >>> found.correlation.shape, found.mean.shape
+        (torch.Size([4, 2]), torch.Size([2]))
     """
 
     sizes: Tensor
@@ -89,6 +95,12 @@ def sensitivity_n(
 
     Source: Ancona et al., Towards better understanding of gradient-based attribution methods, ICLR 2018; Covert, Kim,
     Lee, Learning to estimate Shapley values with vision transformers, ICLR 2023.
+
+    Example:
+        >>> values = model.explain(images).values
+        >>> found = fv.metrics.sensitivity_n(model, images, values, sizes=(2, 5), form="vit-shapley")
+        >>> found.score().values.shape
+        torch.Size([4])
     """
     op = "sensitivity_n"
     check_choice("form", form, FORMS)

@@ -36,9 +36,18 @@ def convert(
         head, base, head_depth, head_width, intermediates, backbone_gradient, removal, preprocessing: as in
             `SelfExplainingClassifier`.
 
+    Returns:
+        the self-explaining model; `model` is its `backbone`.
+
     Raises:
         UnsupportedModelError: for a model that timm did not make, or a family that has no game.
         ValueError: for an image size that the model can't take, or a model made from arguments that can't be saved.
+
+    Example:
+        >>> classifier = timm.create_model("test_vit", num_classes=10, img_size=48).eval()
+        >>> logits = classifier(images)
+        >>> torch.equal(fv.convert(classifier)(images), logits)
+        True
     """
     if isinstance(model, str):
         raise UnsupportedModelError(

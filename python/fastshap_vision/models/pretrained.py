@@ -69,8 +69,17 @@ class Pretrained(nn.Module, PyTorchModelHubMixin):
 
         The answers of the model to two fixed images are kept with the weights, and compared on loading.
 
+        Args:
+            save_directory: the folder, which is made where there is none.
+            options: of the Hub, such as push_to_hub.
+
         Raises:
             ValueError: where the backbone is not what its arguments describe; nothing is written then.
+
+        Example:
+            >>> model.save_pretrained("explained")
+            >>> fv.SelfExplainingClassifier.from_pretrained("explained").grid
+            (3, 3)
         """
         self.check_saveable()
         return super().save_pretrained(save_directory, **options)
@@ -101,8 +110,17 @@ class Pretrained(nn.Module, PyTorchModelHubMixin):
             revision, cache_dir, force_download, local_files_only, token: as in `huggingface_hub.hf_hub_download`.
             arguments: of `SelfExplainingClassifier`, in place of those that were saved.
 
+        Returns:
+            the model.
+
         Raises:
             ValueError: for what can't be found or read, or is another model than the one that was saved.
+
+        Example:
+            >>> model.save_pretrained("explained")
+            >>> loaded = fv.SelfExplainingClassifier.from_pretrained("explained")
+            >>> torch.allclose(loaded.explain(images).values, model.explain(images).values, atol=1e-5)
+            True
         """
         name = str(pretrained_model_name_or_path)
         known = [key for key in cls._hub_mixin_init_parameters if key != "self"]

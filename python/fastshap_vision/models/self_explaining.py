@@ -63,26 +63,23 @@ class SelfExplainingClassifier(Pretrained):
         intermediates: whether these blocks read the features of every stage of the encoder (each block of a
             transformer), added up by a linear layer, instead of the last ones alone. Of the shares head only.
         backbone_gradient: γ in [0, 1], how much of the regression's gradient goes on into the encoder. Default 0 with
-            shares: the encoder trains as if nothing were explained (with μ = 0 in `fit`, to the same bits); 1 with
-            votes, which are the classifier's.
+            shares: the encoder trains as if nothing were explained (with μ = 0, to the same bits); 1 with votes.
         removal: how a patch that is not in a coalition is removed: "token", its token is taken out of the sequence
             (VisionTransformer and Eva models; where packing does not know their blocks, by attention masks);
             "cell", its pixels become 0, and where the model averages its patches, present ones alone count;
-            "stem", the same with what a convolutional network's stem makes of it; "pixel", its pixels become 0,
-            and the model sees the masked image as any other (of the shares head only).
-            Default "token" where the model can, else "cell"; the log says so once where that is slower.
+            "stem", the same with what a convolutional network's stem makes of it; "pixel", its pixels become 0, and
+            the model sees the masked image as any other (of the shares head only). Default "token" where the model
+            can, else "cell"; the log says so once where that is slower.
         pretrained: load timm's weights (needs the network or timm's cache).
         model_kwargs: further JSON-able arguments of `timm.create_model`.
-        preprocessing: how `explain` makes pictures to inputs, a `Preprocessing` or its dict; default timm's mean, std
-            and crop for this model.
+        preprocessing: how `explain` makes inputs of pictures, a `Preprocessing` or its dict; default timm's.
         backbone: a timm model to convert instead of creating one; see `convert`.
 
     Attributes:
         grid, players: (h, w) and P = h·w; players count row by row.
         seen: the share of an image's height and width, from the top left, that the grid covers.
         removal: the removal in force, chosen where none was asked for.
-        preprocessing: what `explain` does with pictures; saved with the model. None for models of images that are
-            neither greyscale nor RGB.
+        preprocessing: what `explain` does with pictures; None where images are neither greyscale nor RGB.
         is_exact_conversion: whether the logits are the timm model's; with "shares" they are bit-identical.
 
     The head has the dtype and device of the backbone. Shapley values are float32 at least, also where the model
@@ -90,10 +87,14 @@ class SelfExplainingClassifier(Pretrained):
 
     Raises:
         UnsupportedModelError: for a family that has no game; the message names what is supported.
-        ValueError: for arguments out of range, an image size that the backbone can't take, or `model_kwargs` that JSON
-            can't hold.
+        ValueError: for arguments out of range, an impossible image size, or `model_kwargs` that JSON can't hold.
 
     Source: Fan, Yang, Ma, AAAI 2026, arXiv 2512.14354 (the votes head); the shares head is this package's.
+
+    Example:
+        >>> model = fv.SelfExplainingClassifier("test_vit", num_classes=10, img_size=48)
+        >>> model.grid, model(images).shape
+        ((3, 3), torch.Size([4, 10]))
     """
 
     def __init__(
@@ -191,10 +192,7 @@ class SelfExplainingClassifier(Pretrained):
 
     @property
     def is_untrained(self) -> bool:
-        """Whether the shares are still the zeros that they start from, so that no explanation was learnt.
-
-        Of a votes head it can't be known: its weights are the classifier's.
-        """
+        """Whether the shares are still the zeros that they start from: nothing was learnt. False for a votes head."""
         return isinstance(self.head, SharesHead) and self.head.is_untrained
 
     def no_weight_decay(self) -> set[str]:
@@ -218,7 +216,13 @@ class SelfExplainingClassifier(Pretrained):
         return self.game.features_and_logits(images)[1]
 
     def shapley_values(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Shapley values (B, P, K) of every patch and class, and logits (B, K), from one forward pass."""
+        """Shapley values (B, P, K) of every patch and class, and logits (B, K), from one forward pass.
+
+        Example:
+            >>> values, logits = model.shapley_values(images)
+            >>> torch.allclose(values.sum(1), logits - model.null_value(), atol=1e-5)
+            True
+        """
         self._check_images(images)
         return self._explained(images)[:2]
 
@@ -233,14 +237,7 @@ class SelfExplainingClassifier(Pretrained):
         return self.head(features, logits, null), logits, null
 
     def preprocess(self, images: Any) -> Tensor:
-        """The input (B, C, H, W) that `explain` makes of images of any kind: for calls, plots and metrics.
-
-        Args:
-            images: as in `explain`.
-
-        Raises:
-            TypeError, ValueError: as `explain` does.
-        """
+        """The input (B, C, H, W) that `explain` makes of images, with the same errors: for calls, plots, metrics."""
         like = next(self.parameters())
         batch = as_batch(images, self.game.input_size, self.preprocessing, like)
         self._check_images(batch)
@@ -252,8 +249,7 @@ class SelfExplainingClassifier(Pretrained):
     def explain(self, images: Any, target: int | Sequence[int] | Tensor | str | None = None) -> Explanation:
         """Explains images in one forward pass, in evaluation mode.
 
-        Where v(∅) is not 0 by construction, as it is where patches vote, it takes a pass of one empty image more; of
-        its class and register tokens alone where absent tokens are dropped.
+        Where patches do not vote, it takes a pass of one empty image more, unless v(∅) is known from an earlier call.
 
         Args:
             images: (B, C, H, W) or one image (C, H, W), normalised as in training, finite: a tensor or an array; or
@@ -269,7 +265,10 @@ class SelfExplainingClassifier(Pretrained):
             TypeError: for images of another type.
             ValueError: for images of the wrong shape or with NaN or infinite pixels, or a target out of range.
 
-        Deterministic: yes.
+        Example:
+            >>> explanation = model.explain(images, target="all")
+            >>> explanation.values.shape, explanation.efficiency_gap() < 1e-5
+            (torch.Size([4, 9, 10]), True)
         """
         images = self.preprocess(images)
         with evaluation_mode(self):
@@ -321,6 +320,11 @@ class SelfExplainingClassifier(Pretrained):
             ValueError: for images or coalitions of the wrong shape, or `max_rows` below 1.
 
         Deterministic: yes, for equal `max_rows`; chunks of another size differ by rounding.
+
+        Example:
+            >>> bits = fk.sample_coalitions(4, 6, model.players, seed=0)
+            >>> model.coalition_values(images, fv.Coalitions(bits, model.players, paired=True)).shape
+            torch.Size([4, 6, 10])
         """
         self._check_images(images)
         coalitions = self._coalitions("coalition_values", coalitions, images, or_on_cpu=True)
@@ -328,7 +332,13 @@ class SelfExplainingClassifier(Pretrained):
             return stream(self.game, images, coalitions, max_rows, progress, variant=precision)
 
     def joint(self, images: Tensor, coalitions: Coalitions | Tensor) -> JointPass:
-        """Full images and coalitions in one forward pass: features (B, P, L), logits (B, K), values (B, M, K)."""
+        """Full images and coalitions in one forward pass: features (B, P, L), logits (B, K), values (B, M, K).
+
+        Example:
+            >>> joint = model.joint(images, fk.sample_coalitions(4, 2, model.players, seed=0))
+            >>> joint.logits.shape, joint.values.shape
+            (torch.Size([4, 10]), torch.Size([4, 2, 10]))
+        """
         self._check_images(images)
         return self.game.joint(images, self._coalitions("joint", coalitions, images))
 

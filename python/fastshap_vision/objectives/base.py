@@ -12,7 +12,16 @@ from ..games.coalitions import Coalitions
 
 
 class Objective(Protocol):
-    """What `fit` needs of an objective; a subclass gives the call and inherits the rest."""
+    """What `fit` needs of an objective; a subclass gives the call and inherits the rest.
+
+    Example:
+        >>> class Smoothed(fv.Objective):
+        ...     def __call__(self, model, images, labels, *, progress=1.0):
+        ...         loss = torch.nn.functional.cross_entropy(model(images), labels, label_smoothing=0.1)
+        ...         return fv.ObjectiveTerms(loss)
+        >>> len(fv.fit(model, data, objective=Smoothed(), epochs=1, batch_size=4).history)
+        1
+    """
 
     def __call__(self, model: Any, images: Tensor, labels: Any, *, progress: float = 1.0) -> ObjectiveTerms:
         """The loss of one batch.
@@ -52,14 +61,28 @@ class Objective(Protocol):
 
 
 class ObjectiveTerms(NamedTuple):
-    """What one step's loss is made of; all but `loss` are detached scalars, None where the term is off."""
+    """What one step's loss is made of; all but `loss` are detached scalars, None where the term is off.
+
+    Args:
+        loss: what is minimised.
+        task: the task's loss on whole images.
+        regression: R, in the unit that `error` says.
+        masked_task: the task's loss on masked images.
+        value_r2: the share of the coalition values' variance that φ explains; NaN where they don't vary.
+        spread: standard deviation of the coalition values; near 0 the game has collapsed.
+
+    Example:
+        >>> terms = fv.JointObjective()(model, images, labels)
+        >>> terms.loss.requires_grad, terms.task.requires_grad, terms.masked_task is None
+        (True, False, True)
+    """
 
     loss: Tensor
     task: Tensor | None = None
-    regression: Tensor | None = None  # R, in the unit that `error` says
+    regression: Tensor | None = None
     masked_task: Tensor | None = None
-    value_r2: Tensor | None = None  # share of the coalition values' variance that φ explains; NaN where they don't vary
-    spread: Tensor | None = None  # standard deviation of the coalition values; near 0 the game has collapsed
+    value_r2: Tensor | None = None
+    spread: Tensor | None = None
 
 
 def variance_of(values: Tensor) -> Tensor:

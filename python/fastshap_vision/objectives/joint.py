@@ -57,6 +57,11 @@ class JointObjective(CoalitionObjective):
     Deterministic: yes, for one seed and sequence of calls. `state_dict` holds the sampler's counter.
 
     Source: Fan, Yang, Ma, AAAI 2026, arXiv 2512.14354; the regression: Jethani et al., FastSHAP, ICLR 2022.
+
+    Example:
+        >>> terms = fv.JointObjective()(model, images, labels, progress=0.25)  # λ has risen to a half
+        >>> torch.allclose(terms.loss, terms.task + 0.5 * terms.regression)
+        True
     """
 
     def __init__(
@@ -137,8 +142,6 @@ class JointObjective(CoalitionObjective):
 
         Returns:
             the terms of the loss.
-
-        Deterministic: yes.
         """
         features, logits, values, null = self._forward(model, images, coalitions, masked_task_weight is not None)
         if null is None:

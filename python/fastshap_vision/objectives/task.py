@@ -24,6 +24,12 @@ class TaskObjective(Objective):
 
     Args:
         task_loss: (logits, labels) → scalar; default cross-entropy.
+
+    Example:
+        >>> objective = fv.TaskObjective(torch.nn.CrossEntropyLoss(label_smoothing=0.1))
+        >>> terms = objective(model, images, labels)
+        >>> torch.equal(terms.loss, terms.task), terms.regression
+        (True, None)
     """
 
     def __init__(self, task_loss: TaskLoss | None = None) -> None:

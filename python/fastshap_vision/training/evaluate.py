@@ -23,7 +23,13 @@ _MOST = 2**31 - 1
 
 
 class Evaluation(NamedTuple):
-    """Accuracy in percent and mean cross-entropy, as `evaluate` defines them."""
+    """Accuracy in percent and mean cross-entropy, as `evaluate` defines them.
+
+    Example:
+        >>> accuracy, loss = fv.evaluate(model, data)
+        >>> accuracy in (0.0, 25.0, 50.0, 75.0, 100.0)  # of four images
+        True
+    """
 
     accuracy: float
     loss: float
@@ -51,8 +57,16 @@ def evaluate(
         workers: processes that load data.
         accelerator: spreads the work over its processes, in its precision; without one the model's device is used.
 
+    Returns:
+        `Evaluation`.
+
     Raises:
         ValueError: an argument out of its range, labels of another shape, or labels that are none of the K classes.
+
+    Example:
+        >>> logits = torch.utils.data.TensorDataset(torch.eye(4), torch.tensor([0, 1, 2, 0]))
+        >>> fv.evaluate(torch.nn.Identity(), logits).accuracy
+        75.0
     """
     if not isinstance(model, nn.Module):
         fail("evaluate", "model", "a torch.nn.Module", model)

@@ -24,7 +24,16 @@ STILLBORN_EPOCHS = 10
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot come to a good end: values that are not finite, or a collapsed game."""
+    """A run that cannot come to a good end: values that are not finite, or a collapsed game.
+
+    Example:
+        >>> broken = torch.utils.data.TensorDataset(images * float("inf"), labels)
+        >>> try:
+        ...     fv.fit(model, broken, objective=fv.TaskObjective(), epochs=1, batch_size=4)
+        ... except fv.TrainingError as error:
+        ...     print(error)
+        fit: the images hold NaN or infinity in epoch 1, step 1. ...
+    """
 
 
 class TermReader:

@@ -16,7 +16,16 @@ MODEL, STATE, RECORD = "model.safetensors", "state.safetensors", "record.json"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that is missing, damaged, or of another run."""
+    """A checkpoint that is missing, damaged, or of another run.
+
+    Example:
+        >>> options = {"objective": fv.TaskObjective(), "epochs": 1, "batch_size": 4}
+        >>> try:
+        ...     fv.fit(model, data, resume="run", **options)
+        ... except fv.CheckpointError as error:
+        ...     print(error)
+        fit: there is no checkpoint in 'run'. ...
+    """
 
 
 def read_record(folder: Path) -> dict[str, Any]:
