@@ -330,6 +330,7 @@ def test_mistakes_are_one_line_in_the_words_of_the_command_line(arguments, messa
         ("in '/data/batch_size/clip_grad=1'", "in '/data/batch_size/clip_grad=1'"),
         ("Use global_pool='avg', img_size=32.", "Use --model-kwargs global_pool=avg, --img-size 32."),
         ("Use intermediates=False; compile=True", "Use no --intermediates; --compile"),
+        ("Use `intermediates=False`.", "Use no --intermediates."),
         ("aug=False", "--no-aug"),
         ("resume='auto' takes the one before", "--resume takes the one before"),
         ("two\nlines of `sched`", "two lines of --sched"),

@@ -1,17 +1,14 @@
 """A training step compiles whole and once, whatever coalitions and weights the next steps have."""
 
 import pytest
-import timm
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils.data import TensorDataset
-from vision_transformers import images
+from vision_transformers import TINY, images, labelled, network, with_shares
 
 import fastshap_vision as fv
 from fastshap_vision.training.fit import fit
 
 LABELS = torch.tensor([0, 3, 6])
-TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -22,11 +19,8 @@ def nothing_compiled():
 
 
 def tiny(head_depth=1, **options):
-    torch.manual_seed(0)
-    vit = timm.create_model("vit_tiny_patch16_224", num_classes=7, **TINY | options)
-    model = fv.convert(vit, head_depth=head_depth)
-    torch.nn.init.normal_(model.head.shares.weight, std=0.1)
-    return model
+    vit = network("vit_tiny_patch16_224", **TINY | options)
+    return with_shares(fv.convert(vit, head_depth=head_depth)).train()
 
 
 def compiled(objective):
@@ -111,7 +105,7 @@ def test_training_compiles_its_step(monkeypatch):
     monkeypatch.setattr(
         torch, "compile", lambda function, **options: plain_compile(function, backend=counter, **options)
     )
-    data = TensorDataset(images(8), torch.arange(8) % 7)
+    data = labelled(images(8))
 
     def weights(compiles):
         model = tiny(head_depth=0)

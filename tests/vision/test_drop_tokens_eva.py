@@ -1,15 +1,13 @@
 """Dropping an Eva's tokens equals masking their attention keys with minus infinity in timm's own model."""
 
 import pytest
-import timm
 import torch
-from vision_transformers import images
+from vision_transformers import TINY, images, network, with_shares
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
 from fastshap_vision.games.drop_tokens_eva import EvaGame
 
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 PLAYERS = 16
 EVAS = {
     "EVA": ("eva_giant_patch14_224", {}),
@@ -33,14 +31,8 @@ VOTING = ("DINOv3", "shared keys, MRoPE")
 
 
 def create(kind, **more):
-    """A timm model in evaluation mode, with weights far from their initialisation."""
-    torch.manual_seed(1)
     name, options = EVAS[kind]
-    model = timm.create_model(name, num_classes=7, **(SMALL | options | more))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+    return network(name, noise=0.1, **(TINY | options | more))
 
 
 def coalitions(number=4):
@@ -90,8 +82,7 @@ def test_dropping_equals_dense_masking(kind):
 @torch.no_grad()
 def test_joint_pass_efficiency_and_removed_content(kind):
     eva, x, bits = create(kind), images(), coalitions()
-    model = fv.convert(eva).eval()
-    torch.nn.init.normal_(model.head.shares.weight, std=0.1)
+    model = with_shares(fv.convert(eva))
     nobody, everybody = (fk.pack_bits(torch.full((3, 1, PLAYERS), present)) for present in (False, True))
     null, values = model.null_value(), model.coalition_values(x, bits)
     assert torch.equal(null, torch.zeros(7)) is (kind in VOTING)

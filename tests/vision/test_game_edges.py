@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from vision_transformers import images
+from vision_transformers import images, network
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
@@ -27,13 +27,9 @@ KINDS = {
 
 
 def create(kind, dtype=torch.float32):
-    torch.manual_seed(1)
     name, options, conversion = KINDS[kind]
-    backbone = timm.create_model(name, num_classes=5, **options)
-    with torch.no_grad():
-        for parameter in backbone.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return fv.convert(backbone.to(dtype).eval(), **conversion).to(dtype).eval()
+    backbone = network(name, 5, 0.1, **options)
+    return fv.convert(backbone.to(dtype), **conversion).to(dtype).eval()
 
 
 @pytest.mark.parametrize("kind", KINDS)

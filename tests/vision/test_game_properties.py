@@ -7,12 +7,11 @@ import functools
 import math
 
 import pytest
-import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from metric_games import SetGame
-from timm.layers import set_fused_attn, use_fused_attn
+from vision_transformers import fused_attention, network, with_shares
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
@@ -53,19 +52,9 @@ models = pytest.mark.parametrize(
 def model(kind, fused):
     """With weights far from their initialisation, shares included."""
     name, options, arguments = KINDS[kind]
-    before = use_fused_attn()
-    set_fused_attn(fused)
-    try:
-        torch.manual_seed(3)
-        backbone = timm.create_model(name, num_classes=CLASSES, **options)
-    finally:
-        set_fused_attn(bool(before))
-    with torch.no_grad():
-        for parameter in backbone.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    converted = fv.convert(backbone, **arguments).eval()
-    torch.nn.init.normal_(converted.head.shares.weight, std=0.2)
-    return converted
+    with fused_attention(fused):
+        backbone = network(name, CLASSES, 0.1, **options)
+    return with_shares(fv.convert(backbone, **arguments), std=0.2)
 
 
 def draw_game(data, kind, fused):

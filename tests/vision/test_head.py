@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from vision_transformers import create, images
+from vision_transformers import converted, create, images
 
 import fastshap_vision as fv
 from fastshap_vision.models.head import Explainer
@@ -25,12 +25,11 @@ def test_the_recipes_head_stays_small_beside_the_model(name):
 @pytest.mark.parametrize("kind", ["class token", "average pooling", "resnet18"])
 def test_any_width_explains(kind, intermediates, width, tmp_path):
     options = {"head_depth": 1, "head_width": width, "intermediates": intermediates}
-    model = fv.convert(create(kind), img_size=64 if kind == "resnet18" else 32, **options)
-    torch.nn.init.normal_(model.head.shares.weight, std=0.1)
+    model = converted(kind, **options)
     assert model.head.shares.in_features == width
     x = images(size=model.game.input_size[1])
     with torch.no_grad():
-        phi, logits = model.eval().shapley_values(x)
+        phi, logits = model.shapley_values(x)
         torch.testing.assert_close(phi.sum(1), logits - model.null_value(), rtol=1e-4, atol=1e-4)
     model.save_pretrained(tmp_path)
     again = fv.SelfExplainingClassifier.from_pretrained(tmp_path)

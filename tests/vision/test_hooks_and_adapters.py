@@ -4,27 +4,25 @@ import logging
 from functools import cache
 
 import pytest
-import timm
 import torch
 from timm.layers import ClassifierHead
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
-from vision_transformers import images
+from vision_transformers import TINY, images, network, with_shares
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
 from fastshap_vision import _log
 
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 MODELS = {
-    "vit": ("vit_tiny_patch16_224", SMALL),
-    "vit, votes": ("vit_tiny_patch16_224", SMALL | {"global_pool": "avg", "fc_norm": False, "class_token": False}),
-    "dinov3": ("vit_small_patch16_dinov3", SMALL | {"init_values": 0.5}),
-    "eva02": ("eva02_tiny_patch14_224", SMALL),
-    "pooled": ("vit_base_patch16_siglip_224", SMALL),
-    "distilled": ("deit_tiny_distilled_patch16_224", SMALL),
+    "vit": ("vit_tiny_patch16_224", TINY),
+    "vit, votes": ("vit_tiny_patch16_224", TINY | {"global_pool": "avg", "fc_norm": False, "class_token": False}),
+    "dinov3": ("vit_small_patch16_dinov3", TINY | {"init_values": 0.5}),
+    "eva02": ("eva02_tiny_patch14_224", TINY),
+    "pooled": ("vit_base_patch16_siglip_224", TINY),
+    "distilled": ("deit_tiny_distilled_patch16_224", TINY),
     "cnn": ("test_resnet", {}),
     "swin": (
         "swin_tiny_patch4_window7_224",
@@ -116,24 +114,13 @@ WHOLE = [
 
 
 def create(kind):
-    torch.manual_seed(1)
     name, options = MODELS[kind]
-    model = timm.create_model(name, num_classes=5, **options)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+    return network(name, 5, 0.1, **options)
 
 
 def change(backbone, name, function):
     parent, _, child = name.rpartition(".")
     setattr(backbone.get_submodule(parent), child, function(backbone.get_submodule(name)))
-
-
-def shares_moved(model):
-    torch.manual_seed(2)
-    nn.init.normal_(model.head.shares.weight, std=0.1)
-    return model
 
 
 @torch.no_grad()
@@ -164,16 +151,16 @@ def check(model, x):
 @cache
 def plain_values(kind):
     size = SIZES.get(kind, 32)
-    return check(shares_moved(fv.convert(create(kind), img_size=size).eval()), images(2, size))
+    return check(with_shares(fv.convert(create(kind), img_size=size)), images(2, size))
 
 
 @pytest.mark.parametrize("is_late", [False, True])
 @pytest.mark.parametrize(("kind", "name", "how"), LINEAR)
 def test_adapted_linear_layers(kind, name, how, is_late):
     backbone, size = create(kind), SIZES.get(kind, 32)
-    model = shares_moved(fv.convert(backbone, img_size=size).eval()) if is_late else None
+    model = with_shares(fv.convert(backbone, img_size=size)) if is_late else None
     change(backbone, name, CHANGES[how])
-    model = model or shares_moved(fv.convert(backbone.eval(), img_size=size))
+    model = model or with_shares(fv.convert(backbone.eval(), img_size=size))
     assert (check(model.eval(), images(2, size)) - plain_values(kind)).abs().max() > 1e-3
 
 
@@ -181,16 +168,16 @@ def test_adapted_linear_layers(kind, name, how, is_late):
 @pytest.mark.parametrize(("kind", "name", "how"), WHOLE)
 def test_hooks_and_replaced_forwards(kind, name, how, is_late):
     backbone = create(kind)
-    model = shares_moved(fv.convert(backbone).eval()) if is_late else None
+    model = with_shares(fv.convert(backbone)) if is_late else None
     change(backbone, name, how)
-    check(model or shares_moved(fv.convert(backbone).eval()), images(2, SIZES.get(kind, 32)))
+    check(model or with_shares(fv.convert(backbone)), images(2, SIZES.get(kind, 32)))
 
 
 def test_hooks_that_come_and_go(monkeypatch, caplog):
     """Halving the first block moved no coalition's value; the log says once why it does now."""
     monkeypatch.setattr(_log, "_said", set())
     backbone, x = create("dinov3"), images(2)
-    model = shares_moved(fv.convert(backbone).eval())
+    model = with_shares(fv.convert(backbone))
     plain = check(model, x)
     handle = backbone.blocks[0].register_forward_hook(lambda module, inputs, output: 0.5 * output)
     with caplog.at_level(logging.WARNING):
@@ -207,7 +194,7 @@ def test_hooks_that_come_and_go(monkeypatch, caplog):
 
 def test_hooks_on_every_module():
     backbone, x = create("vit"), images(2)
-    model = shares_moved(fv.convert(backbone).eval())
+    model = with_shares(fv.convert(backbone))
     handle = register_module_forward_hook(
         lambda module, inputs, output: 0.9 * output if isinstance(module, nn.Linear) else None
     )

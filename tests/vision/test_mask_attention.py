@@ -3,19 +3,17 @@
 import logging
 
 import pytest
-import timm
 import torch
 from test_drop_tokens_eva import dense_values as eva_values
 from test_drop_tokens_vit import dense_values as vit_values
 from timm.models.eva import Eva
-from vision_transformers import images
+from vision_transformers import TINY, images, network, with_shares
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
 from fastshap_vision import _log
 from fastshap_vision.games.mask_attention import MaskedAttention
 
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 PLAYERS = 16
 MASKED = {
     "norm behind": (
@@ -46,13 +44,8 @@ MASKED = {
 
 
 def create(kind):
-    torch.manual_seed(1)
     name, options, _ = MASKED[kind]
-    model = timm.create_model(name, num_classes=7, **SMALL, **options)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+    return network(name, noise=0.1, **TINY, **options)
 
 
 def coalitions(number=4):
@@ -82,9 +75,7 @@ def test_values_are_those_of_masked_keys(kind, caplog, monkeypatch):
 @torch.no_grad()
 def test_joint_pass_efficiency_and_removed_content(kind, head):
     backbone, x, bits = create(kind), images(), coalitions()
-    model = fv.convert(backbone, head=head).eval()
-    if head == "shares":
-        torch.nn.init.normal_(model.head.shares.weight, std=0.1)
+    model = with_shares(fv.convert(backbone, head=head))
     nobody, everybody = (fk.pack_bits(torch.full((3, 1, PLAYERS), present)) for present in (False, True))
     null, values = model.null_value(), model.coalition_values(x, bits)
     phi, logits = model.shapley_values(x)
@@ -102,8 +93,7 @@ def test_joint_pass_efficiency_and_removed_content(kind, head):
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])
 def test_masked_and_packed_agree(name):
     """Where both are possible: values to 1e-5, gradients to 1e-4 of their norm, gradient checkpointing included."""
-    torch.manual_seed(1)
-    backbone = timm.create_model(name, num_classes=7, **SMALL, init_values=0.5)
+    backbone = network(name, **TINY, init_values=0.5).train()
     x, bits = images(), coalitions()
     packed, masked = fv.convert(backbone).game, MaskedAttention(backbone, votes=False)
     backbone.set_grad_checkpointing(True)
@@ -124,7 +114,7 @@ def test_blocks_without_a_mask_are_named():
         def forward(self, x):
             return x
 
-    backbone = timm.create_model("vit_tiny_patch16_224", num_classes=7, **SMALL)
+    backbone = network("vit_tiny_patch16_224", **TINY)
     backbone.blocks = torch.nn.Sequential(Plain())
     with pytest.raises(fv.UnsupportedModelError, match=r"Plain.*no attn_mask"):
         fv.convert(backbone, removal="token")

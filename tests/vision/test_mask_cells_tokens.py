@@ -3,9 +3,8 @@
 import logging
 
 import pytest
-import timm
 import torch
-from vision_transformers import images
+from vision_transformers import images, network, with_shares
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
@@ -39,12 +38,7 @@ FAMILIES = {
 
 
 def create(name):
-    torch.manual_seed(1)
-    model = timm.create_model(name, num_classes=7, **FAMILIES[name][0])
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model.eval()
+    return network(name, **FAMILIES[name][0])
 
 
 def cells(output):
@@ -100,9 +94,7 @@ def test_every_family_plays_the_defined_game(name, caplog, monkeypatch):
 def test_joint_pass_efficiency_and_removed_content(name, head):
     _, size, players, _ = FAMILIES[name]
     x, bits = images(size=size), fk.sample_coalitions(3, 2, players, seed=0)
-    model = fv.convert(create(name), img_size=size, head=head).eval()
-    if head == "shares":
-        torch.nn.init.normal_(model.head.shares.weight, std=0.1)
+    model = with_shares(fv.convert(create(name), img_size=size, head=head))
     nobody, everybody = (fk.pack_bits(torch.full((3, 1, players), present)) for present in (False, True))
     null, values = model.null_value(), model.coalition_values(x, bits)
     phi, logits = model.shapley_values(x)

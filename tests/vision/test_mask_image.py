@@ -1,9 +1,8 @@
 """removal="pixel": the model's output on the masked image, of every kind of model."""
 
 import pytest
-import timm
 import torch
-from vision_transformers import images
+from vision_transformers import images, network, with_shares
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
@@ -18,13 +17,8 @@ KINDS = {
 
 
 def create(kind, **options):
-    torch.manual_seed(1)
-    name, kwargs = KINDS[kind]
-    model = fv.convert(timm.create_model(name, num_classes=7, **kwargs), img_size=64, removal="pixel", **options)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model.double().eval()
+    name, arguments = KINDS[kind]
+    return with_shares(fv.convert(network(name, **arguments), img_size=64, removal="pixel", **options)).double()
 
 
 def draw(model):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from dispatch import Operators
 from torch.nn import functional as F
-from vision_transformers import create, images
+from vision_transformers import converted, create, images
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
@@ -14,11 +14,8 @@ LABELS = torch.tensor([0, 3, 6])
 
 
 def model_and_images(kind="class token", **options):
-    size = 64 if kind == "resnet18" else 32
-    model = fv.convert(create(kind), img_size=size, **options)
-    if hasattr(model.head, "shares"):
-        torch.nn.init.normal_(model.head.shares.weight, std=0.1)
-    return model.eval(), images(size=size)
+    model = converted(kind, **options)
+    return model, images(size=model.game.input_size[1])
 
 
 def explicit_terms(model, x, bits, error, top=None):

@@ -1,21 +1,16 @@
 """Packed tokens, masked attention and timm's own pass agree over drawn configurations, fused attention on and off."""
 
-from contextlib import contextmanager
-
 import pytest
-import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timm.layers import config, set_fused_attn
-from vision_transformers import images
+from vision_transformers import TINY, fused_attention, images, network
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
 from fastshap_vision.games.mask_attention import MaskedAttention
 
 PLAYERS = 16
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 EITHER = st.booleans()
 VIT = st.fixed_dictionaries(
     {
@@ -52,25 +47,9 @@ EVA = st.fixed_dictionaries(
 )
 
 
-@contextmanager
-def fused_attention(enable):
-    """What timm's attention is made with."""
-    before = config._USE_FUSED_ATTN
-    set_fused_attn(enable)
-    try:
-        yield
-    finally:
-        config._USE_FUSED_ATTN = before
-
-
 def build(name, is_fused, **options):
-    torch.manual_seed(1)
     with fused_attention(is_fused):
-        backbone = timm.create_model(name, **(SMALL | options))
-    with torch.no_grad():
-        for parameter in backbone.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return backbone.eval()
+        return network(name, 5, 0.1, **(TINY | options))
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from vision_transformers import create, images
+from vision_transformers import converted, images
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
@@ -13,9 +13,7 @@ LIMITS = {"same": 0.0, "auto": 0.0, "bf16": 0.02, "fp8": 0.15}
 
 
 def model_images_bits(kind="class token"):
-    model = fv.convert(create(kind), img_size=64 if kind == "resnet18" else 32).eval()
-    if hasattr(model.head, "shares"):
-        torch.nn.init.normal_(model.head.shares.weight, std=0.1)
+    model = converted(kind)
     return model, images(size=model.game.input_size[1]), fk.sample_coalitions(3, 8, model.players, seed=0)
 
 

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from torch import nn
-from vision_transformers import images
+from vision_transformers import images, with_shares
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
@@ -33,8 +33,7 @@ def test_heads_that_are_the_identity_at_initialisation():
     model = fv.convert(backbone)
     trained(backbone, 128)
     again = fv.convert(backbone).eval()
-    model.eval()
-    nn.init.normal_(model.head.shares.weight, std=0.1)
+    with_shares(model)
     again.load_state_dict(model.state_dict())
     x = images(2, 128)
     everybody = fk.pack_bits(torch.ones(2, 1, model.players, dtype=torch.bool))

@@ -6,19 +6,19 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch.utils.data import ChainDataset, DataLoader, Subset, TensorDataset
-from vision_transformers import create, images
+from torch.utils.data import ChainDataset, DataLoader, Subset
+from vision_transformers import create, image_size, images, labelled
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
 
 
 def converted(kind, **options):
-    return fv.convert(create(kind), img_size=64 if kind == "resnet18" else 32, **options)
+    return fv.convert(create(kind), img_size=image_size(kind), **options)
 
 
 def dataset(kind, count=10):
-    return TensorDataset(images(batch=count, size=64 if kind == "resnet18" else 32), torch.arange(count) % 7)
+    return labelled(images(count, image_size(kind)))
 
 
 @pytest.mark.parametrize("kind", ["class token", "resnet18"])
@@ -84,10 +84,10 @@ def test_games_are_of_their_images(tmp_path):
     data = dataset("class token")
     fv.record_coalitions(converted("class token"), data, 2).save(tmp_path / "recorded")
     order = [*range(8), 9, 8]
-    for other in (Subset(data, order), TensorDataset(data.tensors[0] + 0.1, data.tensors[1])):
+    for other in (Subset(data, order), labelled(data.tensors[0] + 0.1)):
         with pytest.raises(ValueError, match=r"`data` must hold the images .*in their order"):
             fv.RecordedCoalitions.load(tmp_path / "recorded", other)
-    slightly = TensorDataset(data.tensors[0] * 1.001, data.tensors[1])
+    slightly = labelled(data.tensors[0] * 1.001)
     assert len(fv.RecordedCoalitions.load(tmp_path / "recorded", slightly)) == 10
 
 

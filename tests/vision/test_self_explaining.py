@@ -14,7 +14,18 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from vision_transformers import CONVOLUTIONAL, SMALL, VISION_TRANSFORMERS, VOTING, create, images
+from vision_transformers import (
+    CONVOLUTIONAL,
+    SMALL,
+    VISION_TRANSFORMERS,
+    VOTING,
+    converted,
+    create,
+    image_size,
+    images,
+    network,
+    with_shares,
+)
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
@@ -22,24 +33,12 @@ import fastshap_vision as fv
 KINDS = (*VISION_TRANSFORMERS, *CONVOLUTIONAL)
 
 
-def size(kind):
-    return 32 if kind in VISION_TRANSFORMERS else 64
-
-
-def trained(kind, **options):
-    """A converted model whose shares are not zero."""
-    model = fv.convert(create(kind), img_size=size(kind), **options).eval()
-    if hasattr(model.head, "shares"):
-        torch.nn.init.normal_(model.head.shares.weight, std=0.1)
-    return model
-
-
 @pytest.mark.parametrize("head", ["shares", "votes"])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_efficiency(kind, head):
     """Shapley values add up to the logits less v of nobody, in one forward pass and in the coalition pass."""
-    model, x = trained(kind, head=head), images(size=size(kind))
+    model, x = converted(kind, head=head), images(size=image_size(kind))
     phi, logits = model.shapley_values(x)
     gap = phi.sum(1) - (logits - model.null_value())
     assert gap.abs().max() <= 1e-5 * logits.abs().max()
@@ -62,7 +61,7 @@ def test_efficiency(kind, head):
 @torch.no_grad()
 def test_efficiency_in_every_precision(kind, options, dtype):
     """Values are float32 at least, and so near the logits and null that come with them."""
-    model, x = trained(kind, **options), images(size=size(kind))
+    model, x = converted(kind, **options), images(size=image_size(kind))
     if dtype != "autocast":
         model, x = model.to(dtype), x.to(dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
@@ -82,9 +81,8 @@ def test_the_head_takes_the_dtype_of_the_backbone_and_a_file_keeps_it(kind, dtyp
         options = {"img_size": 28, "embed_dim": 48, "depth": 1, "num_heads": 3}
         backbone = timm.create_model("eva02_tiny_patch14_224", num_classes=7, **options)
     else:
-        backbone = create(kind) if kind == "class token" else narrow_resnet(num_classes=7)
-    model = fv.convert(backbone.to(dtype), img_size=64 if kind == "convolutional" else None).eval()
-    torch.nn.init.normal_(model.head.shares.weight, std=0.1)
+        backbone = create(kind) if kind == "class token" else narrow_resnet()
+    model = with_shares(fv.convert(backbone.to(dtype), img_size=64 if kind == "convolutional" else None))
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     x = images(size=model.game.input_size[1]).to(dtype)
     explanation = model.explain(x, "all")
@@ -99,9 +97,9 @@ def test_the_head_takes_the_dtype_of_the_backbone_and_a_file_keeps_it(kind, dtyp
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_shares_leave_the_logits_bit_identical(kind):
-    backbone, x = create(kind), images(size=size(kind))
+    backbone, x = create(kind), images(size=image_size(kind))
     before = backbone(x)
-    model = fv.convert(backbone, img_size=size(kind)).eval()
+    model = fv.convert(backbone, img_size=image_size(kind)).eval()
     assert model.is_exact_conversion
     assert torch.equal(model(x), before)
     assert torch.equal(model.shapley_values(x)[1], before)
@@ -115,9 +113,9 @@ def test_shares_leave_the_logits_bit_identical(kind):
 )
 @torch.no_grad()
 def test_votes_are_exact_where_patches_are_averaged_linearly(kind, exact):
-    backbone, x = create(kind), images(size=size(kind))
+    backbone, x = create(kind), images(size=image_size(kind))
     before = backbone(x)
-    model = fv.convert(backbone, img_size=size(kind), head="votes").eval()
+    model = fv.convert(backbone, img_size=image_size(kind), head="votes").eval()
     assert model.is_exact_conversion is exact
     assert torch.allclose(model(x), before, atol=1e-5) is exact
 
@@ -125,7 +123,7 @@ def test_votes_are_exact_where_patches_are_averaged_linearly(kind, exact):
 @pytest.mark.parametrize("kind", ["resnet18", "convnext_atto"])
 @torch.no_grad()
 def test_pixel_removal_plays_the_defined_game(kind):
-    model, x = trained(kind), images(size=64)
+    model, x = converted(kind), images(size=64)
     bits = fk.sample_coalitions(3, 4, model.players, seed=0)
     values = model.coalition_values(x, bits)
     backbone, present = model.backbone, fk.unpack_bits(bits, model.players)
@@ -156,7 +154,7 @@ def test_pixel_removal_plays_the_defined_game(kind):
 )
 def test_regression_loss_is_that_of_the_shapley_values(kind, options):
     """Pooling before the head gives the loss that explicit values per patch give, and the same gradient."""
-    model, x = trained(kind, **options), images(size=size(kind))
+    model, x = converted(kind, **options), images(size=image_size(kind))
     bits = fk.sample_coalitions(3, 4, model.players, seed=0)
     values, null = torch.randn(3, 4, 7), model.null_value().detach()
     features, logits = model.game.features_and_logits(x)
@@ -173,7 +171,7 @@ def test_regression_loss_is_that_of_the_shapley_values(kind, options):
 def test_shares_regression_never_moves_the_classifier(kind):
     """Logits and base are detached, and backbone_gradient = 0 keeps the regression out of the encoder."""
     for gamma in (0.0, 1.0):
-        model, x = trained(kind, backbone_gradient=gamma), images(size=size(kind))
+        model, x = converted(kind, backbone_gradient=gamma), images(size=image_size(kind))
         bits = fk.sample_coalitions(3, 4, model.players, seed=0)
         features, logits = model.game.features_and_logits(x)
         model.regression_loss(features, logits, bits, torch.randn(3, 4, 7), model.null_value().detach()).backward()
@@ -184,7 +182,7 @@ def test_shares_regression_never_moves_the_classifier(kind):
 
 
 def test_explain_targets():
-    model, x = trained("class token"), images()
+    model, x = converted("class token"), images()
     everything = model.explain(x, "all")
     assert everything.values.shape == (3, 16, 7)
     assert everything.target is None
@@ -197,7 +195,7 @@ def test_explain_targets():
 
 
 def test_explain_gives_each_module_its_own_mode_back():
-    model = trained("resnet18").train()
+    model = converted("resnet18").train()
     model.backbone.layer1.eval()
     before = copy.deepcopy(model.state_dict())
     model.explain(images(size=64))
@@ -208,7 +206,7 @@ def test_explain_gives_each_module_its_own_mode_back():
 
 @torch.no_grad()
 def test_coalition_values_do_not_depend_on_chunks():
-    model, x = trained("class token"), images()
+    model, x = converted("class token"), images()
     bits = fk.sample_coalitions(3, 7, model.players, seed=0)
     whole = model.coalition_values(x, bits)
     for max_rows in (1, 16 * 3, 16 * 8):
@@ -221,7 +219,7 @@ def test_coalition_values_do_not_depend_on_chunks():
     ("kind", "options"), [("class token", {}), ("resnet18", {"base": "votes"}), ("SigLIP", {"head": "votes"})]
 )
 def test_saves_and_loads_offline(tmp_path, kind, options, capsys):
-    model, x = trained(kind, **options), images(size=size(kind))
+    model, x = converted(kind, **options), images(size=image_size(kind))
     model.save_pretrained(tmp_path / "model")
     again = fv.SelfExplainingClassifier.from_pretrained(tmp_path / "model").eval()
     assert again.config == model.config
@@ -234,13 +232,13 @@ def test_saves_and_loads_offline(tmp_path, kind, options, capsys):
 )
 def test_a_checkpoint_keeps_its_removal(tmp_path, kind, options):
     """What was chosen is written down; checkpoints from before there was a choice play what was played then."""
-    model = trained(kind, **options)
+    model = converted(kind, **options)
     expected = options.get("removal", "token" if kind == "class token" else "cell")
     assert model.removal == model.config["removal"] == expected
     model.save_pretrained(tmp_path)
     again = fv.SelfExplainingClassifier.from_pretrained(tmp_path).eval()
     assert again.removal == expected
-    x = images(size=size(kind))
+    x = images(size=image_size(kind))
     bits = fk.sample_coalitions(3, 2, model.players, seed=0)
     assert torch.equal(again.coalition_values(x, bits), model.coalition_values(x, bits))
     config = json.loads((tmp_path / "config.json").read_text())
@@ -253,7 +251,7 @@ def test_a_checkpoint_keeps_its_removal(tmp_path, kind, options):
 @pytest.mark.parametrize("damage", ["truncated", "missing", "other shape"])
 def test_unreadable_checkpoint(tmp_path, damage):
     folder = tmp_path / "model"
-    trained("class token").save_pretrained(folder)
+    converted("class token").save_pretrained(folder)
     weights = folder / "model.safetensors"
     if damage == "truncated":
         weights.write_bytes(weights.read_bytes()[:1000])
@@ -269,15 +267,15 @@ def test_unreadable_checkpoint(tmp_path, damage):
 
 
 def test_positions_are_not_decayed():
-    model = trained("class token")
+    model = converted("class token")
     assert model.no_weight_decay() >= {"backbone.pos_embed", "backbone.cls_token"}
     assert model.no_weight_decay() & dict(model.named_parameters()).keys()
-    assert trained("resnet18").no_weight_decay() == set()
+    assert converted("resnet18").no_weight_decay() == set()
 
 
 def test_deep_copies_are_independent():
     """As an exponential moving average makes them."""
-    model = trained("class token")
+    model = converted("class token")
     twin = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in twin.parameters():
@@ -299,22 +297,22 @@ def test_deep_copies_are_independent():
         (lambda: fv.convert(timm.create_model("pit_ti_224", num_classes=7)), r"1 token\(s\).*no grid.*Supported: timm"),
         (lambda: fv.convert(timm.create_model("crossvit_9_240", num_classes=7)), "neither in a.*Supported: timm"),
         (lambda: fv.convert(timm.create_model("resnet18", in_chans=4), img_size=(64, 0)), r"`img_size`.*\(64, 0\)"),
-        (lambda: trained("class token", head="vote"), "`head` must be one of 'shares', 'votes'"),
-        (lambda: trained("class token", base="votes"), "`base` can be 'votes'"),
-        (lambda: trained("class token", removal="blur"), "`removal` must be one of 'token', 'cell', 'stem'"),
-        (lambda: trained("class token", removal="stem"), "`removal` can be 'stem' for convolutional networks"),
-        (lambda: trained("resnet18", removal="token"), "ResNet can't drop tokens.*removal='cell'"),
-        (lambda: trained("class token", head_depth=3), "`head_depth` must be one of 0, 1, 2"),
-        (lambda: trained("class token", backbone_gradient=2.0), "`backbone_gradient`"),
+        (lambda: converted("class token", head="vote"), "`head` must be one of 'shares', 'votes'"),
+        (lambda: converted("class token", base="votes"), "`base` can be 'votes'"),
+        (lambda: converted("class token", removal="blur"), "`removal` must be one of 'token', 'cell', 'stem'"),
+        (lambda: converted("class token", removal="stem"), "`removal` can be 'stem' for convolutional networks"),
+        (lambda: converted("resnet18", removal="token"), "ResNet can't drop tokens.*removal='cell'"),
+        (lambda: converted("class token", head_depth=3), "`head_depth` must be one of 0, 1, 2"),
+        (lambda: converted("class token", backbone_gradient=2.0), "`backbone_gradient`"),
         (lambda: fv.convert(create("resnet18"), img_size=65), "does not divide the image size"),
-        (lambda: trained("class token").explain(images(size=16)), r"`images` must be a tensor \(B, 3, 32, 32\)"),
-        (lambda: trained("class token").explain(images() * float("nan")), "NaN"),
-        (lambda: trained("class token").explain(images().to("meta")), r"`images`.*device, cpu.*meta.*to\('cpu'\)"),
-        (lambda: trained("class token").explain(images().double()), r"`images` must be torch.float32.*float64"),
-        (lambda: trained("class token").explain(images(), 7), "`target`"),
-        (lambda: trained("class token").explain(images(), "best"), "`target`"),
+        (lambda: converted("class token").explain(images(size=16)), r"`images` must be a tensor \(B, 3, 32, 32\)"),
+        (lambda: converted("class token").explain(images() * float("nan")), "NaN"),
+        (lambda: converted("class token").explain(images().to("meta")), r"`images`.*device, cpu.*meta.*to\('cpu'\)"),
+        (lambda: converted("class token").explain(images().double()), r"`images` must be torch.float32.*float64"),
+        (lambda: converted("class token").explain(images(), 7), "`target`"),
+        (lambda: converted("class token").explain(images(), "best"), "`target`"),
         (
-            lambda: trained("class token").coalition_values(images(), torch.zeros(3, 2, 2, dtype=torch.int32)),
+            lambda: converted("class token").coalition_values(images(), torch.zeros(3, 2, 2, dtype=torch.int32)),
             "`coalitions`",
         ),
     ],
@@ -334,7 +332,7 @@ def picture():
 
 @pytest.fixture(scope="module")
 def explains():
-    return trained("class token")
+    return converted("class token")
 
 
 def test_pictures_are_prepared_as_the_model_says(explains, picture):
@@ -373,7 +371,7 @@ def test_preprocessing_is_timms_unless_told_and_is_saved(tmp_path, picture):
 
 @pytest.mark.parametrize("kind", ["class token", "resnet18", "mobilenetv3_small_050"])
 def test_no_images_are_explained_too(kind):
-    model = trained(kind)
+    model = converted(kind)
     for none in (torch.zeros(0, *model.game.input_size), []):
         everything = model.explain(none, "all")
         assert everything.values.shape == (0, model.players, 7)
@@ -427,7 +425,7 @@ def test_other_targets_are_named(explains, target):
 
 @pytest.mark.parametrize("change", ["reset_classifier(3)", "reset_classifier(7, 'avg')", "head", "set_input_size"])
 def test_a_backbone_that_changed_is_named(change):
-    model = trained("class token")
+    model = converted("class token")
     if change == "head":
         model.backbone.head = nn.Linear(48, 3)
     elif change == "set_input_size":
@@ -438,8 +436,8 @@ def test_a_backbone_that_changed_is_named(change):
         model.backbone.reset_classifier(7, "avg")
     with pytest.raises(ValueError, match=r"changed after its conversion.*convert\(model.backbone\)"):
         model.explain(images())
-    converted = fv.convert(model.backbone)
-    converted.explain(images(size=converted.game.input_size[1]))
+    again = fv.convert(model.backbone)
+    again.explain(images(size=again.game.input_size[1]))
 
 
 def test_what_was_never_trained_says_so(caplog, tmp_path):
@@ -465,12 +463,7 @@ def reset_to_average():
 
 def narrow_resnet(**options):
     """A ResNet-18 that is made and saved in no time."""
-    torch.manual_seed(1)
-    backbone = timm.create_model("resnet18", channels=(8, 8, 16, 16), **options)
-    with torch.no_grad():
-        for parameter in backbone.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return backbone.eval()
+    return network("resnet18", channels=(8, 8, 16, 16), **options)
 
 
 #: A Swin of two small stages on images of 32 pixels.
@@ -479,7 +472,7 @@ SWIN = {"img_size": 32, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), 
 
 def with_another_head():
     backbone = narrow_resnet()
-    backbone.fc = nn.Linear(16, 7)
+    backbone.fc = nn.Linear(16, 9)
     return backbone
 
 
@@ -488,9 +481,9 @@ def with_another_head():
     [
         reset_to_average,
         with_another_head,
-        lambda: narrow_resnet(num_classes=7, act_layer=nn.SiLU),
-        lambda: narrow_resnet(num_classes=7, act_layer="silu", drop_rate=0.1),
-        lambda: narrow_resnet(num_classes=7, norm_layer=nn.BatchNorm2d),
+        lambda: narrow_resnet(act_layer=nn.SiLU),
+        lambda: narrow_resnet(act_layer="silu", drop_rate=0.1),
+        lambda: narrow_resnet(norm_layer=nn.BatchNorm2d),
         # These compute with their weights as they are made.
         lambda: timm.create_model("swin_s3_tiny_224", num_classes=7, **SWIN),
         lambda: timm.create_model("swinv2_cr_tiny_ns_224", num_classes=7, **SWIN),
@@ -561,7 +554,7 @@ class Digits(torch.utils.data.Dataset):
 
 
 def test_training_keeps_the_preprocessing_and_refuses_what_it_could_not_save(tmp_path):
-    model = fv.convert(narrow_resnet(num_classes=7), img_size=64)
+    model = fv.convert(narrow_resnet(), img_size=64)
     options = {"objective": fv.TaskObjective(), "epochs": 1, "batch_size": 2, "output": tmp_path, "progress": False}
     fv.fit(model, Digits(), **options)
     assert fv.SelfExplainingClassifier.from_pretrained(tmp_path).preprocessing == Digits.preprocessing
@@ -574,7 +567,7 @@ def test_training_keeps_the_preprocessing_and_refuses_what_it_could_not_save(tmp
 
 @torch.no_grad()
 def test_saving_copies_no_weight_and_draws_no_number():
-    model = trained("class token")
+    model = converted("class token")
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -595,7 +588,7 @@ def changed(folder, **change):
 
 @pytest.fixture
 def folder(tmp_path):
-    trained("class token").save_pretrained(tmp_path / "model")
+    converted("class token").save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -814,6 +807,6 @@ def test_a_name_is_told_what_to_use():
 @pytest.mark.parametrize("method", ["coalition_values", "joint"])
 def test_coalitions_of_other_players_are_refused(method):
     """As many words hold the bits of 9 players and of 16."""
-    model, bits = trained("class token"), fk.sample_coalitions(3, 2, 9, seed=0)
+    model, bits = converted("class token"), fk.sample_coalitions(3, 2, 9, seed=0)
     with pytest.raises(ValueError, match=r"`coalitions` must be of the model's 16 players, but they are of 9"):
         getattr(model, method)(images(), fv.Coalitions(bits, 9))

@@ -5,7 +5,7 @@ import pytest
 import timm
 import torch
 from tqdm import tqdm
-from vision_transformers import create, images
+from vision_transformers import converted, create, images
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
@@ -20,8 +20,8 @@ CPU = torch.device("cpu")
 
 
 def model_and_images(kind, batch=3):
-    size = 64 if kind == "resnet18" else 32
-    return fv.convert(create(kind), img_size=size).eval(), images(batch, size)
+    model = converted(kind)
+    return model, images(batch, model.game.input_size[1])
 
 
 def unpaired(model, batch=3, coalitions=11, seed=0):

@@ -3,29 +3,25 @@
 import logging
 
 import pytest
-import timm
 import torch
-from torch.utils.data import Subset, TensorDataset
-from vision_transformers import images
+from torch.utils.data import Subset
+from vision_transformers import TINY, images, labelled, network
 
 import fastshap_vision as fv
 
-SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 QUICK = {"epochs": 2, "batch_size": 4, "progress": False}
 
 
-def network(**options):
-    torch.manual_seed(0)
-    return timm.create_model("vit_tiny_patch16_224", num_classes=5, **SIZE, **options)
+def vit(**options):
+    return network("vit_tiny_patch16_224", 5, **TINY, **options)
 
 
 def photographs(count=20, channels=3):
-    generator = torch.Generator().manual_seed(1)
-    return TensorDataset(torch.randn(count, channels, 32, 32, generator=generator), torch.arange(count) % 5)
+    return labelled(images(count, channels=channels), 5)
 
 
 def test_the_logits_stay_and_the_explanations_are_learnt():
-    backbone, x = network().eval(), images(size=32)
+    backbone, x = vit(), images(size=32)
     with torch.no_grad():
         before = backbone(x)
     result = fv.train_explainer(backbone, photographs(), coalitions=8, **QUICK)
@@ -53,7 +49,7 @@ def test_the_best_epoch_is_kept(monkeypatch):
             monkeypatch.setattr(fv.ExplainerObjective, "evaluate", scored)
 
     monkeypatch.setattr(fv.ExplainerObjective, "evaluate", scored)
-    result = fv.train_explainer(network(), photographs(), coalitions=8, **QUICK | {"epochs": 3})
+    result = fv.train_explainer(vit(), photographs(), coalitions=8, **QUICK | {"epochs": 3})
     assert result.best_epoch == 2
     assert torch.equal(result.model.head.shares.weight, heads[2])
     assert not torch.equal(heads[2], heads[3])
@@ -61,7 +57,7 @@ def test_the_best_epoch_is_kept(monkeypatch):
 
 def test_what_is_no_better_than_before_is_not_kept(caplog):
     with caplog.at_level(logging.WARNING, "fastshap_vision"):
-        result = fv.train_explainer(network(), photographs(), coalitions=8, **QUICK | {"lr": 50.0, "clip_grad": None})
+        result = fv.train_explainer(vit(), photographs(), coalitions=8, **QUICK | {"lr": 50.0, "clip_grad": None})
     assert result.best_epoch == 0
     assert result.model.is_untrained
     assert "No epoch explained the held-out images better" in caplog.text
@@ -76,21 +72,21 @@ def test_held_out_images_are_not_trained_on(monkeypatch):
         return record(model, data, *arguments, **options)
 
     monkeypatch.setattr("fastshap_vision.training.recipe.record_coalitions", recorded)
-    fv.train_explainer(network(), photographs(), coalitions=4, **QUICK)
+    fv.train_explainer(vit(), photographs(), coalitions=4, **QUICK)
     mirrored, held_out = seen[0], seen[1]
     assert isinstance(mirrored, fv.WithMirrorImages)
     assert len(held_out) == 2
     assert set(mirrored.data.indices).isdisjoint(held_out.indices)
     assert len(mirrored.data) + len(held_out) == 20
     seen.clear()
-    fv.train_explainer(network(in_chans=1), photographs(channels=1), photographs(3, 1), coalitions=4, **QUICK)
+    fv.train_explainer(vit(in_chans=1), photographs(channels=1), photographs(3, 1), coalitions=4, **QUICK)
     assert len(seen[0]) == 20  # greyscale: no mirror images
     assert len(seen[1]) == 3
 
 
 def test_equal_seeds_give_equal_bits_and_a_run_goes_on(tmp_path):
     def run(output=None, **options):
-        return fv.train_explainer(network(), photographs(), coalitions=4, output=output, **QUICK | options)
+        return fv.train_explainer(vit(), photographs(), coalitions=4, output=output, **QUICK | options)
 
     whole = run(tmp_path / "whole").model.state_dict()
     run(tmp_path / "stopped", epochs=2)
@@ -101,7 +97,7 @@ def test_equal_seeds_give_equal_bits_and_a_run_goes_on(tmp_path):
         assert torch.equal(tensor, saved[name]), name
     assert {"coalitions.safetensors", "held_out.safetensors"} <= {path.name for path in (tmp_path / "whole").iterdir()}
     with pytest.raises(ValueError, match="this run has recorded 4 of each image"):
-        fv.train_explainer(network(), photographs(), coalitions=6, output=tmp_path / "whole", resume="auto", **QUICK)
+        fv.train_explainer(vit(), photographs(), coalitions=6, output=tmp_path / "whole", resume="auto", **QUICK)
 
 
 @pytest.mark.parametrize(
@@ -114,20 +110,20 @@ def test_equal_seeds_give_equal_bits_and_a_run_goes_on(tmp_path):
     ],
 )
 def test_bad_arguments_are_named(change, message):
-    arguments = {"model": network(), "data": photographs(), **QUICK} | change
+    arguments = {"model": vit(), "data": photographs(), **QUICK} | change
     with pytest.raises(ValueError, match=message):
         fv.train_explainer(arguments.pop("model"), arguments.pop("data"), **arguments)
 
 
 def test_votes_need_no_explainer():
-    model = fv.convert(network(global_pool="avg", class_token=False, fc_norm=False), head="votes")
+    model = fv.convert(vit(global_pool="avg", class_token=False, fc_norm=False), head="votes")
     with pytest.raises(ValueError, match="its votes are its explanation already"):
         fv.train_explainer(model, photographs())
 
 
 def test_a_constant_game_keeps_the_explanation_before_training():
     """Its held-out values vary by rounding only, so that no epoch is better than another."""
-    backbone = network()
+    backbone = vit()
     torch.nn.init.zeros_(backbone.head.weight)
     result = fv.train_explainer(backbone, photographs(), coalitions=4, **QUICK)
     assert result.best_epoch == 0
@@ -137,7 +133,7 @@ def test_a_constant_game_keeps_the_explanation_before_training():
 @pytest.mark.parametrize("label", [None, -1, 99, "cat"])
 def test_labels_have_no_part_in_it(label):
     unlabelled = [(image, label) for image, _ in photographs()]
-    found = fv.train_explainer(network(), unlabelled, coalitions=4, **QUICK)
-    expected = fv.train_explainer(network(), photographs(), coalitions=4, **QUICK)
+    found = fv.train_explainer(vit(), unlabelled, coalitions=4, **QUICK)
+    expected = fv.train_explainer(vit(), photographs(), coalitions=4, **QUICK)
     assert torch.equal(found.model.head.shares.weight, expected.model.head.shares.weight)
     assert found.accuracy is None
