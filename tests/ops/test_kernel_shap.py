@@ -1,6 +1,7 @@
 import pytest
 import torch
 from accuracy import DTYPES, all_coalitions, normal, random_bits
+from scipy.linalg import lstsq
 
 import fastshap_kernels as fk
 
@@ -50,6 +51,21 @@ def test_definition(generator):
     residuals = values - null.unsqueeze(1) - present @ phi
     slopes = present.mT @ (weights.unsqueeze(-1) * residuals)
     assert (slopes - slopes.mean(1, keepdim=True)).abs().max() <= 1e-11
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_it_is_scipys_weighted_least_squares(generator, paired):
+    """The last player's share is what the others leave of v(N) − v(∅): the rest is a plain least-squares problem."""
+    players, bits = 40, sample(2, 200, 40, generator, paired)
+    values, (null, grand) = normal(generator, 2, 200, 3), normal(generator, 2, 2, 3)
+    weights = torch.rand(2, 200, generator=generator, dtype=torch.float64)
+    phi = fk.kernel_shap(bits, values, null, grand, players=players, weights=weights).phi
+    present = fk.unpack_bits(bits, players).double()
+    for b in range(2):
+        root, last = weights[b].sqrt().unsqueeze(1), present[b, :, -1:]
+        rest = values[b] - null[b] - last * (grand[b] - null[b])
+        expected = lstsq(root * (present[b, :, :-1] - last), root * rest)[0]
+        torch.testing.assert_close(phi[b, :-1], torch.from_numpy(expected), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("paired", [True, False])
