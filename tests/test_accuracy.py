@@ -134,7 +134,7 @@ def test_what_the_dtype_cannot_hold_is_infinite():
 
 
 def test_one_value_that_outweighs_the_others_may_be_nearer_by_luck():
-    """The largest of 64 values is five roundings off, as many terms may leave it; plain PyTorch's happens to be right."""
+    """The largest of 64 values is five roundings off, as many terms may leave it; plain PyTorch's is right by luck."""
     exact = torch.linspace(1, 2, 64, dtype=torch.float64)
     exact[9] = 2000
     plain = exact.float()

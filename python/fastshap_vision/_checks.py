@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,7 +12,8 @@ from fastshap_kernels._checks import MAX_PLAYERS, check_count, check_tensor, des
 
 
 def check_choice(argument: str, value: object, choices: tuple[object, ...]) -> None:
-    """One of the choices (True is not 1 here), else a ValueError that lists them."""
+    """One of the choices (True is not 1 here, but NumPy's 1 is), else a ValueError that lists them."""
+    value = int(value) if isinstance(value, np.integer) else value
     if not any(
         isinstance(value, type(choice)) and value == choice and (value is not True or choice is True)
         for choice in choices
@@ -28,6 +30,7 @@ def check_classes(op: str, argument: str, value: object, batch: int, classes: in
         what: which else is allowed, for the message.
     """
     expected = f"{what}a class from 0 to {classes - 1}, or {batch} of them, one per image"
+    value = int(value) if isinstance(value, np.integer) else value
     try:
         wanted = value if isinstance(value, Tensor) else torch.tensor(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):

@@ -70,7 +70,7 @@ def _images() -> torch.Tensor:
 
 
 def _attributions() -> torch.Tensor:
-    return torch.randn(2, 9, 3, generator=torch.Generator().manual_seed(1))
+    return torch.randn(2, 9, generator=torch.Generator().manual_seed(1))
 
 
 def _metric(function: Callable[..., Any], **options: Any) -> VisionCall:
@@ -82,8 +82,10 @@ def _fit(**arguments: Any) -> Any:
     return fv.fit(fv.convert(_backbone()), **arguments)
 
 
-_FIT = {"epochs": 0, "batch_size": 4, "opt": "adamw", "lr": 1e-3, "weight_decay": 0.05, "sched": "cosine"}
-_FIT |= {"warmup_epochs": 0, "clip_grad": None, "seed": 0, "workers": 0, "mixed_precision": "no", "progress": False}
+_FIT = {"epochs": 1, "batch_size": 4, "opt": "adamw", "lr": 1e-3, "weight_decay": 0.05, "sched": "cosine"}
+_FIT |= {"warmup_epochs": 0, "clip_grad": None, "seed": 0, "workers": 0, "mixed_precision": "no"}
+_FIT |= {"compile": False, "grad_checkpointing": False, "progress": False}
+_RECORD = {"seed": 0, "batch_size": 4, "precision": "same", "workers": 0}
 _OBJECTIVE = {"coalitions": 2, "regression_weight": 1.0, "masked_task_weight": 0.0, "error": "uniform", "seed": 0}
 _OBJECTIVE |= {"target": "detached", "paired": True, "sizes": "shapley", "top_classes": None}
 _OBJECTIVE |= {"regression_ramp": (0.0, 0.5), "masked_task_ramp": (0.0, 0.0), "target_precision": "auto"}
@@ -112,6 +114,7 @@ CALLS = {
                 "coalitions": _coalition_bits(),
                 "max_rows": "auto",
                 "precision": "same",
+                "progress": False,
             },
         ),
         VisionCall(
@@ -133,13 +136,25 @@ CALLS = {
                 "coalitions": 64,
                 "seed": 0,
                 "batch": 512,
+                "progress": False,
             },
         ),
-        VisionCall("exact_values", fv.exact_values, lambda: {"model": _model(), "images": _images(), "batch": 512}),
+        VisionCall(
+            "exact_values",
+            fv.exact_values,
+            lambda: {"model": _model(), "images": _images(), "batch": 512, "progress": False},
+        ),
         VisionCall(
             "kernel_shap_values",
             fv.kernel_shap_values,
-            lambda: {"model": _model(), "images": _images(), "coalitions": 64, "seed": 0, "batch": 512},
+            lambda: {
+                "model": _model(),
+                "images": _images(),
+                "coalitions": 64,
+                "seed": 0,
+                "batch": 512,
+                "progress": False,
+            },
         ),
         _metric(metrics.insertion, levels=None),
         _metric(metrics.deletion, levels=None),
@@ -161,6 +176,11 @@ CALLS = {
             "FastSHAPObjective",
             fv.baselines.FastSHAPObjective,
             lambda: {"coalitions": 2, "sizes": "shapley", "paired": True, "seed": 0},
+        ),
+        VisionCall(
+            "record_coalitions",
+            fv.record_coalitions,
+            lambda: {"model": _model(), "data": Pictures(), "coalitions": 4, "progress": False} | _RECORD,
         ),
         VisionCall("fit", _fit, lambda: {"train_data": Pictures(), "objective": fv.TaskObjective()} | _FIT),
     )

@@ -26,7 +26,7 @@ _REMEDIES = {
     "See timm.list_models()": "timm's documentation lists its models",
 }
 _WORDS = re.compile(
-    r"\b(?P<name>[a-z]\w*)=(?P<value>'[^']*'|\w+(?:\.\w+)?)"  # removal='cell'
+    r"`?\b(?P<name>[a-z]\w*)=(?P<value>'[^']*'|\w+(?:\.\w+)?)`?"  # removal='cell'
     r"|(?<!\w)'[^']*'(?!\w)"  # quoted: a name or a path, which stays
     r"|(?:\bargument )?`(?P<ticked>\w+)`"
     r"|(?<![\w./-])(?P<bare>[a-z]+(?:_[a-z]+)+)(?![\w/(]|\.\w)"  # batch_size

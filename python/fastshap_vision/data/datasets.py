@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -219,7 +220,8 @@ def load_dataset(
     check_choice("augment", augment, (None, True, False))
     if image_size is not None:
         check_count("load_dataset", "image_size", image_size, 1, LARGEST_SIZE)
-    if in_chans is not None and (isinstance(in_chans, bool) or in_chans not in (1, 3)):
+    is_number = isinstance(in_chans, Integral) and not isinstance(in_chans, bool)
+    if in_chans is not None and not (is_number and in_chans in (1, 3)):
         fail("load_dataset", "in_chans", "1 (greyscale), 3 (RGB) or None", in_chans)
     if augment is None:
         augment = name != "digits"

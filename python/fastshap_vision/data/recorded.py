@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from tqdm import tqdm
 
 from fastshap_kernels import pack_bits, sample_coalitions, unpack_bits
-from fastshap_kernels._checks import check_count, check_dense, fail, words
+from fastshap_kernels._checks import check_count, check_dense, check_flag, fail, words
 
 from .._checks import check_choice
 from .._modes import evaluating
@@ -240,6 +240,7 @@ def record_coalitions(
     batch_size = check_count("record_coalitions", "batch_size", batch_size, 1, 2**31 - 1)
     workers = check_count("record_coalitions", "workers", workers, 0, 2**31 - 1)
     seed = check_count("record_coalitions", "seed", seed, 0, 2**64 - 1)
+    check_flag("record_coalitions", "progress", progress)
     _check_data(model, data)
     # A generator of its own: the loader draws a seed for its workers, and the process's generator stays as it was.
     generator = torch.Generator()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastshap_kernels import exact_shapley
-from fastshap_kernels._checks import check_count, fail
+from fastshap_kernels._checks import check_count, check_flag, fail
 
 from .._checks import check_game, check_images
 from .._modes import evaluating
@@ -56,6 +56,7 @@ def exact_values(
         fail("exact_values", "model.players", f"at most {_EXACT_PLAYERS}", players, remedy)
     check_images("exact_values", images)
     batch = check_count("exact_values", "batch", batch, 1, 2**31 - 1)
+    check_flag("exact_values", "progress", progress)
     start = time.perf_counter()
     order = _coalitions_by_size(players, images.device)
     bits = order.to(torch.int32).view(1, -1, 1)

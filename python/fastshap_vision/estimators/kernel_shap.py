@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastshap_kernels import KernelShapEstimate, kernel_shap, pack_bits, sample_coalitions
-from fastshap_kernels._checks import check_count, fail
+from fastshap_kernels._checks import check_count, check_flag, fail
 
 from .._checks import ROUNDING, check_images, check_sampled_game
 from .._modes import evaluating
@@ -79,6 +79,7 @@ def kernel_shap_values(
     coalitions = check_count(_OP, "coalitions", coalitions, 2, 2**31 - 2)
     seed = check_count(_OP, "seed", seed, 0, 2**64 - 1)
     batch = check_count(_OP, "batch", batch, 1, 2**31 - 1)
+    check_flag(_OP, "progress", progress)
     if relative_error is not None:
         return _until_converged(model, images, relative_error, coalitions, most, seed, batch, progress)
     start = time.perf_counter()

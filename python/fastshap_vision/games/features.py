@@ -45,7 +45,7 @@ def probe_widths(game: Game) -> list[int]:
     """
     backbone = game.backbone
     images, name = probe_images(backbone, game.input_size), type(backbone).__name__
-    remedy = "Use intermediates=False."
+    remedy = "Use `intermediates=False`."
     with evaluation_mode(backbone), perturbed(backbone):
         try:
             output, stages = _forward_with_intermediates(game, images, len(images))

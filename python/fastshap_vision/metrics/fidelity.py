@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastshap_kernels._checks import check_count, fail
+from fastshap_kernels._checks import check_count, check_flag, fail
 
 from .._checks import ROUNDING, check_finite, check_game, check_images
 from .._modes import evaluating
@@ -154,6 +154,9 @@ def fidelity(
     check_images("fidelity", images)
     players = check_game("fidelity", "model", model, "coalition_values", "shapley_values")
     coalitions = check_count("fidelity", "coalitions", coalitions, 2, 2**31 - 1)
+    seed = check_count("fidelity", "seed", seed, 0, 2**64 - 1)
+    batch = check_count("fidelity", "batch", batch, 1, 2**31 - 1)
+    check_flag("fidelity", "progress", progress)
     if isinstance(reference, str) and reference == "exact":
         reference = exact_values(model, images, batch=batch, progress=progress)
     elif isinstance(reference, str) and reference == "kernel_shap":

@@ -83,7 +83,8 @@ def checked_size(img_size: Any) -> tuple[int, int] | None:
     return int(sides[0]), int(sides[1])
 
 
-def check_width(head_width: object) -> None:
-    """None, or a width that is a number."""
-    if head_width is not None:
-        check_count("SelfExplainingClassifier", "head_width", head_width, 1, LARGEST, "Pass None to have it chosen.")
+def checked_width(head_width: object) -> int | None:
+    """A width, or None."""
+    if head_width is None:
+        return None
+    return check_count("SelfExplainingClassifier", "head_width", head_width, 1, LARGEST, "Pass None to have it chosen.")

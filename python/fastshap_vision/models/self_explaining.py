@@ -22,7 +22,7 @@ from ..games.hooks import check_backbone
 from ..images.batch import as_batch
 from ..images.preprocessing import Preprocessing
 from ..streaming.stream import stream
-from .arguments import check_choices, check_name, check_width, checked_gradient, checked_model_kwargs, checked_size
+from .arguments import check_choices, check_name, checked_gradient, checked_model_kwargs, checked_size, checked_width
 from .backbone import (
     check_classes_unchanged,
     check_unchanged,
@@ -118,7 +118,7 @@ class SelfExplainingClassifier(Pretrained):
         super().__init__()
         check_name(model_name, num_classes)
         check_choices(head, base, head_depth, intermediates, removal)
-        check_width(head_width)
+        head_width = checked_width(head_width)
         backbone_gradient = checked_gradient(backbone_gradient, head)
         size, arguments = checked_size(img_size), checked_model_kwargs(model_kwargs)
         if backbone is None:
@@ -152,6 +152,7 @@ class SelfExplainingClassifier(Pretrained):
             **(self._hub_mixin_config or {}),
             "num_classes": self.num_classes,
             "img_size": None if size is None else list(size),
+            "head_depth": int(head_depth),
             "head_width": head_width,
             "removal": self.removal,
             "pretrained": False,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from fastshap_kernels._checks import describe
+from fastshap_kernels._checks import check_flag, describe
 
 from .._log import say_once
 from ..games.base import Game
@@ -38,6 +38,7 @@ def stream(
     start. `variant` names whatever else changes a row's memory.
     """
     batch, count = coalitions.batch, coalitions.count
+    check_flag("coalition_values", "progress", progress)
     is_count = isinstance(max_rows, Integral) and not isinstance(max_rows, bool) and max_rows >= 1
     if not is_count and not (isinstance(max_rows, str) and max_rows == "auto"):
         raise ValueError(f"Argument `max_rows` must be 'auto' or at least 1, but it is {describe(max_rows)}.")
@@ -47,7 +48,7 @@ def stream(
     if isinstance(max_rows, str):
         limits = measured_limits(game, images, coalitions, keeps_graph, variant)
     else:
-        limits = Limits(max_rows, 0.0)
+        limits = Limits(int(max_rows), 0.0)
     chunks = cut(game, coalitions, limits, images.device)
     coalitions = coalitions.with_bits(coalitions.bits.to(images.device, non_blocking=True))
     with tqdm(total=batch * count, desc="coalitions", unit_scale=True, disable=not progress, leave=False) as bar:

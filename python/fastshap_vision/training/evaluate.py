@@ -70,8 +70,8 @@ def evaluate(
     """
     if not isinstance(model, nn.Module):
         fail("evaluate", "model", "a torch.nn.Module", model)
-    check_count("evaluate", "batch_size", batch_size, 1, _MOST)
-    check_count("evaluate", "workers", workers, 0, _MOST)
+    batch_size = check_count("evaluate", "batch_size", batch_size, 1, _MOST)
+    workers = check_count("evaluate", "workers", workers, 0, _MOST)
     check_data(model, data, "evaluate", "data")
     data = data.data if isinstance(data, RecordedCoalitions) else data
     # A generator of its own: the loader draws a seed for its workers, and the process's generator stays as it was.

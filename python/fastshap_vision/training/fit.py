@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from fastshap_kernels._checks import describe
+from fastshap_kernels._checks import check_flag, describe
 
 from .._runtime.allocator import keep_freed_memory
 from ..data.recorded import RecordedCoalitions
@@ -153,6 +153,8 @@ def fit(
         "grad_checkpointing": grad_checkpointing,
     }
     check_kinds(model, objective, output)
+    for name, flag in {"compile": compile, "grad_checkpointing": grad_checkpointing, "progress": progress}.items():
+        check_flag("fit", name, flag)
     keep_freed_memory()
     if isinstance(model, SelfExplainingClassifier):
         _prepare_file(model, train_data, output)

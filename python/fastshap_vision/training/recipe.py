@@ -162,7 +162,7 @@ def _as_explainable(model: nn.Module | str, seed: int) -> SelfExplainingClassifi
     """The model itself, or one made of it, whose new layers follow from the seed."""
     if not isinstance(model, nn.Module | str):
         fail("train_explainer", "model", "a timm model, a SelfExplainingClassifier or the name of a timm model", model)
-    check_count("train_explainer", "seed", seed, 0, 2**32 - 1)
+    seed = check_count("train_explainer", "seed", seed, 0, 2**32 - 1)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if isinstance(model, str):
