@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from bench import tables
+from bench.fidelity import archives
 from bench.fidelity import experiment as program
 from bench.fidelity import report as fidelity_report
 from bench.fidelity import runs as fidelity_runs
@@ -58,6 +59,44 @@ def measured(folder):
         code = run(monkeypatch, folder)
     results = {path.stem: json.loads(path.read_text()) for path in (folder / "results" / "tiny").glob("*.json")}
     return code, results
+
+
+def test_archives_are_decoded_and_augmented(folder):
+    train, plain, test = (archives.load(folder, *way) for way in (("train", True), ("train",), ("test",)))
+    assert (len(train), len(test)) == (64, 16)
+    assert (test.classes, test.input_size) == (("up", "down"), (3, 32, 32))
+    assert [label for _, label in test] == [0, 1] * 8
+    with np.load(folder / "cifar10_test.npz") as arrays:
+        file = arrays["jpeg"][arrays["offsets"][2] : arrays["offsets"][3]].tobytes()
+    pixels = test.preprocessing.restore(test[2][0]).permute(1, 2, 0).numpy() * 255
+    assert np.allclose(pixels, np.asarray(Image.open(io.BytesIO(file))), atol=1e-3)
+    torch.manual_seed(0)
+    assert not torch.equal(train[2][0], train[2][0])
+    assert torch.equal(plain[2][0], plain[2][0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": None}, r"must hold jpeg, offsets, labels, classes, but: .*labels"),
+        ({"classes": np.array(["up"])}, "labels from 0 to 1 and the names of 1 classes"),
+        ({"labels": np.zeros(3, int)}, "holds 4 images, 3 labels"),
+        ({"classes": np.array(["up", {}], dtype=object)}, r"must hold .*allow_pickle=False"),
+        ({"jpeg": np.zeros(8, np.uint8), "offsets": np.arange(0, 9, 2)}, "Pillow knows no such format"),
+    ],
+)
+def test_wrong_archives_are_refused(tmp_path, changes, message):
+    path = tmp_path / "cifar10_test.npz"
+    with pytest.raises(ValueError, match=r"There is no archive .*Pass as --data"):
+        archives.load(tmp_path, "test")
+    archive(path, 4)
+    arrays = dict(np.load(path)) | changes
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    with pytest.raises(ValueError, match=message):
+        archives.load(tmp_path, "test")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="must hold"):
+        archives.load(tmp_path, "test")
 
 
 def test_every_run_of_the_budget_has_its_result(measured, folder):

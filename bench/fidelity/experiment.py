@@ -27,6 +27,7 @@ from torch.utils.data import Dataset, Subset
 
 import fastshap_vision as fv
 from bench import tables
+from bench.fidelity import archives
 from bench.fidelity import runs as fidelity_runs
 from bench.fidelity.checks import check_model, converge, first_images, game_key
 from bench.fidelity.compare import compare_methods
@@ -85,13 +86,13 @@ def prepare_process(options: argparse.Namespace) -> None:
 def load_train(run: Run, options: argparse.Namespace) -> Dataset:
     """The training images of a run. What is played once must be the same image later: it is not augmented."""
     images, setting = BUDGETS[options.budget].images, SETTINGS[run.setting]
-    train = fv.load_dataset("cifar10", "train", data_dir=options.data, augment=setting.kind != "played")
+    train = archives.load(options.data, "train", augment=setting.kind != "played")
     train = Subset(train, range(min(images, len(train))))
     return fv.WithMirrorImages(train) if setting.mirrored else train
 
 
 def load_test(options: argparse.Namespace) -> Any:
-    return fv.load_dataset("cifar10", "test", data_dir=options.data)
+    return archives.load(options.data, "test")
 
 
 def train_and_check(run: Run, options: argparse.Namespace) -> str:

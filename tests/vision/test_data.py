@@ -1,6 +1,4 @@
-import io
 import json
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -18,30 +16,6 @@ from fastshap_vision.images.preprocessing import Preprocessing
 def picture(value, size=32):
     pixels = np.random.default_rng(value).integers(0, 256, (size, size, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
-
-
-@pytest.fixture
-def archive(tmp_path):
-    """cifar10_train.npz with four pictures, and a function that writes another with some arrays changed."""
-
-    def write(name="cifar10_train.npz", **changes):
-        files = []
-        for index in range(4):
-            file = io.BytesIO()
-            picture(index).save(file, "JPEG", quality=95)
-            files.append(file.getvalue())
-        arrays = {
-            "jpeg": np.frombuffer(b"".join(files), np.uint8),
-            "offsets": np.cumsum([0, *map(len, files)]),
-            "labels": np.array([0, 1, 1, 0], np.uint8),
-            "classes": np.array(["cat", "dog"]),
-        } | changes
-        path = tmp_path / name
-        np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
-        return path
-
-    write()
-    return write
 
 
 @pytest.fixture
@@ -91,110 +65,6 @@ def test_digits_options():
     assert still.augment is None
 
 
-def test_archive_is_decoded_and_augmented(archive):
-    path = archive()
-    archive("cifar10_test.npz")
-    train, test = (
-        load_dataset("cifar10", "train", data_dir=path.parent),
-        load_dataset("cifar10", "test", data_dir=path.parent),
-    )
-    assert (len(train), train.classes, train.input_size) == (4, ("cat", "dog"), (3, 32, 32))
-    assert [label for _, label in test] == [0, 1, 1, 0]
-    pixels = test.preprocessing.restore(test[2][0]).permute(1, 2, 0).numpy() * 255
-    file = io.BytesIO()
-    picture(2).save(file, "JPEG", quality=95)
-    assert np.allclose(pixels, np.asarray(Image.open(file)), atol=1e-3)
-    torch.manual_seed(0)
-    assert not torch.equal(train[2][0], train[2][0])
-    assert torch.equal(test[2][0], test[2][0])
-    plain = load_dataset("cifar10", "train", data_dir=path, augment=False)
-    assert torch.equal(plain[2][0], test[2][0])
-    grey = load_dataset("cifar10", "test", data_dir=path.parent, in_chans=1, image_size=16)
-    assert grey[0][0].shape == (1, 16, 16)
-
-
-def test_archive_keeps_given_statistics(archive):
-    data = load_dataset("cifar10", "train", data_dir=archive(), mean=(0.5,) * 3, std=(0.25,) * 3, augment=False)
-    assert (data.mean, data.std) == ((0.5,) * 3, (0.25,) * 3)
-    assert torch.equal(data[0][0], (data.pixels[0] / 255 - 0.5) / 0.25)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"labels": None}, r"has no array 'labels'.*must hold jpeg, offsets, labels, classes"),
-        ({"classes": np.array(["cat"])}, r"labels from 0 to 1 but names 1 classes"),
-        ({"offsets": np.array([0, 5])}, r"do not fit together"),
-        ({"labels": np.zeros(3, np.uint8)}, r"do not fit together"),
-        (
-            {"labels": np.array([0.0, 1.0, 1.0, 0.0])},
-            r"labels must be one row of whole numbers, but it is float64 \(4,\)",
-        ),
-        ({"labels": np.zeros((4, 1), np.uint8)}, r"labels must be one row"),
-        ({"classes": np.array([0, 1])}, r"classes must be one row of names \(str\)"),
-        ({"classes": np.array(["cat", {}], dtype=object)}, r"cannot be read as plain arrays .*without Python objects"),
-        ({"jpeg": np.zeros(4, np.int64), "offsets": np.arange(5)}, r"jpeg must be one row of bytes \(uint8\)"),
-        ({"jpeg": np.zeros(9, np.uint8), "offsets": np.array([0, 5, 3, 7, 9])}, r"offsets .* do not rise"),
-        ({"jpeg": np.zeros(9, np.uint8), "offsets": np.array([-1, 3, 5, 7, 9])}, r"begin at 0"),
-        ({"jpeg": np.zeros(8, np.uint8), "offsets": np.arange(0, 9, 2)}, r"image 0 of the archive .* cannot be read"),
-    ],
-)
-def test_wrong_archives(archive, changes, message):
-    with pytest.raises(ValueError, match=message):
-        load_dataset("cifar10", "train", data_dir=archive(**changes))
-
-
-def test_truncated_archive(archive):
-    path = archive()
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(ValueError, match=r"cannot be read .*again"):
-        load_dataset("cifar10", "train", data_dir=path)
-    path.write_bytes(b"no archive at all")
-    with pytest.raises(ValueError, match=r"cannot be read .*again"):
-        load_dataset("cifar10", "train", data_dir=path)
-
-
-def test_archives_of_damaged_images_and_of_several_sizes(archive):
-    whole = dict(np.load(archive()))
-    jpeg, offsets = whole["jpeg"].copy(), whole["offsets"]
-    jpeg[offsets[2] : offsets[3]] = 0
-    with pytest.raises(ValueError, match=r"image 2 of the archive '.*npz' cannot be read: Pillow knows no such format"):
-        load_dataset("cifar10", "train", data_dir=archive(jpeg=jpeg))
-    small = io.BytesIO()
-    picture(0, 8).save(small, "JPEG")
-    small = np.frombuffer(small.getvalue(), np.uint8)
-    two = {"jpeg": np.concatenate([whole["jpeg"][: offsets[1]], small]), "labels": np.array([0, 1])}
-    with pytest.raises(ValueError, match=r"image 1 of the archive .* shape \(8, 8, 3\), but image 0 has \(32, 32, 3\)"):
-        load_dataset(
-            "cifar10", "train", data_dir=archive(**two, offsets=np.array([0, offsets[1], offsets[1] + len(small)]))
-        )
-
-
-def test_an_archive_never_unpickles(archive, tmp_path):
-    class Mark:
-        def __reduce__(self):
-            return (Path.touch, (tmp_path / "mark",))
-
-    (tmp_path / "cifar10_test.npz").write_bytes(pickle.dumps(Mark()))
-    objects = np.empty(1, dtype=object)
-    objects[0] = Mark()
-    np.save(tmp_path / "array.npy", np.zeros(3))
-    for path in (tmp_path / "cifar10_test.npz", archive("objects.npz", classes=objects), tmp_path / "array.npy"):
-        with pytest.raises(ValueError, match="cannot be read as plain arrays"):
-            load_dataset("cifar10", "test", data_dir=path)
-    assert not (tmp_path / "mark").exists()
-
-
-def test_compressed_archives_with_a_flipped_bit_are_refused(archive, tmp_path):
-    whole = dict(np.load(archive()))
-    np.savez_compressed(tmp_path / "packed.npz", **whole)
-    content = bytearray((tmp_path / "packed.npz").read_bytes())
-    content[len(content) // 3] ^= 0x10
-    (tmp_path / "packed.npz").write_bytes(content)
-    with pytest.raises(ValueError, match="cannot be read as plain arrays"):
-        load_dataset("cifar10", "train", data_dir=tmp_path / "packed.npz")
-
-
 def test_folder_classes_are_those_of_the_training_split(folder, caplog):
     train = load_dataset("folder", "train", data_dir=folder, image_size=24)
     test = load_dataset("folder", "test", data_dir=folder, image_size=24)
@@ -228,9 +98,9 @@ def test_folder_errors(folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("mnist", "train"), r"`name` must be one of 'digits', 'cifar10', 'folder', but it is 'mnist'"),
+        (("mnist", "train"), r"`name` must be one of 'digits', 'folder', but it is 'mnist'"),
         (("digits", "val"), r"`split` must be one of 'train', 'test', but it is 'val'"),
-        (("cifar10", "train"), r"needs the folder that holds it. Pass data_dir"),
+        (("folder", "train"), r"needs the folder that holds it. Pass data_dir"),
     ],
 )
 def test_bad_names(arguments, message):
@@ -239,9 +109,6 @@ def test_bad_names(arguments, message):
 
 
 def test_missing_files(tmp_path):
-    for path in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ValueError, match=r"there is no archive .*cifar10_train.npz and cifar10_test.npz"):
-            load_dataset("cifar10", "train", data_dir=path)
     with pytest.raises(ValueError, match=r"there is no folder '.*nowhere'"):
         load_dataset("folder", "train", data_dir=tmp_path / "nowhere")
 

@@ -22,7 +22,6 @@ from ..training.settings import SCHEDULES
 #: The model, and arguments of timm.create_model, where no model is named: patches must be smaller than a small image.
 DEFAULT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "digits": ("vit_tiny_patch16_224", {"patch_size": 2, "embed_dim": 64, "depth": 3, "num_heads": 4}),
-    "cifar10": ("vit_small_patch16_224", {"patch_size": 4}),
     "folder": ("vit_small_patch16_224", {}),
 }
 
@@ -58,7 +57,7 @@ class _KeyValues(ParseKwargs):
 def add_train(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=datasets.DATASETS, default="digits", help="which data")
-    group.add_argument("--data-dir", type=Path, help="folder of the archives (cifar10) or of train/ and val/ (folder)")
+    group.add_argument("--data-dir", type=Path, help="folder of train/ and val/ (folder)")
     group.add_argument(
         "--img-size",
         type=_whole(1, datasets.LARGEST_SIZE),

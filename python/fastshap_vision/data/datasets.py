@@ -1,13 +1,11 @@
-"""Data: the two built-in small sets and image folders, as datasets that know their classes, size and normalisation."""
+"""Data: scikit-learn's digits and image folders, as datasets that know their classes, size and normalisation."""
 
 from __future__ import annotations
 
-import io
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
 from numbers import Integral
 from pathlib import Path
 
@@ -22,22 +20,20 @@ from torchvision.datasets import ImageFolder
 from fastshap_kernels._checks import check_count, fail
 
 from .._checks import check_choice
-from ..images.decode import decode, read_image, suffixes
+from ..images.decode import read_image, suffixes
 from ..images.preprocessing import LARGEST_SIZE, Preprocessing, of_channels
 
 _log = logging.getLogger(__name__)
 
-DATASETS = ("digits", "cifar10", "folder")
+DATASETS = ("digits", "folder")
 SPLITS = ("train", "test")
 #: Height and width of the images where nothing else is asked for.
-SIZES = {"digits": 8, "cifar10": 32, "folder": 224}
+SIZES = {"digits": 8, "folder": 224}
 
 # Mean and standard deviation of a digit's pixels, each divided by the largest (16), over the training split.
 DIGITS_MEAN = (0.305,)
 DIGITS_STD = (0.376,)
 DIGITS_TEST_IMAGES = 360
-
-ARCHIVE_KEYS = ("jpeg", "offsets", "labels", "classes")
 
 FOLDER_NAMES = {"train": ("train", "training"), "test": ("test", "val", "validation")}
 
@@ -190,15 +186,15 @@ def load_dataset(
     """One split of a dataset, with `.classes`, `.input_size` (C, H, W), `.mean`, `.std` and `.preprocessing`.
 
     Args:
-        name: "digits" (scikit-learn's, 1437 + 360 images of 8 x 8), "cifar10" (archives cifar10_train.npz and
-            cifar10_test.npz) or "folder" (train/ and test/ or val/, one subfolder a class).
+        name: "digits" (scikit-learn's, 1437 + 360 images of 8 x 8) or "folder" (train/ and test/ or val/, one subfolder
+            a class).
         split: "train" or "test".
-        data_dir: the folder that holds the archives or the splits; for "cifar10" one archive's path will do.
+        data_dir: the folder that holds the splits.
         image_size: height and width of the images that come out; the set's own where it has one, else 224.
         in_chans: 1 (greyscale) or 3; the set's own by default.
         mean, std: per channel, for pixels in [0, 1]; the set's own (digits) or ImageNet's by default.
-        augment: random changes of the training images: a shift by at most one pixel (digits; off by default), crop
-            with padding and flip (cifar10; on), timm's training transform (folder; on). Never on the test split.
+        augment: random changes of the training images: a shift by at most one pixel (digits; off by default), timm's
+            training transform (folder; on). Never on the test split.
 
     Files are read as a viewer shows them: turned as their EXIF data say, transparency white, 16 bits as 8, floats from
     0 to 1. In a folder, what is no image by its name is left out, and the log names it.
@@ -241,8 +237,6 @@ def load_dataset(
         return _load_digits(split, preprocessing, augment)
     if not isinstance(data_dir, (str, Path)):
         raise ValueError(f"load_dataset: dataset {name!r} needs the folder that holds it. Pass data_dir.")
-    if name == "cifar10":
-        return _load_archive(_archive_path(Path(data_dir), split), preprocessing, augment)
     return _load_folder(Path(data_dir), split, preprocessing, augment)
 
 
@@ -265,99 +259,6 @@ def _load_digits(split: str, preprocessing: Preprocessing, augment: bool) -> Arr
     classes = [str(name) for name in bunch.target_names]
     shift = transforms.RandomCrop(8, padding=1) if augment else None
     return ArrayImages(pixels, labels, classes, preprocessing, largest=16, augment=shift)
-
-
-def _archive_path(data_dir: Path, split: str) -> Path:
-    path = data_dir / f"cifar10_{split}.npz" if data_dir.is_dir() else data_dir
-    if not path.is_file():
-        raise ValueError(
-            f"load_dataset: there is no archive {str(path)!r}. "
-            f"Pass as data_dir the folder that holds cifar10_train.npz and cifar10_test.npz."
-        )
-    return path
-
-
-def _load_archive(path: Path, preprocessing: Preprocessing, augment: bool) -> ArrayImages:
-    """Decodes every image once: a training run reads each of them many times."""
-    arrays = _read_archive(path)
-    missing = [key for key in ARCHIVE_KEYS if key not in arrays]
-    if missing:
-        raise ValueError(
-            f"load_dataset: the archive {str(path)!r} has no array {missing[0]!r}. "
-            f"It must hold {', '.join(ARCHIVE_KEYS)}."
-        )
-    jpeg, offsets, labels, classes = (arrays[key] for key in ARCHIVE_KEYS)
-    _check_archive(path, jpeg, offsets, labels, classes)
-    decoded = _decode_all(path, jpeg.tobytes(), offsets.tolist(), preprocessing.mode)
-    pixels = torch.from_numpy(np.stack(decoded))
-    pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
-    crop_and_flip = transforms.Compose(
-        [transforms.RandomCrop(tuple(pixels.shape[2:]), padding=4), transforms.RandomHorizontalFlip()]
-    )
-    return ArrayImages(
-        pixels,
-        torch.from_numpy(labels.astype(np.int64)),
-        [str(name) for name in classes],
-        preprocessing,
-        largest=255,
-        augment=crop_and_flip if augment else None,
-    )
-
-
-def _decode_all(path: Path, stream: bytes, offsets: list[int], mode: str) -> list[np.ndarray]:
-    """Images of one size, as arrays (h, w) or (h, w, 3)."""
-    decoded: list[np.ndarray] = []
-    for start, stop in pairwise(offsets):
-        try:
-            decoded.append(np.asarray(decode(io.BytesIO(stream[start:stop]), mode)))
-        except ValueError as error:
-            raise ValueError(
-                f"load_dataset: image {len(decoded)} of the archive {str(path)!r} cannot be read: {error}. Copy or "
-                "download the archive again."
-            ) from error
-        if decoded[-1].shape != decoded[0].shape:
-            raise ValueError(
-                f"load_dataset: image {len(decoded) - 1} of the archive {str(path)!r} has the shape "
-                f"{decoded[-1].shape}, but image 0 has {decoded[0].shape}. Make all images of one size."
-            )
-    return decoded
-
-
-def _read_archive(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {key: archive[key] for key in ARCHIVE_KEYS if key in archive.files}
-    except Exception as error:  # zipfile, zlib and numpy raise errors of many kinds on damaged files
-        raise ValueError(
-            f"load_dataset: the archive {str(path)!r} cannot be read as plain arrays ({type(error).__name__}). It must "
-            f"be an npz file of {', '.join(ARCHIVE_KEYS)}, without Python objects. Copy or download it again."
-        ) from error
-
-
-def _check_archive(path: Path, jpeg: np.ndarray, offsets: np.ndarray, labels: np.ndarray, classes: np.ndarray) -> None:
-    arrays = {"jpeg": (jpeg, "u"), "offsets": (offsets, "iu"), "labels": (labels, "iu"), "classes": (classes, "U")}
-    for name, (array, kinds) in arrays.items():
-        if array.ndim != 1 or array.dtype.kind not in kinds or (name == "jpeg" and array.dtype != np.uint8):
-            expected = {"jpeg": "bytes (uint8)", "classes": "names (str)"}.get(name, "whole numbers")
-            raise ValueError(
-                f"load_dataset: in the archive {str(path)!r} {name} must be one row of {expected}, but it is "
-                f"{array.dtype} {array.shape}."
-            )
-    if len(offsets) != len(labels) + 1 or len(labels) == 0 or offsets[0] != 0 or offsets[-1] != len(jpeg):
-        raise ValueError(
-            f"load_dataset: the archive {str(path)!r} holds {len(labels)} labels, {len(offsets)} offsets and "
-            f"{len(jpeg)} bytes of images, which do not fit together: offsets must be one more than labels, begin at 0 "
-            "and end at the number of bytes. Copy or download it again."
-        )
-    if not all(start < stop for start, stop in pairwise(offsets.tolist())):
-        raise ValueError(
-            f"load_dataset: the offsets of the archive {str(path)!r} do not rise. Copy or download it again."
-        )
-    if labels.min() < 0 or labels.max() >= len(classes):
-        raise ValueError(
-            f"load_dataset: the archive {str(path)!r} has labels from {labels.min()} to {labels.max()} but names "
-            f"{len(classes)} classes. Labels must lie in [0, {len(classes)})."
-        )
 
 
 def _load_folder(data_dir: Path, split: str, preprocessing: Preprocessing, augment: bool) -> FolderImages:
