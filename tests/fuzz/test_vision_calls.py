@@ -24,7 +24,9 @@ def test_a_whole_number_of_numpys_is_one(name, argument):
 
 
 @pytest.mark.parametrize(("name", "argument"), ARGUMENTS)
-@pytest.mark.parametrize("value", [object(), 1j, b"x", np.arange(3) > 0], ids=["object", "complex", "bytes", "array"])
+@pytest.mark.parametrize(
+    "value", [object(), 1j, b"x", -(10**400), np.arange(3) > 0], ids=["object", "complex", "bytes", "huge", "array"]
+)
 def test_what_nothing_takes_is_refused_by_name(name, argument, value):
     call = CALLS[name]
     ended, said = malformed.try_call(call, call.make(random.Random(0)) | {argument: value})

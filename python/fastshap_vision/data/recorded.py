@@ -289,7 +289,8 @@ def _check_data(model: Any, data: Any) -> None:
     if isinstance(data, DataLoader):
         remedy = "Pass its dataset (loader.dataset) and `batch_size`."
         fail("record_coalitions", "data", "a dataset of (image, label)", type(data), remedy)
-    if isinstance(data, IterableDataset) or not all(hasattr(data, name) for name in ("__len__", "__getitem__")):
+    is_indexed = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    if isinstance(data, IterableDataset | Tensor) or not is_indexed:
         remedy = "Wrap it in a torch.utils.data.Dataset."
         fail("record_coalitions", "data", "a dataset with a length whose items can be indexed", type(data), remedy)
     if len(data) == 0:

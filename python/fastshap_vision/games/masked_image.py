@@ -159,7 +159,7 @@ def _numbers(argument: str, numbers: Sequence[float]) -> Tensor:
     """float64 (C,), finite."""
     try:
         channels = torch.as_tensor(numbers, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         fail("MaskedImageGame", argument, "a number for each channel", numbers)
     if channels.ndim != 1 or not channels.isfinite().all():
         fail("MaskedImageGame", argument, "a finite number for each channel", numbers)

@@ -107,7 +107,7 @@ def _numbers(
     """As many finite numbers as one of the counts."""
     try:
         found = () if isinstance(values, (str, bytes)) else tuple(float(value) for value in values)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         found = ()
     if len(found) not in counts or not all(math.isfinite(value) and (value > 0 or not above_0) for value in found):
         expected = f"{' or '.join(map(str, counts))} finite number{'s' if counts != (1,) else ''}"

@@ -51,7 +51,7 @@ def check_choices(head: object, base: object, head_depth: object, intermediates:
 def checked_gradient(value: object, head: str) -> float:
     if value is None:
         return 0.0 if head == "shares" else 1.0
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= float(value) <= 1.0:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
         raise ValueError(f"Argument `backbone_gradient` must be a number in [0, 1], but it is {describe(value)}.")
     return float(value)
 
