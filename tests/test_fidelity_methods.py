@@ -3,10 +3,10 @@
 import math
 
 import pytest
-import timm
 import torch
 from timm.models.vision_transformer import ParallelThingsBlock
 from torch import nn
+from vision_transformers import network
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
@@ -15,7 +15,7 @@ from bench.fidelity import subject as fidelity_subject
 from bench.fidelity.methods import METHODS, Subject, to_patches
 
 CLASSES = 5
-VIT = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+VIT = {"img_size": (16, 24), "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 POOLS = {
     "class token": {},
     "average": {"global_pool": "avg", "class_token": False, "fc_norm": False},
@@ -77,24 +77,13 @@ def linear():
     return subject, images, target, patches(images * model.weight.detach()[target], (4, 3))
 
 
-def far_from_initialisation(model):
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
 def make_vit(pool="class token", **options):
-    torch.manual_seed(0)
-    arguments = VIT | POOLS.get(pool, {}) | options
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=CLASSES, img_size=(16, 24), **arguments)
-    return fv.convert(far_from_initialisation(model), img_size=(16, 24)).eval()
+    return fv.convert(network("vit_tiny_patch16_224", CLASSES, 0.1, **VIT | POOLS.get(pool, {}) | options)).eval()
 
 
 def make_cnn():
-    torch.manual_seed(0)
-    model = timm.create_model("resnet10t", num_classes=CLASSES, channels=(8, 8, 8, 16), stem_width=4, output_stride=8)
-    return fv.convert(far_from_initialisation(model), img_size=(16, 24)).eval()
+    model = network("resnet10t", CLASSES, 0.1, channels=(8, 8, 8, 16), stem_width=4, output_stride=8)
+    return fv.convert(model, img_size=(16, 24)).eval()
 
 
 def vit_and_inputs(pool="class token", **options):
@@ -450,14 +439,14 @@ def test_another_grid_is_named(key):
     ],
 )
 def test_an_attention_that_can_not_be_read_is_named(options, message):
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=CLASSES, img_size=(16, 24), **VIT, **options)
+    model = network("vit_tiny_patch16_224", CLASSES, **VIT, **options)
     subject = Subject(model, MaskedImageGame(model, (2, 3)))
     with pytest.raises(ValueError, match=message):
         METHODS["attention_rollout"](subject, make_images(1, (3, 16, 24)), torch.tensor([0]))
 
 
 def test_logits_that_are_not_the_backbone_s_are_named():
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=CLASSES, img_size=(16, 24), **VIT)
+    model = network("vit_tiny_patch16_224", CLASSES, **VIT)
     with pytest.raises(ValueError, match=r"Subject.of.*VotesHead"):
         Subject.of(fv.convert(model, img_size=(16, 24), head="votes"))
 

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("timm")
 
 from tqdm import tqdm
-from vision_transformers import create, images
+from vision_transformers import converted, images
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
@@ -48,7 +48,7 @@ def graphs(monkeypatch):
 
 
 def model_images_bits(kind, paired, batch=2, coalitions=62):
-    model = fv.convert(create(kind), img_size=64 if kind == "resnet18" else 32).cuda().eval()
+    model = converted(kind).cuda()
     bits = fk.sample_coalitions(batch, coalitions, model.players, seed=0, paired=paired, device="cuda")
     if not paired:
         bits[:, 0], bits[:, 1] = 0, (1 << model.players) - 1
