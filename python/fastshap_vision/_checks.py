@@ -79,7 +79,7 @@ def check_images(op: str, images: object) -> None:
     pixels = check_tensor(op, "images", images, "(B, C, H, W)", 4)
     if not len(pixels):
         fail(op, "images", "a tensor (B, C, H, W) of at least one image", pixels)
-    if pixels.is_meta or not pixels.isfinite().all():
+    if pixels.is_meta or not all_finite(pixels):
         got = pixels if pixels.is_meta else "one with NaN or infinite pixels"
         fail(op, "images", "a tensor (B, C, H, W) of finite pixels", got, "Leave those images out.")
 
@@ -91,6 +91,11 @@ def check_values(op: str, values: object, batch: int, coalitions: int) -> None:
         fail(op, "game", expected, values)
     if values.ndim != 3 or values.shape[:2] != (batch, coalitions) or not values.shape[2]:
         fail(op, "game", expected, values)
+
+
+def all_finite(numbers: Tensor) -> bool:
+    """Whether no number is NaN or infinite; where their sum is finite, that is known."""
+    return bool(numbers.sum().isfinite()) or bool(numbers.isfinite().all())
 
 
 def check_finite(op: str, what: str, values: Tensor) -> None:

@@ -17,10 +17,21 @@ def evaluating(model: object) -> Iterator[None]:
         yield
 
 
+def every_module(root: nn.Module) -> list[nn.Module]:
+    """`root.modules()` in a fifth of the time, which counts beside a small model's forward pass; in another order."""
+    found, seen = [root], {root}
+    for module in found:
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
+    return found
+
+
 @contextmanager
 def evaluation_mode(backbone: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while; each module gets its own mode back (a frozen batch norm stays frozen)."""
-    training = [module for module in backbone.modules() if module.training]
+    training = [module for module in every_module(backbone) if module.training]
     if training:
         backbone.eval()
     try:

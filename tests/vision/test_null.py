@@ -39,8 +39,9 @@ def test_it_is_kept(counted):
         lambda model: setattr(model.backbone.head.weight, "data", 2 * model.backbone.head.weight.data),
         lambda model: model.load_state_dict({name: 1.1 * tensor for name, tensor in model.state_dict().items()}),
         lambda model: model.double(),
+        lambda model: setattr(model.backbone.blocks[0].mlp, "act", torch.nn.SiLU()),
     ],
-    ids=["in place", "through .data", "through .data but for a row", "other data", "loaded", "other dtype"],
+    ids=["in place", "through .data", "through .data but for a row", "other data", "loaded", "other dtype", "module"],
 )
 def test_changed_weights_are_noticed(counted, change):
     model, calls = counted

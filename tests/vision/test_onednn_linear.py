@@ -26,7 +26,7 @@ def gradients(input, weight, bias, cotangent):
     return [out.detach(), *torch.autograd.grad(out, leaves, cotangent)]
 
 
-@pytest.mark.parametrize("leading", [(FEWEST_ROWS,), (200,), (3, 67)])
+@pytest.mark.parametrize("leading", [(FEWEST_ROWS,), (2 * FEWEST_ROWS - 7,), (8, 67)])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_equals_the_plain_layer(generator, served, leading, has_bias):
     input, weight = torch.randn(*leading, 24, generator=generator), torch.randn(40, 24, generator=generator)
@@ -48,7 +48,7 @@ def test_equals_the_plain_layer(generator, served, leading, has_bias):
         (torch.ones(200, 8, dtype=torch.float64), torch.ones(4, 8, dtype=torch.float64)),
         (torch.ones(200, 8, dtype=torch.bfloat16), torch.ones(4, 8, dtype=torch.bfloat16)),
         (torch.ones(FEWEST_ROWS - 1, 8), torch.ones(4, 8)),
-        (torch.ones(200, 8), torch.ones(0, 8)),
+        (torch.ones(FEWEST_ROWS, 8), torch.ones(0, 8)),
         (torch.ones(200, 0), torch.ones(4, 0)),
         (torch.ones(200, 8, device="meta"), torch.ones(4, 8, device="meta")),
     ],
@@ -69,7 +69,7 @@ class Halved(torch.Tensor):
 
 
 def test_tensors_of_other_kinds_keep_their_own_products(served):
-    input = torch.ones(200, 8)
+    input = torch.ones(FEWEST_ROWS, 8)
     with cpu_linears(input):
         assert functional.linear(input, torch.ones(4, 8).as_subclass(Halved)).eq(4.0).all()
         assert functional.linear(input.as_subclass(Halved), torch.ones(4, 8)).eq(4.0).all()
@@ -78,9 +78,9 @@ def test_tensors_of_other_kinds_keep_their_own_products(served):
 
 def test_other_shapes_stay_as_they_are(served):
     """A vector as a weight is the plain layer's to take, and a wrong width its to refuse."""
-    input = torch.ones(200, 8)
+    input = torch.ones(FEWEST_ROWS, 8)
     with cpu_linears(input):
-        assert functional.linear(input, torch.ones(8)).shape == (200,)
+        assert functional.linear(input, torch.ones(8)).shape == (FEWEST_ROWS,)
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             functional.linear(input, torch.ones(4, 7))
     assert served == []
@@ -88,12 +88,12 @@ def test_other_shapes_stay_as_they_are(served):
 
 def test_autocast_stays_as_it_is(served):
     with torch.autocast("cpu", torch.bfloat16), cpu_linears(torch.ones(1)):
-        assert functional.linear(torch.ones(200, 8), torch.ones(4, 8)).dtype == torch.bfloat16
+        assert functional.linear(torch.ones(FEWEST_ROWS, 8), torch.ones(4, 8)).dtype == torch.bfloat16
     assert served == []
 
 
 def test_a_second_derivative_is_an_error():
-    x, weight = torch.randn(200, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    x, weight = torch.randn(FEWEST_ROWS, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
     with cpu_linears(x):
         (gradient,) = torch.autograd.grad(functional.linear(x, weight).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -104,9 +104,9 @@ def test_the_packed_pass_uses_it(served, generator):
     model = fv.SelfExplainingClassifier(
         "vit_tiny_patch16_224", 5, img_size=64, model_kwargs={"embed_dim": 32, "depth": 2, "num_heads": 2}
     )
-    images = torch.randn(8, 3, 64, 64, generator=generator)
-    bits = torch.full((8, 4, 1), 0x5555, dtype=torch.int32)
+    images = torch.randn(32, 3, 64, 64, generator=generator)
+    bits = torch.full((32, 4, 1), 0x5555, dtype=torch.int32)
     model.game.values(images, fv.Coalitions(bits, model.players))
-    rows = 8 * 4 * 9
-    assert (8, 17, 32) in served  # the first block's queries, keys and values, once per image
+    rows = 32 * 4 * 9
+    assert (32, 17, 32) in served  # the first block's queries, keys and values, once per image
     assert (rows, 32) in served

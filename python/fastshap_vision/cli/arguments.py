@@ -100,8 +100,9 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--removal",
         choices=REMOVALS,
-        help="how absent patches are removed: their tokens dropped, their pixels or their stem's output set to 0, "
-        "and left out of the average; image: pixels at 0, and no more (default: drop where the model can, else pixel)",
+        help="how absent patches are removed: token, out of the sequence; cell or stem, their pixels or what the stem "
+        "makes of them are 0, and they are left out of the average; pixel: their pixels are 0, and no more (default: "
+        "token where the model can, else cell)",
     )
     group = parser.add_argument_group("objective")
     group.add_argument("--coalitions", type=_whole(1), default=8, help="coalitions an image and step")

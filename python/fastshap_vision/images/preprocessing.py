@@ -47,12 +47,12 @@ class Preprocessing:
         size = self.input_size
         if not isinstance(size, (tuple, list)) or len(size) != 3 or size[0] not in (1, 3):
             fail("Preprocessing", "input_size", "(C, H, W) with C 1 or 3", size)
-        size = tuple(check_count("Preprocessing", "input_size", side, 1, LARGEST_SIZE) for side in size)
+        channels, height, width = (check_count("Preprocessing", "input_size", side, 1, LARGEST_SIZE) for side in size)
         (share,) = _numbers("Preprocessing", "crop_pct", [self.crop_pct], (1,), above_0=True)
         if share > 1:
             fail("Preprocessing", "crop_pct", "a number above 0, and 1 at most", self.crop_pct)
         found = {
-            "input_size": size,
+            "input_size": (channels, height, width),
             "mean": _numbers("Preprocessing", "mean", self.mean, (size[0],)),
             "std": _numbers("Preprocessing", "std", self.std, (size[0],), above_0=True),
             "crop_pct": share,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import timm
 
-from fastshap_kernels._checks import check_count, describe
+from fastshap_kernels._checks import check_count, check_number, describe, fail
 
 from .._checks import check_choice
 from ..games.factory import REMOVALS
@@ -51,9 +51,10 @@ def check_choices(head: object, base: object, head_depth: object, intermediates:
 def checked_gradient(value: object, head: str) -> float:
     if value is None:
         return 0.0 if head == "shares" else 1.0
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
-        raise ValueError(f"Argument `backbone_gradient` must be a number in [0, 1], but it is {describe(value)}.")
-    return float(value)
+    share = check_number("SelfExplainingClassifier", "backbone_gradient", value, 0)
+    if share > 1:
+        fail("SelfExplainingClassifier", "backbone_gradient", "a number in [0, 1]", value)
+    return share
 
 
 def check_name(name: object, num_classes: object) -> None:

@@ -12,13 +12,14 @@ from .._runtime.packed_sdpa import cpu_attention
 from .._runtime.precision import at_least_float32
 from ..games.base import Features, Game
 from ..games.coalitions import Coalitions
+from ..games.hooks import is_plain
 
 #: Past this width an explanation costs more, and R² gains nothing.
 WIDEST = 256
 #: Up to this width (or the model's own) the layers that explain may have any share of the model's parameters.
-_ALWAYS = 128
+_ALWAYS = 96
 #: Beyond it they have at most this share, so that an explanation stays cheap beside the prediction.
-_SHARE = 0.15
+_SHARE = 0.13
 _STEP = 32
 
 
@@ -46,9 +47,12 @@ class VotesHead(_Head):
     def __init__(self, game: Game, backbone_gradient: float = 1.0) -> None:
         super().__init__(game, backbone_gradient)
 
-    def forward(self, features: Features, logits: Tensor, null: Tensor) -> Tensor:
-        """Shapley values (B, P, K), float32 at least, that add up to logits (B, K) − null (K,)."""
-        return _completed(at_least_float32(votes_of_patches(self.game, features.last)), logits, null)
+    def forward(self, features: Features, logits: Tensor, null: Tensor, target: Tensor | None = None) -> Tensor:
+        """Shapley values (B, P, K), float32 at least, that add up to logits (B, K) − null (K,).
+
+        Of one class of each image, `target` (B,), where it is given: (B, P).
+        """
+        return _completed(at_least_float32(votes_of_patches(self.game, features.last, target)), logits, null, target)
 
     def regression_loss(
         self,
@@ -102,15 +106,23 @@ class SharesHead(_Head):
     @property
     def is_untrained(self) -> bool:
         """Whether W_s is still 0, so that nothing was learnt."""
-        return not self.shares.weight.is_meta and not bool(self.shares.weight.any())
+        weight = self.shares.weight
+        return not weight.is_meta and not bool(weight[0].any()) and not bool(weight.any())
 
-    def forward(self, features: Features, logits: Tensor, null: Tensor) -> Tensor:
-        """Shapley values (B, P, K), float32 at least, that add up to logits (B, K) − null (K,)."""
+    def forward(self, features: Features, logits: Tensor, null: Tensor, target: Tensor | None = None) -> Tensor:
+        """As `VotesHead.forward`."""
         with cpu_linears(features.last):
-            found = at_least_float32(self.shares(self.explainer(features)))
+            found = at_least_float32(self._shares_of(self.explainer(features), target))
         if self.base == "votes":
-            found = found + at_least_float32(votes_of_patches(self.game, features.last))
-        return _completed(found, logits, null)
+            found = found + at_least_float32(votes_of_patches(self.game, features.last, target))
+        return _completed(found, logits, null, target)
+
+    def _shares_of(self, explained: Tensor, target: Tensor | None) -> Tensor:
+        """(B, P, K), or (B, P) of a class of each image."""
+        if target is not None and is_plain(self.shares, nn.Linear):
+            return _linear(explained, self.shares.weight, None, target)
+        found = self.shares(explained)
+        return found if target is None else found.gather(2, target[:, None, None].expand(-1, found.shape[1], 1))[..., 0]
 
     def regression_loss(
         self,
@@ -161,9 +173,9 @@ class Explainer(nn.Module):
 
 
 def width_of(game: Game, classes: int, depth: int) -> int:
-    """G's width: the model's own, where that is at most 256 and G then has at most 15 % of the model's parameters.
+    """G's width: the model's own, where that is at most 256 and G then has at most 13 % of the model's parameters.
 
-    Else the largest multiple of 32 of which this holds, and in any case 128, or the model's own where that is less.
+    Else the largest multiple of 32 of which this holds, and in any case 96, or the model's own where that is less.
     """
     own = game.feature_width
     allowed = _SHARE * sum(parameter.numel() for parameter in game.backbone.parameters())
@@ -177,9 +189,17 @@ def width_of(game: Game, classes: int, depth: int) -> int:
     return _ALWAYS
 
 
-def votes_of_patches(game: Game, features: Tensor) -> Tensor:
-    """(W e_p + b)/P of features (B, P, L): (B, P, K)."""
-    return nn.functional.linear(features, *game.vote_weight()) / game.players
+def votes_of_patches(game: Game, features: Tensor, target: Tensor | None = None) -> Tensor:
+    """(W e_p + b)/P of features (B, P, L): (B, P, K), or (B, P) of a class of each image, `target` (B,)."""
+    return _linear(features, *game.vote_weight(), target) / game.players
+
+
+def _linear(features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None) -> Tensor:
+    """W e_p + b for every class, or for one of each image: then the others cost nothing."""
+    if target is None:
+        return nn.functional.linear(features, weight, bias)
+    found = (features @ weight[target].unsqueeze(2)).squeeze(2)
+    return found if bias is None else found + bias[target].unsqueeze(1)
 
 
 def votes_of_coalitions(game: Game, features: Tensor, coalitions: Coalitions) -> Tensor:
@@ -223,7 +243,9 @@ def loss_of_classes(
         return (wanted - null - found).square().mean()
 
 
-def _completed(found: Tensor, logits: Tensor, null: Tensor) -> Tensor:
-    """Shapley values (B, P, K) with an equal part each of what they leave of f(x) − v(∅)."""
+def _completed(found: Tensor, logits: Tensor, null: Tensor, target: Tensor | None) -> Tensor:
+    """Shapley values (B, P, K), or (B, P) of the target, with an equal part each of what they leave of f(x) − v(∅)."""
+    if target is not None:
+        logits, null = logits.gather(1, target.unsqueeze(1)).squeeze(1), null[target]
     missing = at_least_float32(logits) - at_least_float32(null) - found.sum(1)
     return found + (missing / found.shape[1]).unsqueeze(1)

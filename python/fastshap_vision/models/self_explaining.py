@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastshap_kernels._checks import check_bits
 
-from .._checks import check_choice, check_classes
+from .._checks import all_finite, check_choice, check_classes
 from .._modes import evaluation_mode
 from .._runtime.precision import at_least_float32, lowered
 from ..explanations.explanation import Explanation
@@ -59,7 +59,7 @@ class SelfExplainingClassifier(Pretrained):
         base: "even" or "votes"; default "votes" where patches vote. Of the shares head only.
         head_depth: blocks between the features and the shares, 0, 1 or 2. Of the shares head only.
         head_width: features of these blocks. None for the model's own, up to 256, or so many that the head has at most
-            15 % of the model's parameters, but 128 at least. Of the shares head only.
+            13 % of the model's parameters, but 96 at least. Of the shares head only.
         intermediates: whether these blocks read the features of every stage of the encoder (each block of a
             transformer), added up by a linear layer, instead of the last ones alone. Of the shares head only.
         backbone_gradient: γ in [0, 1], how much of the regression's gradient goes on into the encoder. Default 0 with
@@ -225,24 +225,27 @@ class SelfExplainingClassifier(Pretrained):
             True
         """
         self._check_images(images)
-        return self._explained(images)[:2]
+        return self._explained(images, "all")[:2]
 
-    def _explained(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Shapley values (B, P, K), logits (B, K) and v(∅) (K,)."""
+    def _explained(self, images: Tensor, target: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Shapley values (B, P, K) or (B, P), logits (B, K), the classes that were chosen (B,) and v(∅) (K,)."""
         null = self.null_value()
         if not len(images):  # which not every model takes
+            logits = null.new_zeros(0, self.num_classes)
+            chosen = self._target(target, logits)
             values = at_least_float32(null.new_zeros(0, self.players, self.num_classes))
-            return values, null.new_zeros(0, self.num_classes), null
+            return values if chosen is None else values[..., 0], logits, chosen, null
         features, logits = self.game.features_and_logits(images)
         check_classes_unchanged(self, logits)
-        return self.head(features, logits, null), logits, null
+        chosen = self._target(target, logits)
+        return self.head(features, logits, null, chosen), logits, chosen, null
 
     def preprocess(self, images: Any) -> Tensor:
         """The input (B, C, H, W) that `explain` makes of images, with the same errors: for calls, plots, metrics."""
         like = next(self.parameters())
         batch = as_batch(images, self.game.input_size, self.preprocessing, like)
         self._check_images(batch)
-        if not torch.isfinite(batch).all():
+        if not all_finite(batch):
             raise ValueError("Argument `images` must be finite, but it holds NaN or infinite pixels. Clean the input.")
         return batch
 
@@ -273,10 +276,7 @@ class SelfExplainingClassifier(Pretrained):
         """
         images = self.preprocess(images)
         with evaluation_mode(self):
-            phi, logits, null = self._explained(images)
-        chosen = self._target(target, logits)
-        if chosen is not None:
-            phi = phi.gather(2, chosen[:, None, None].expand(-1, self.players, 1))[..., 0]
+            phi, logits, chosen, null = self._explained(images, target)
         return Explanation(phi, logits, chosen, self.grid, null, seen=self.seen, untrained=self._warn_if_untrained())
 
     def _warn_if_untrained(self) -> bool:
