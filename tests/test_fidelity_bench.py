@@ -187,7 +187,7 @@ def test_another_recipe_is_another_run(monkeypatch, tmp_path):
         return [program.folder_of(fidelity_runs.Run("vit", name, 0), options) for name in ("recipe", "plain")]
 
     before = folders()
-    monkeypatch.setitem(fidelity_runs.SETTINGS, "recipe", fidelity_runs.SETTINGS["played-32"])
+    monkeypatch.setitem(fidelity_runs.SETTINGS, "recipe", fidelity_runs.SETTINGS["recorded-32"])
     after = folders()
     assert before[0] != after[0]
     assert before[1] == after[1]
@@ -205,7 +205,7 @@ def test_together_is_the_default_of_the_objective():
 def test_a_setting_changes_what_it_names_and_nothing_else():
     found = {name: fidelity_runs.objective_of(fidelity_runs.Run("vit", name, 0)) for name in fidelity_runs.SETTINGS}
     assert found["recipe"] == found["depth-1"] == fidelity_runs.RECIPE
-    assert found["played-32"] == {"coalitions": 32}
+    assert found["recorded-32"] == {"coalitions": 32}
     assert found["together"] == fidelity_runs.TOGETHER
     assert found["M-2"] == fidelity_runs.TOGETHER | {"coalitions": 2}
     assert found["viashap"] == {"coalitions": 2}

@@ -178,8 +178,8 @@ def test_patches_are_removed_one_by_one(make):
             fall = (subject.model(images) - subject.model(without)).gather(1, target[:, None])[:, 0]
             values = subject.game.coalition_values(images, fk.pack_bits(present))
         assert torch.allclose(occluded[:, p], fall, atol=1e-5)
-        played = (values[:, 0] - values[:, 1]).gather(1, target[:, None])[:, 0]
-        assert torch.allclose(left_out[:, p], played, atol=1e-5)
+        expected = (values[:, 0] - values[:, 1]).gather(1, target[:, None])[:, 0]
+        assert torch.allclose(left_out[:, p], expected, atol=1e-5)
 
 
 # -- KernelSHAP with few coalitions ----------------------------------------------------------------------------------

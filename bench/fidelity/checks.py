@@ -45,20 +45,20 @@ def check_model(
         unfinished = path.with_suffix(f".{os.getpid()}")
         torch.save(_play(model, images, evaluations), unfinished)
         unfinished.replace(path)
-    played = torch.load(path, map_location=device)
-    fidelity = fv.fidelity(model, images, fv.ReferenceValues(**played["reference"]))
+    stored = torch.load(path, map_location=device)
+    fidelity = fv.fidelity(model, images, fv.ReferenceValues(**stored["reference"]))
     return {
         "accuracy": accuracy.accuracy,
         "task_loss": accuracy.loss,
         "fidelity": fidelity.as_dict(),
-        "kernel_shap": played["kernel_shap"],
+        "kernel_shap": stored["kernel_shap"],
         "ms_per_explanation": one_explanation(model, images),
         "time": time_in_turn(model, images),
     }
 
 
 def game_key(model: Any, *asked: int) -> str:
-    """All that the game depends on, and what is asked of it. An explainer that is trained apart plays a surrogate's."""
+    """All that the game depends on, and what is computed of it; of an explainer that is trained apart, a surrogate's."""
     player = getattr(model, "surrogate", model)
     about = (type(model).__name__, type(player.head).__name__, player.removal, *asked)
     digest = hashlib.sha256(repr(about).encode())

@@ -42,8 +42,8 @@ from fastshap_vision.explanations.page import explanation_page
 
 #: The settings whose models every method explains; the first two must be trained.
 COMPARED = ("plain", "recipe", "grey-pixels", "fastshap")
-#: Precision of the games that are played once.
-PLAYED = "bf16"
+#: Precision of recorded coalitions.
+RECORDING = "bf16"
 #: Images on the page of explanations.
 SHOWN = 6
 
@@ -84,9 +84,9 @@ def prepare_process(options: argparse.Namespace) -> None:
 
 
 def load_train(run: Run, options: argparse.Namespace) -> Dataset:
-    """The training images of a run. What is played once must be the same image later: it is not augmented."""
+    """The training images of a run. What is recorded must be the same image later: it is not augmented."""
     images, setting = BUDGETS[options.budget].images, SETTINGS[run.setting]
-    train = archives.load(options.data, "train", augment=setting.kind != "played")
+    train = archives.load(options.data, "train", augment=setting.kind != "recorded")
     train = Subset(train, range(min(images, len(train))))
     return fv.WithMirrorImages(train) if setting.mirrored else train
 
@@ -129,7 +129,7 @@ def train_classifier(run: Run, train: Any, classes: int, options: argparse.Names
     if setting.starts_from:
         before = load_classifier(Run(run.network, setting.starts_from, run.seed), options)
         model.backbone.load_state_dict(before.backbone.state_dict())
-    if setting.kind == "played":
+    if setting.kind == "recorded":
         train = recorded_for(run, model, train, options)
     trained = model.backbone if setting.kind == "task" else model
     epochs = fidelity_runs.epochs_of(run, budget)
@@ -146,7 +146,7 @@ def recorded_for(
     path = options.runs / "games" / f"{game_key(model, len(train), coalitions, run.seed)}.safetensors"
     if path.exists():
         return fv.RecordedCoalitions.load(path, train)
-    recorded = fv.record_coalitions(model, train, coalitions, seed=run.seed, precision=PLAYED, progress=False)
+    recorded = fv.record_coalitions(model, train, coalitions, seed=run.seed, precision=RECORDING, progress=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     recorded.save(path)
     return recorded

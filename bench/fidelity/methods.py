@@ -4,8 +4,8 @@
 float32 (B, P), larger = more important. Hand over all images at once: seeds count images from the first one, and each
 method cuts the images into parts that memory holds.
 
-captum does what it does well (gradients, occlusion, its own KernelShap, Grad-CAM on feature maps); what plays the game
-is here, what reads attention in attention.py.
+captum does what it does well (gradients, occlusion, its own KernelShap, Grad-CAM on feature maps); what evaluates
+coalitions is here, what reads attention in attention.py.
 """
 
 from __future__ import annotations

@@ -48,10 +48,10 @@ class Setting:
 
     Args:
         about: what is different from the recipe, in words.
-        kind: "task" trains the task alone; "played" the explainer of a model that another setting trained, on games
-            played once; "shapley" the task and the regression together; "viashap" with ViaSHAP's objective;
+        kind: "task" trains the task alone; "recorded" the explainer of a model that another setting trained, on
+            recorded coalitions; "shapley" the task and the regression together; "viashap" with ViaSHAP's objective;
             "amortized" FastSHAP's surrogate and explainer, for a model that another setting trained.
-        objective: arguments of the objective, of "played" those of `fv.record_coalitions`; of "played" and "shapley"
+        objective: arguments of the objective, of "recorded" those of `fv.record_coalitions`; of this and "shapley"
             those that differ from `RECIPE` and `TOGETHER`.
         model: arguments of `fv.SelfExplainingClassifier`.
         training: arguments of `fv.fit`, by network, that differ from the budget's.
@@ -70,19 +70,19 @@ class Setting:
     mirrored: bool = False
 
 
-def _played(about: str, coalitions: int | None = None, **changes: Any) -> Setting:
+def _recorded(about: str, coalitions: int | None = None, **changes: Any) -> Setting:
     """Of each image and of its mirror image, in as many steps as the plain model's training took."""
     objective = {} if coalitions is None else {"coalitions": coalitions}
     model = RECIPE_MODEL | changes
-    return Setting(about, "played", objective, model, starts_from="plain", share=0.5, mirrored=True)
+    return Setting(about, "recorded", objective, model, starts_from="plain", share=0.5, mirrored=True)
 
 
 def _adamw(about: str, coalitions: int | None = None, **changes: Any) -> Setting:
-    return _played(f"AdamW: {about}", coalitions, **changes)
+    return _recorded(f"AdamW: {about}", coalitions, **changes)
 
 
 def _muon(about: str, coalitions: int | None = None, share: float = 0.5) -> Setting:
-    return replace(_played(about, coalitions), training=RECIPE_TRAINING, share=share)
+    return replace(_recorded(about, coalitions), training=RECIPE_TRAINING, share=share)
 
 
 def _together(about: str, gradient: float = 0.0, **changes: Any) -> Setting:
@@ -103,8 +103,8 @@ SETTINGS: dict[str, Setting] = {
     "half": replace(_adamw("the explainer trained half as long"), share=0.25),
     "double": replace(_adamw("the explainer trained twice as long"), share=1.0),
     "unmirrored": replace(_adamw("128 coalitions an image, no mirror images", 128), share=1.0, mirrored=False),
-    "played-32": _adamw("32 coalitions an image", coalitions=32),
-    "played-128": _adamw("128 coalitions an image", coalitions=128),
+    "recorded-32": _adamw("32 coalitions an image", coalitions=32),
+    "recorded-128": _adamw("128 coalitions an image", coalitions=128),
     "even": _adamw("shares on the even split", base="even"),
     "depth-0": _adamw("no block before the shares", head_depth=0),
     "depth-1": _adamw("one block before the shares", head_depth=1),
@@ -231,16 +231,16 @@ def make_model(run: Run, budget: Budget, classes: int) -> fv.SelfExplainingClass
 
 
 def objective_of(run: Run) -> dict[str, Any]:
-    """Arguments of the run's objective, of a "played" one those of `fv.record_coalitions`."""
+    """Arguments of the run's objective, of a "recorded" one those of `fv.record_coalitions`."""
     setting = SETTINGS[run.setting]
-    return {"played": RECIPE, "shapley": TOGETHER}.get(setting.kind, {}) | setting.objective
+    return {"recorded": RECIPE, "shapley": TOGETHER}.get(setting.kind, {}) | setting.objective
 
 
 def make_objective(run: Run) -> Any:
     setting = SETTINGS[run.setting]
     if setting.kind == "task":
         return fv.TaskObjective()
-    if setting.kind == "played":
+    if setting.kind == "recorded":
         return fv.ExplainerObjective()
     make = fv.baselines.ViaSHAPObjective if setting.kind == "viashap" else fv.JointObjective
     return make(**objective_of(run), seed=run.seed)
@@ -275,7 +275,7 @@ def evaluations_of(run: Run, budget: Budget) -> int:
     setting, images, epochs = SETTINGS[run.setting], images_of(run, budget), epochs_of(run, budget)
     if setting.kind == "amortized":
         return images * explainer_epochs(run, budget) * _EXPLAINER_EVALUATIONS
-    if setting.kind == "played":
+    if setting.kind == "recorded":
         return images * (objective_of(run)["coalitions"] + epochs)
     objective = {"coalitions": 0, "masked_task_weight": 1.0, "regression_weight": 1.0} | objective_of(run)
     starts = [

@@ -19,7 +19,7 @@ AT_ONCE = 256
 
 
 class Game(Protocol):
-    """What plays for leave-one-out and KernelSHAP: a `SelfExplainingClassifier`, a `MaskedImageGame`, or the like."""
+    """The game of leave-one-out and KernelSHAP: a `SelfExplainingClassifier`, a `MaskedImageGame`, or the like."""
 
     players: int  # P
     grid: tuple[int, int]  # (h, w)
@@ -33,7 +33,7 @@ class Subject:
 
     Args:
         model: a timm VisionTransformer, or a timm CNN that ends in a feature map; images (B, C, H, W) → logits (B, K).
-        game: gives the grid, and v(S) to the methods that play.
+        game: gives the grid, and v(S) to the methods that evaluate coalitions.
     """
 
     model: Any

@@ -113,7 +113,7 @@ def _over_plain(table: Table, **setting: Any) -> float | None:
 
 
 def _agreement(table: Table) -> Figures:
-    """The largest difference between ways that play the same game."""
+    """The largest difference between ways that evaluate the same game."""
 
     def largest(field: str, *modes: str) -> float | None:
         rows = [row for row in table.rows if row["mode"] in modes and row["dtype"] == "float32"]

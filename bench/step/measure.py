@@ -51,7 +51,7 @@ METHOD = (
     "was quickest, since a shared machine's other guests only add time."
 )
 
-#: Where float32 ways that play the same game must agree.
+#: Where float32 ways that evaluate the same game must agree.
 MOST_DIFFERENT = {"value": 1e-5, "detached": 1e-4, "live": 1e-4}
 
 

@@ -1,7 +1,7 @@
 """One training step in several ways, on the same images, coalitions and weights.
 
 dense-pixel           images repeated, absent patches' pixels set to 0: what FastSHAP and ViaSHAP do. A vision
-                      transformer plays another game then, and is measured for what it costs.
+                      transformer has another game then, and is measured for what it costs.
 dense-mask            images repeated, absent keys at −∞ in every block: what ViT-Shapley does. The same loss as packed.
 dense-compiled        dense-mask under torch.compile; of a convolutional network dense-pixel. The same loss as packed.
 dense-pixel-compiled  dense-pixel of a vision transformer under torch.compile.

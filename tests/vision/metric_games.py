@@ -7,7 +7,7 @@ from fastshap_kernels import unpack_bits
 
 
 class SetGame(nn.Module):
-    """Plays v_x(S) = `logits`(S), a function of bool (B, M, P) and images (B, 1, 1, P); records what it was asked."""
+    """v_x(S) = `logits`(S), a function of bool (B, M, P) and images (B, 1, 1, P); records which it evaluated."""
 
     def __init__(self, players, logits):
         super().__init__()

@@ -15,7 +15,7 @@ CLASSES = 3
 
 
 class QuadraticGame(nn.Module):
-    """Plays v_x(S) = null + Σ_{p∈S} a_p x_p + Σ_{p,q∈S} x_p Q_pq x_q, whose Shapley values are known.
+    """v_x(S) = null + Σ_{p∈S} a_p x_p + Σ_{p,q∈S} x_p Q_pq x_q, whose Shapley values are known.
 
     φ_p = a_p x_p + Q_pp x_p² + ½ Σ_{q≠p} x_p (Q_pq + Q_qp) x_q. Its own explanation is `distort(φ)`.
     """

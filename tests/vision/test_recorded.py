@@ -1,4 +1,4 @@
-"""Games that are played once, and the explainer that learns from the record of a model that stays as it is."""
+"""Coalitions that are evaluated once, and the explainer that learns from them, of a model that stays as it is."""
 
 import copy
 
@@ -62,7 +62,7 @@ def test_a_record_is_saved_and_loaded(tmp_path):
     ],
 )
 def test_games_that_were_damaged_are_refused(tmp_path, damage):
-    """Past the images that are played again too."""
+    """Past the images that are evaluated again too."""
     data, generator = dataset("class token", 64), torch.Generator().manual_seed(0)
     recorded = fv.RecordedCoalitions(
         data, fk.sample_coalitions(64, 4, 16, seed=0), torch.randn(64, 4, 7, generator=generator)
@@ -154,7 +154,7 @@ def test_models_of_other_precision_play_too(dtype):
     recorded.check(model)
 
 
-def test_playing_draws_nothing_from_the_processs_generator():
+def test_recording_draws_nothing_from_the_processs_generator():
     model, data = converted("class token"), dataset("class token", 3)
     torch.manual_seed(4)
     expected = torch.rand(3)
@@ -189,7 +189,7 @@ def test_classes_are_those_of_the_data():
     assert fv.RecordedCoalitions(digits, bits, values).classes == digits.classes
 
 
-def test_playing_leaves_modes_as_they_were():
+def test_recording_leaves_modes_as_they_were():
     model = converted("class token").train()
     fv.record_coalitions(model, dataset("class token", 2), 2)
     assert all(module.training for module in model.modules())
@@ -241,11 +241,11 @@ def test_games_that_were_held_out_say_what_is_learned():
     trained, held_out = (fv.record_coalitions(model, Subset(data, rows), 32) for rows in (range(10), range(10, 20)))
     options = {"epochs": 3, "batch_size": 5, "progress": False, "lr": 3e-3}
     history = fv.fit(model, trained, held_out, objective=fv.ExplainerObjective(), **options).history
-    images, played = torch.stack([held_out[row][0] for row in range(10)]), (None, held_out.bits, held_out.values)
+    images, stored = torch.stack([held_out[row][0] for row in range(10)]), (None, held_out.bits, held_out.values)
     residuals = []
     with torch.no_grad():
         for part in (slice(5), slice(5, 10)):
-            terms = fv.ExplainerObjective()(model, images[part], [None, played[1][part], played[2][part]])
+            terms = fv.ExplainerObjective()(model, images[part], [None, stored[1][part], stored[2][part]])
             residuals.append(float(terms.value_r2))
     assert history[-1]["eval_value_r2"] == pytest.approx(sum(residuals) / 2, abs=1e-5)
     assert history[-1]["eval_value_r2"] != history[0]["eval_value_r2"]
@@ -336,7 +336,7 @@ def test_bad_arguments_of_play(options, words):
         ([(images(batch=1, size=32)[0] * torch.nan, 0)], "finite.*NaN"),
     ],
 )
-def test_data_that_cannot_be_played_is_refused(data, words):
+def test_data_that_cannot_be_recorded_is_refused(data, words):
     with pytest.raises(ValueError, match=f"record_coalitions: argument `data` must be .*{words}"):
         fv.record_coalitions(converted("class token"), data)
 
@@ -346,7 +346,7 @@ def test_a_model_that_plays_no_game_is_refused():
         fv.record_coalitions(create("class token"), dataset("class token"))
 
 
-def test_what_was_not_played_is_refused():
+def test_what_was_not_recorded_is_refused():
     data = dataset("class token")
     options = {"objective": fv.ExplainerObjective(), "epochs": 1, "batch_size": 5, "progress": False}
     with pytest.raises(ValueError, match=r"given labels.*fv\.record_coalitions"):

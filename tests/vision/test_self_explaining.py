@@ -231,7 +231,7 @@ def test_saves_and_loads_offline(tmp_path, kind, options, capsys):
     ("kind", "options"), [("class token", {}), ("resnet18", {}), ("resnet18", {"removal": "stem"})]
 )
 def test_a_checkpoint_keeps_its_removal(tmp_path, kind, options):
-    """What was chosen is written down; checkpoints from before there was a choice play what was played then."""
+    """What was chosen is written down; checkpoints from before there was a choice have the game of then."""
     model = converted(kind, **options)
     expected = options.get("removal", "token" if kind == "class token" else "cell")
     assert model.removal == model.config["removal"] == expected
