@@ -58,7 +58,7 @@ def check_model(
 
 
 def game_key(model: Any, *asked: int) -> str:
-    """All that the game depends on, and what is computed of it; of an explainer that is trained apart, a surrogate's."""
+    """All that a game depends on, and what is computed of it; of an explainer that is trained apart, a surrogate's."""
     player = getattr(model, "surrogate", model)
     about = (type(model).__name__, type(player.head).__name__, player.removal, *asked)
     digest = hashlib.sha256(repr(about).encode())
