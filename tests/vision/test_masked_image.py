@@ -85,7 +85,16 @@ def test_chunks_change_nothing(model, images, present, name, batch):
     assert torch.allclose(whole, parts, atol=1e-12)
 
 
-def test_any_callable_plays():
+def test_coalitions_and_their_bits_are_the_same(model, images, present):
+    game, bits = MaskedImageGame(model, GRID), pack_bits(present)
+    assert torch.equal(
+        game.coalition_values(images, fv.Coalitions(bits, game.players)), game.coalition_values(images, bits)
+    )
+    with pytest.raises(ValueError, match=f"`coalitions` must be of the model's {game.players} players"):
+        game.coalition_values(images, fv.Coalitions(bits, game.players + 1))
+
+
+def test_any_callable_will_do():
     game = MaskedImageGame(lambda images: images.sum((2, 3)), (1, 2))
     values = game.coalition_values(torch.ones(1, 2, 3, 4), pack_bits(torch.tensor([[[True, False], [True, True]]])))
     assert values.tolist() == [[[6, 6], [12, 12]]]
@@ -138,9 +147,9 @@ def test_bad_constructor_is_named(model, make, message):
     [
         ({}, lambda x, b: (x[0], b), "argument `images`"),
         ({}, lambda x, b: (x.long(), b), "argument `images`"),
-        ({}, lambda x, b: (x, b[:2]), "argument `bits`"),
-        ({}, lambda x, b: (x, b[:, :0]), "argument `bits` must be .* at least one coalition"),
-        ({}, lambda x, b: (x, b.long()), "argument `bits`"),
+        ({}, lambda x, b: (x, b[:2]), "argument `coalitions`"),
+        ({}, lambda x, b: (x, b[:, :0]), "argument `coalitions` must be .*at least one coalition"),
+        ({}, lambda x, b: (x, b.long()), "argument `coalitions`"),
         ({"baseline": torch.zeros(3)}, lambda x, b: (x, b), "argument `baseline` must be for 2 channels"),
         ({"baseline": PICTURES}, lambda x, b: (x[:1], b[:1]), "argument `baseline`"),
         ({"grid": (4, 4)}, lambda x, b: (x, b), "argument `grid` must be a divisor"),

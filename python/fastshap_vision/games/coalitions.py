@@ -69,3 +69,25 @@ class Coalitions:
     def with_bits(self, bits: Tensor) -> Coalitions:
         """Other coalitions of the same players, of which the same is promised."""
         return replace(self, bits=bits)
+
+
+def coalitions_of(
+    images: Tensor, coalitions: Coalitions | Tensor, players: int, op: str, or_on_cpu: bool = False
+) -> Coalitions:
+    """`Coalitions` of the images, of themselves or of their bits; on the images' device, or if asked on the CPU.
+
+    Raises:
+        ValueError: for coalitions of other images or players.
+    """
+    bits = coalitions.bits if isinstance(coalitions, Coalitions) else coalitions
+    is_on_cpu = or_on_cpu and isinstance(bits, Tensor) and bits.device.type == "cpu"
+    like = images.new_empty(len(images), device="cpu") if is_on_cpu else images
+    check_bits(op, bits, players, like, "coalitions")
+    if not isinstance(coalitions, Coalitions):
+        return Coalitions(bits, players)
+    if coalitions.players != players:
+        raise ValueError(
+            f"{op}: argument `coalitions` must be of the model's {players} players, but they are of "
+            f"{coalitions.players}. Pass Coalitions(bits, model.players)."
+        )
+    return coalitions

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastshap_kernels import mask_patches
-from fastshap_kernels._checks import check_bits, check_count, check_tensor, fail
+from fastshap_kernels._checks import check_count, check_tensor, fail
 
 from .._checks import check_choice
 from ..explanations.link import LINKS
+from .coalitions import Coalitions, coalitions_of
 
 BASELINES = ("mean", "black", "blur")
 _BLUR_SIZE, _BLUR_DEVIATION = 11, 5.0
@@ -92,18 +93,19 @@ class MaskedImageGame(nn.Module):
         """The model's output (B, K) for whole images."""
         return self.model(images)
 
-    def coalition_values(self, images: Tensor, bits: Tensor) -> Tensor:
+    def coalition_values(self, images: Tensor, coalitions: Coalitions | Tensor) -> Tensor:
         """v(S) of every coalition.
 
         Args:
             images (floating point): (B, C, H, W), normalised as the model expects them.
-            bits (int32): (B, M, W) coalitions, at least one; on any device.
+            coalitions: M of every image, at least one: `Coalitions` or their bits alone, int32 (B, M, W). On the
+                images' device or on the CPU.
 
         Returns:
             values (B, M, K). Gradients flow to the model where grad mode is on.
 
         Raises:
-            ValueError: for images, bits or a baseline of the wrong shape.
+            ValueError: for images, coalitions or a baseline of the wrong shape.
 
         Example:
             >>> game = fv.MaskedImageGame(model, grid=(4, 4))
@@ -111,12 +113,11 @@ class MaskedImageGame(nn.Module):
             torch.Size([4, 2, 10])
         """
         check_tensor("MaskedImageGame", "images", images, "(B, C, H, W)", 4)
-        bits = check_bits("MaskedImageGame", bits, self.players).to(images.device)
-        if len(bits) != len(images) or bits.numel() == 0:
-            fail("MaskedImageGame", "bits", f"({len(images)}, M, W), at least one coalition of one image", bits)
+        bits = coalitions_of(images, coalitions, self.players, "MaskedImageGame", or_on_cpu=True).bits.to(images.device)
+        if not bits.numel():
+            fail("MaskedImageGame", "coalitions", "at least one coalition of one image", bits)
         baseline = self._baseline(images)
-        coalitions = bits.shape[1]
-        owners = torch.arange(len(images), device=images.device).repeat_interleave(coalitions)
+        owners = torch.arange(len(images), device=images.device).repeat_interleave(bits.shape[1])
         parts = []
         for owner, part in zip(owners.split(self.batch), bits.flatten(0, 1).split(self.batch), strict=True):
             absent = baseline[owner] if isinstance(baseline, Tensor) and baseline.ndim == 4 else baseline
@@ -126,7 +127,7 @@ class MaskedImageGame(nn.Module):
                     "MaskedImageGame", "model", f"a function from {len(part)} images to logits ({len(part)}, K)", logits
                 )
             parts.append(logits)
-        return torch.cat(parts).unflatten(0, (len(images), coalitions))
+        return torch.cat(parts).unflatten(0, bits.shape[:2])
 
     def _baseline(self, images: Tensor) -> float | Tensor:
         """A number, a colour (C,), a picture (C, H, W) for all images, or pictures (B, C, H, W)."""

@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastshap_kernels._checks import check_bits
-
 from .._checks import all_finite, check_choice, check_classes
 from .._modes import evaluation_mode
 from .._runtime.precision import at_least_float32, lowered
 from ..explanations.explanation import Explanation
 from ..games.base import Features, JointPass
-from ..games.coalitions import Coalitions
+from ..games.coalitions import Coalitions, coalitions_of
 from ..games.factory import make_game
 from ..games.hooks import check_backbone
 from ..images.batch import as_batch
@@ -328,7 +326,7 @@ class SelfExplainingClassifier(Pretrained):
             torch.Size([4, 6, 10])
         """
         self._check_images(images)
-        coalitions = self._coalitions("coalition_values", coalitions, images, or_on_cpu=True)
+        coalitions = coalitions_of(images, coalitions, self.players, "coalition_values", or_on_cpu=True)
         with lowered(self, precision):
             return stream(self.game, images, coalitions, max_rows, progress, variant=precision)
 
@@ -341,24 +339,7 @@ class SelfExplainingClassifier(Pretrained):
             (torch.Size([4, 10]), torch.Size([4, 2, 10]))
         """
         self._check_images(images)
-        return self.game.joint(images, self._coalitions("joint", coalitions, images))
-
-    def _coalitions(
-        self, op: str, coalitions: Coalitions | Tensor, images: Tensor, or_on_cpu: bool = False
-    ) -> Coalitions:
-        """`Coalitions` of the images, of themselves or of their bits."""
-        bits = coalitions.bits if isinstance(coalitions, Coalitions) else coalitions
-        is_on_cpu = or_on_cpu and isinstance(bits, Tensor) and bits.device.type == "cpu"
-        like = images.new_empty(len(images), device="cpu") if is_on_cpu else images
-        check_bits(op, bits, self.players, like, "coalitions")
-        if not isinstance(coalitions, Coalitions):
-            return Coalitions(bits, self.players)
-        if coalitions.players != self.players:
-            raise ValueError(
-                f"{op}: argument `coalitions` must be of the model's {self.players} players, but they are of "
-                f"{coalitions.players}. Pass Coalitions(bits, model.players)."
-            )
-        return coalitions
+        return self.game.joint(images, coalitions_of(images, coalitions, self.players, "joint"))
 
     def null_value(self) -> Tensor:
         """v(∅): (K,); exactly zero where patches vote. In evaluation it is kept from one call to the next."""
@@ -379,7 +360,7 @@ class SelfExplainingClassifier(Pretrained):
         regression moves the shares, and the encoder as far as `backbone_gradient` says. `classes`, int64 (B, k), are
         those of each image that count; None for all.
         """
-        coalitions = self._coalitions("regression_loss", coalitions, features.last)
+        coalitions = coalitions_of(features.last, coalitions, self.players, "regression_loss")
         return self.head.regression_loss(features, logits, coalitions, values, null, classes)
 
     def _check_images(self, images: Tensor) -> None:
