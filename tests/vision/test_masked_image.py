@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional
 
 from fastshap_kernels import pack_bits
-from fastshap_vision import MaskedImageGame, exact_values
+from fastshap_vision import Coalitions, MaskedImageGame, exact_values
 
 GRID, CLASSES = (2, 3), 4
 MEAN, STD = (0.5, 0.4), (0.2, 0.25)
@@ -88,10 +88,10 @@ def test_chunks_change_nothing(model, images, present, name, batch):
 def test_coalitions_and_their_bits_are_the_same(model, images, present):
     game, bits = MaskedImageGame(model, GRID), pack_bits(present)
     assert torch.equal(
-        game.coalition_values(images, fv.Coalitions(bits, game.players)), game.coalition_values(images, bits)
+        game.coalition_values(images, Coalitions(bits, game.players)), game.coalition_values(images, bits)
     )
     with pytest.raises(ValueError, match=f"`coalitions` must be of the model's {game.players} players"):
-        game.coalition_values(images, fv.Coalitions(bits, game.players + 1))
+        game.coalition_values(images, Coalitions(bits, game.players + 1))
 
 
 def test_any_callable_will_do():
