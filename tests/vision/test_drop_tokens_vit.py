@@ -196,7 +196,8 @@ def test_stochastic_depth_drops_whole_sequences():
     distinct = torch.unique((values * 1e4).round(), dim=0)
     assert 2 <= len(distinct) <= 2 * 2 * 2 * 2  # two residual branches in the two blocks that can drop
     vit.eval()
-    assert len(torch.unique(model.eval().joint(x, bits).values[:, 0], dim=0)) == 1
+    values = model.eval().joint(x, bits).values[:, 0]
+    torch.testing.assert_close(values, values[:1].expand_as(values))
 
 
 @pytest.mark.parametrize("kind", ["class token", "registers, layer scale", "average pooling", "SigLIP"])
