@@ -215,7 +215,7 @@ def test_the_regression_follows_its_formula(base):
     assert all(weight.grad is not None for weight in [*model.head.explainer.parameters(), model.head.shares.weight])
 
 
-@pytest.mark.parametrize("kind", ["class token", "resnet18"])
+@pytest.mark.parametrize("kind", ["class token", "test_resnet"])
 def test_the_explainer_learns_and_all_else_stays_as_it_is(kind):
     """Norms' statistics too, with dropout and weight decay, though training puts the model in training mode."""
     model, data = converted(kind), dataset(kind)
