@@ -144,3 +144,14 @@ def test_one_value_that_outweighs_the_others_may_be_nearer_by_luck():
     ours[9] += 1e-2
     with pytest.raises(AssertionError, match="arithmetic"):
         assert_accurate(ours, plain, exact, exact.clone(), 4)
+
+
+def test_values_beside_one_that_outweighs_them_are_held_by_both_rules():
+    exact = torch.linspace(0.01, 0.2, 64, dtype=torch.float64)
+    exact[9] = 1e6
+    plain = exact.float()
+    assert_accurate(plain, plain, exact, exact.clone(), 4)
+    ours = torch.zeros_like(plain)
+    ours[9] = plain[9]
+    with pytest.raises(AssertionError, match="plain PyTorch's"):
+        assert_accurate(ours, plain, exact, exact.clone(), 4)

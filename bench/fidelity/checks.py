@@ -43,7 +43,7 @@ def check_model(
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")
-        torch.save(_play(model, images, evaluations), unfinished)
+        torch.save(_evaluate(model, images, evaluations), unfinished)
         unfinished.replace(path)
     stored = torch.load(path, map_location=device)
     fidelity = fv.fidelity(model, images, fv.ReferenceValues(**stored["reference"]))
@@ -67,7 +67,7 @@ def game_key(model: Any, *asked: int) -> str:
     return digest.hexdigest()[:16]
 
 
-def _play(model: Any, images: Tensor, evaluations: int) -> dict[str, Any]:
+def _evaluate(model: Any, images: Tensor, evaluations: int) -> dict[str, Any]:
     """The converged values of the images, and how far KernelSHAP with fewer evaluations is from them."""
     reference = converge(model, images, evaluations)
     counts = [count for count in EVALUATIONS if FEWEST * model.players <= count <= evaluations]

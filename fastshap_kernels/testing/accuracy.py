@@ -19,8 +19,9 @@ from torch import Tensor
 MARGIN = 8
 #: How many times the error of plain PyTorch the first rule allows.
 TIMES = 2
-#: Where fewer values than these make a result's size, one may be nearer than another by luck: the second rule alone
-#: holds. Their number is (Σ m²)² / Σ m⁴, all of them where they are alike, and 1 where one outweighs the others.
+#: Where fewer values than these make a result's size, one may be nearer than another by luck. The largest are then held
+#: by the second rule alone, and the others, as soon as so many of them count, by both. What counts is
+#: (Σ m²)² / Σ m⁴: all values where they are alike, 1 where one outweighs the others.
 FEW = 32
 #: Relative step, and number of draws, of `spread`.
 STEP, DRAWS = 1e-6, 8
@@ -87,10 +88,12 @@ def assert_accurate(
     # What the dtype can't hold weighs no more than its largest number.
     moved = moved.where(exact.abs() <= rounding.max, moved.clamp_max(rounding.max))
     # In float64 the exact values are no better than ours.
-    if actual.dtype != torch.float64 and _number_that_counts(moved) >= FEW:
-        size = exact.clamp(-rounding.max, rounding.max).norm()
-        allowed = TIMES * off_plain.norm() + rounding.eps * size + eps * moved.norm()
-        assert off.norm() <= allowed, f"error {off.norm():.3g}, plain PyTorch's {off_plain.norm():.3g}"
+    if actual.dtype != torch.float64:
+        many = _many(moved)
+        size = exact.clamp(-rounding.max, rounding.max)[many].norm()
+        allowed = TIMES * off_plain[many].norm() + rounding.eps * size + eps * moved[many].norm()
+        error = off[many].norm()
+        assert error <= allowed, f"error {error:.3g}, plain PyTorch's {off_plain[many].norm():.3g}"
     # Where terms cancel whatever they are, nothing moves, and they are still rounded: like the other values' terms.
     moved = moved.clamp_min(moved.square().mean().sqrt()) if moved.numel() else moved
     allowed = rounding.eps / 2 * exact.abs() + MARGIN * terms**0.5 * eps * moved
@@ -98,9 +101,17 @@ def assert_accurate(
     assert (off <= allowed).all(), f"an error of {(off / allowed).max():.3g} times what the arithmetic explains"
 
 
-def _number_that_counts(moved: Tensor) -> float:
-    squares = (moved / moved.max().clamp_min(1e-300)).square() if moved.numel() else moved
-    return float(squares.sum() ** 2 / squares.square().sum()) if squares.any() else moved.numel()
+def _many(moved: Tensor) -> Tensor:
+    """Which values the first rule holds, bool: all but the largest that outweigh the others; none of a few."""
+    sizes, order = moved.flatten().sort()
+    squares = (sizes / sizes[-1:].clamp_min(1e-300)).square()
+    sums, fourth = squares.cumsum(0).square(), squares.square().cumsum(0)
+    counts = torch.where(fourth > 0, sums / fourth, torch.arange(1, len(sizes) + 1, device=moved.device))
+    enough = (counts >= FEW).nonzero()
+    kept = torch.zeros_like(sizes, dtype=torch.bool)
+    if len(enough):
+        kept[order[: int(enough[-1]) + 1]] = True
+    return kept.view(moved.shape)
 
 
 def _beside(x: Tensor, exact: Tensor, largest: float) -> Tensor:

@@ -90,7 +90,7 @@ def test_coalitions_and_their_bits_are_the_same(model, images, present):
     assert torch.equal(
         game.coalition_values(images, Coalitions(bits, game.players)), game.coalition_values(images, bits)
     )
-    with pytest.raises(ValueError, match=f"`coalitions` must be of the model's {game.players} players"):
+    with pytest.raises(ValueError, match=f"`coalitions` must be of the game's {game.players} players"):
         game.coalition_values(images, Coalitions(bits, game.players + 1))
 
 

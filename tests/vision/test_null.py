@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 from vision_transformers import create, images
 
 import fastshap_vision as fv
@@ -36,12 +37,24 @@ def test_it_is_kept(counted):
         lambda model: model.backbone.blocks[0].mlp.fc1.weight.detach().mul_(2),
         lambda model: model.backbone.blocks[0].mlp.fc1.weight.data.mul_(2),
         lambda model: model.backbone.blocks[0].mlp.fc1.weight.data[1:].zero_(),
+        lambda model: model.backbone.blocks[0].mlp.fc2.weight.data[:, 1::2].zero_(),
+        lambda model: model.backbone.blocks[0].mlp.fc1.bias.data[5:6].add_(4),
         lambda model: setattr(model.backbone.head.weight, "data", 2 * model.backbone.head.weight.data),
         lambda model: model.load_state_dict({name: 1.1 * tensor for name, tensor in model.state_dict().items()}),
         lambda model: model.double(),
         lambda model: setattr(model.backbone.blocks[0].mlp, "act", torch.nn.SiLU()),
     ],
-    ids=["in place", "through .data", "through .data but for a row", "other data", "loaded", "other dtype", "module"],
+    ids=[
+        "in place",
+        "through .data",
+        "through .data but for a row",
+        "columns through .data",
+        "a bias through .data",
+        "other data",
+        "loaded",
+        "other dtype",
+        "module",
+    ],
 )
 def test_changed_weights_are_noticed(counted, change):
     model, calls = counted
@@ -53,6 +66,35 @@ def test_changed_weights_are_noticed(counted, change):
     assert not torch.equal(before.double(), after.double()) or before.dtype != after.dtype
     expected = model.game.null()
     assert torch.equal(after, expected)
+
+
+class Adapted(torch.nn.Linear):
+    """A layer with a switch that is no tensor."""
+
+    factor = 1.0
+
+    def forward(self, x):
+        return self.factor * super().forward(x)
+
+
+def test_it_is_not_kept_for_modules_of_other_kinds(counted):
+    model, _ = counted
+    head = model.backbone.head
+    model.backbone.head = Adapted(head.in_features, head.out_features).eval()
+    model.backbone.head.load_state_dict(head.state_dict())
+    with torch.no_grad():
+        before = model.null_value()
+        model.backbone.head.factor = 2.0
+        torch.testing.assert_close(model.null_value(), 2 * before)
+
+
+def test_weights_of_other_kinds_are_left_alone(counted):
+    model, calls = counted
+    layer = model.backbone.blocks[0].mlp.fc1
+    layer.weight = torch.nn.Parameter(TwoTensor(layer.weight.detach().clone(), layer.weight.detach().clone()))
+    model.explain(images())
+    model.explain(images())
+    assert len(calls) == 2
 
 
 def test_it_is_not_kept_where_it_may_change_unseen(counted):

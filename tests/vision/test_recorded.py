@@ -295,7 +295,7 @@ def test_a_frozen_encoder_keeps_its_weights_whatever_gradients_it_holds():
 
 
 def test_data_that_changes_is_refused():
-    """What a coalition is worth was found on another image than the explainer would see."""
+    """The value of a coalition was found on another image than the explainer would see."""
     augmented = Subset(fv.load_dataset("digits", "train", augment=True), range(40))
     small = {"patch_size": 2, "in_chans": 1, "embed_dim": 12, "depth": 1, "num_heads": 1}
     model = fv.SelfExplainingClassifier("vit_tiny_patch16_224", 10, img_size=8, model_kwargs=small)

@@ -409,6 +409,33 @@ def test_autocast_takes_no_float64(explains):
         explains.explain(images().double())
 
 
+def test_a_target_is_the_callers_to_change(explains):
+    target = torch.tensor([4, 0, 2])
+    explanation = explains.explain(images(), target)
+    target[0] = 1
+    assert explanation.target.tolist() == [4, 0, 2]
+
+
+def test_a_backbone_in_the_place_of_another_is_noticed(explains):
+    model = copy.deepcopy(explains)
+    model.backbone = copy.deepcopy(model.backbone)
+    with pytest.raises(ValueError, match=r"another module.*Change it first and then convert it"):
+        model.explain(images())
+
+
+def test_the_loss_and_the_explanation_see_the_same_shares(explains):
+    """Whatever hangs on them."""
+    model, x = copy.deepcopy(explains), images()
+    model.head.shares.register_forward_hook(lambda module, inputs, output: 3 * output)
+    coalitions = fv.Coalitions(fk.sample_coalitions(len(x), 8, model.players, seed=0), model.players, paired=True)
+    joint = model.joint(x, coalitions)
+    null = model.null_value()
+    loss = model.regression_loss(joint.features, joint.logits, coalitions, joint.values, null)
+    present = fk.unpack_bits(coalitions.bits, model.players).float()
+    left = joint.values - null - present @ model.explain(x, "all").values
+    torch.testing.assert_close(loss, left.square().mean(), rtol=1e-4, atol=1e-5)
+
+
 def test_targets_of_every_kind(explains):
     everything = explains.explain(images(), "all").values
     for target in ([4, 0, 2], (4, 0, 2), np.array([4, 0, 2]), torch.tensor([4, 0, 2], dtype=torch.int16)):
@@ -808,5 +835,5 @@ def test_a_name_is_told_what_to_use():
 def test_coalitions_of_other_players_are_refused(method):
     """As many words hold the bits of 9 players and of 16."""
     model, bits = converted("class token"), fk.sample_coalitions(3, 2, 9, seed=0)
-    with pytest.raises(ValueError, match=r"`coalitions` must be of the model's 16 players, but they are of 9"):
+    with pytest.raises(ValueError, match=r"`coalitions` must be of the game's 16 players, but they are of 9"):
         getattr(model, method)(images(), fv.Coalitions(bits, 9))

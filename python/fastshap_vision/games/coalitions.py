@@ -87,7 +87,7 @@ def coalitions_of(
         return Coalitions(bits, players)
     if coalitions.players != players:
         raise ValueError(
-            f"{op}: argument `coalitions` must be of the model's {players} players, but they are of "
-            f"{coalitions.players}. Pass Coalitions(bits, model.players)."
+            f"{op}: argument `coalitions` must be of the game's {players} players, but they are of "
+            f"{coalitions.players}. Pass Coalitions(bits, players={players})."
         )
     return coalitions

@@ -135,6 +135,8 @@ def check_unchanged(model: Any) -> None:
     """Raises an error where the backbone of a self-explaining model is not as it was converted."""
     if torch.compiler.is_compiling():
         return
+    if model.game.backbone is not model.backbone:
+        raise _was_reset("it is another module")
     now = settings_of(model.backbone)
     if now != model._converted:
         key = next(key for key in now if now[key] != model._converted[key])

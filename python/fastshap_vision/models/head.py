@@ -106,8 +106,8 @@ class SharesHead(_Head):
     @property
     def is_untrained(self) -> bool:
         """Whether W_s is still 0, so that nothing was learnt."""
-        weight = self.shares.weight
-        return not weight.is_meta and not bool(weight[0].any()) and not bool(weight.any())
+        weight = getattr(self.shares, "weight", None)  # an adapter may have none
+        return weight is not None and not weight.is_meta and not bool(weight[0].any()) and not bool(weight.any())
 
     def forward(self, features: Features, logits: Tensor, null: Tensor, target: Tensor | None = None) -> Tensor:
         """As `VotesHead.forward`."""
@@ -143,7 +143,13 @@ class SharesHead(_Head):
             null, grand = null.detach() * 0, torch.zeros_like(logits)
         with cpu_linears(features.last), cpu_attention(features.last):
             explained = self.explainer(features)
-        return loss_of_classes(classes, explained, self.shares.weight, None, coalitions, values, null, grand)
+        return loss_of_classes(classes, explained, self._weight(), None, coalitions, values, null, grand)
+
+    def _weight(self) -> Tensor:
+        """W_s (K, width), of whatever linear module stands for it."""
+        if is_plain(self.shares, nn.Linear):
+            return self.shares.weight
+        return self.shares(torch.eye(self.explainer.width, device=next(self.parameters()).device)).T
 
 
 class Explainer(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,8 +13,8 @@ from .._modes import every_module
 from ..games.base import Game
 from ..games.hooks import has_global_hooks, has_hooks, is_overridden
 
-#: Elements of each tensor that are compared.
-_COMPARED = 64
+#: Of a tensor of up to `_SMALL` elements all are compared, of a larger one so many.
+_SMALL, _COMPARED = 4096, 128
 #: What their bits are compared as, by bytes of one.
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -29,8 +30,9 @@ class KeptNull:
     """Gives `game.null()`, computed again only where something that it depends on may have changed.
 
     Where a class token reads what is left, it takes a pass through all weights for one token. It is kept on the CPU,
-    without gradients and in evaluation mode, for transformers whose blocks are timm's own and have no hooks. Of weights
-    that are written through `.data`, which PyTorch does not count, some elements are compared.
+    without gradients and in evaluation mode, for transformers that are timm's and PyTorch's own modules, without hooks.
+    Of weights that are written through `.data`, which PyTorch does not count, some elements are compared, in all rows
+    and columns in turn: a write to a few may be missed, and so is a changed attribute, such as a norm's eps.
     """
 
     def __init__(self, game: Game) -> None:
@@ -63,11 +65,17 @@ class KeptNull:
 
 def _weights(modules: list[nn.Module]) -> list[Tensor] | None:
     """Parameters and buffers; None where there may be a version of them unseen, or what a module does may change."""
-    if has_global_hooks() or any(module.training or has_hooks(module) or is_overridden(module) for module in modules):
+    if has_global_hooks() or not all(map(_does_what_its_tensors_say, modules)):
         return None
     kept = [tensors for module in modules for tensors in (module._parameters, module._buffers) if tensors]
     found = [tensor for tensors in kept for tensor in tensors.values() if tensor is not None]
-    return None if any(tensor.is_inference() for tensor in found) else found
+    are_plain = all(type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference() for tensor in found)
+    return found if are_plain else None
+
+
+def _does_what_its_tensors_say(module: nn.Module) -> bool:
+    is_known = type(module).__module__.startswith(("timm.", "torch.nn.modules."))
+    return is_known and not (module.training or has_hooks(module) or is_overridden(module))
 
 
 def _can_be_sampled(tensor: Tensor) -> bool:
@@ -76,7 +84,9 @@ def _can_be_sampled(tensor: Tensor) -> bool:
 
 
 def _sample(tensor: Tensor) -> np.ndarray:
-    """A view of elements evenly spread over a dense tensor, 64 to 127 of a larger one."""
-    step = max(1, tensor.numel() // _COMPARED)
+    """A view of a dense tensor: of all, or of elements evenly spread over it, in another column each."""
+    step = 1 if tensor.numel() <= _SMALL else tensor.numel() // _COMPARED
+    while math.gcd(step, tensor.shape[-1] if tensor.ndim else 1) > 1:
+        step += 1
     sample = tensor.detach().as_strided((-(-tensor.numel() // step),), (step,))
     return sample.view(_BITS[tensor.itemsize]).numpy()
