@@ -30,6 +30,7 @@ from .games.masked_image import MaskedImageGame
 from .images.preprocessing import Preprocessing
 from .metrics.fidelity import Fidelity, fidelity
 from .models.convert import convert
+from .models.refine import Calibration
 from .models.self_explaining import SelfExplainingClassifier
 from .objectives.base import Objective, ObjectiveTerms
 from .objectives.explainer import ExplainerObjective
@@ -44,6 +45,7 @@ from .training.state import CheckpointError
 
 __all__ = [
     "Attribution",
+    "Calibration",
     "CheckpointError",
     "Coalitions",
     "Evaluation",

@@ -28,7 +28,9 @@ def _backbone() -> torch.nn.Module:
 
 @functools.cache
 def _model() -> fv.SelfExplainingClassifier:
-    return fv.convert(_backbone()).eval()
+    model = fv.convert(_backbone()).eval()
+    model.calibrate(_images(), coalitions=4)
+    return model
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -85,6 +87,7 @@ def _fit(**arguments: Any) -> Any:
 _FIT = {"epochs": 1, "batch_size": 4, "opt": "adamw", "lr": 1e-3, "weight_decay": 0.05, "sched": "cosine"}
 _FIT |= {"warmup_epochs": 0, "clip_grad": None, "seed": 0, "workers": 0, "mixed_precision": "no"}
 _FIT |= {"compile": False, "grad_checkpointing": False, "progress": False}
+_EXPLAIN = {"target": 1, "evaluations": 4, "seed": 0}
 _RECORD = {"seed": 0, "batch_size": 4, "precision": "same", "workers": 0}
 _OBJECTIVE = {"coalitions": 2, "regression_weight": 1.0, "masked_task_weight": 0.0, "error": "uniform", "seed": 0}
 _OBJECTIVE |= {"target": "detached", "paired": True, "sizes": "shapley", "top_classes": None}
@@ -104,7 +107,7 @@ def _coalition_bits() -> torch.Tensor:
 CALLS = {
     call.name: call
     for call in (
-        VisionCall("explain", lambda **given: _model().explain(**given), lambda: {"images": _images(), "target": 1}),
+        VisionCall("explain", lambda **given: _model().explain(**given), lambda: {"images": _images()} | _EXPLAIN),
         VisionCall("shapley_values", lambda **given: _model().shapley_values(**given), lambda: {"images": _images()}),
         VisionCall(
             "coalition_values",

@@ -180,6 +180,9 @@ def add_explain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", type=Path, help="other data with the same classes (default: the run's)")
     parser.add_argument("--target-class", help="name or number of the class to draw (default: the predicted one)")
     parser.add_argument("--num-images", type=_whole(1), default=8, help="test images, where no image is given")
+    parser.add_argument(
+        "--evaluations", type=_whole(0), default=0, help="coalitions of each image, even, to refine its explanation by"
+    )
 
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:

@@ -149,7 +149,7 @@ def explain(options: argparse.Namespace) -> None:
     _check_overwritten(options.output.resolve(), names, options.images)
     options.output.mkdir(parents=True, exist_ok=True)
     for name, image in zip(names, images.split(1), strict=True):
-        explanation = run.model.explain(image.to(run.device), target="all")
+        explanation = run.model.explain(image.to(run.device), target="all", evaluations=options.evaluations)
         explanation.save(options.output / f"{name}.safetensors")
         pictured = run.preprocessing.restore(image)
         figure, _ = explanation.plot(pictured, target=target, classes=run.classes)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ class RecordedCoalitions(Dataset):
             pack_bits(unpack_bits(bits, model.players)), bits
         )
         if is_of_players and values.shape[2] == model.num_classes:
-            images = _as_weights(model, _images_of([self.data[row] for row in range(count)]))
+            images = self.images(range(count), model)
             with evaluating(model):
                 error = (model.coalition_values(images, bits).float() - values).square().mean().sqrt()
             if error <= _OF_SPREAD * variance_of(values).sqrt() + _OF_SIZE * values.square().mean().sqrt():
@@ -173,6 +174,10 @@ class RecordedCoalitions(Dataset):
     @property
     def classes(self) -> Any:
         return getattr(self.data, "classes", None)
+
+    def images(self, rows: Iterable[int], model: SelfExplainingClassifier) -> Tensor:
+        """(rows, C, H, W), with the dtype and on the device of the model's weights."""
+        return _as_weights(model, _images_of([self.data[row] for row in rows]))
 
     def __len__(self) -> int:
         return len(self.values)

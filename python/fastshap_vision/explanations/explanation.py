@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -18,8 +15,8 @@ from torch.nn import functional
 from fastshap_kernels._checks import check_dense, describe, fail
 
 from .._checks import check_classes
-from .._files import write_whole
 from .as_shap import as_shap
+from .file import read, write
 from .link import LINKS
 from .pixels import seen_pixels
 from .plotting import check_drawing, displayable, draw_heatmap, end_of_scale, label_bar, pyplot
@@ -28,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_FORMAT = "fastshap_vision.Explanation/1"
+_TENSORS = ("values", "logits", "null", "target", "standard_error")
 _LISTED = 16  # targets that a line has room for
 
 
@@ -47,6 +44,8 @@ class Explanation:
         seen: the share of an image's height and of its width, from the top left, that the grid covers, in (0, 1]; the
             model sees nothing of the rest.
         untrained: whether the model had never been trained to explain.
+        standard_error (floating point): of each of `values`, of their shape; None where the model is not calibrated.
+        evaluations: coalitions of each image that the values were refined by.
 
     Raises:
         ValueError: when the shapes do not fit each other.
@@ -63,12 +62,15 @@ class Explanation:
     null: Tensor
     seen: tuple[float, float] = (1.0, 1.0)
     untrained: bool = False
+    standard_error: Tensor | None = None
+    evaluations: int = 0
 
     unit: ClassVar[str] = "logits"
 
     def __post_init__(self) -> None:
-        for name in ("values", "logits", "null", *(["target"] if self.target is not None else [])):
-            check_dense("Explanation", name, getattr(self, name), "a tensor")
+        for name in _TENSORS:
+            if name not in ("target", "standard_error") or getattr(self, name) is not None:
+                check_dense("Explanation", name, getattr(self, name), "a tensor")
         sides = self.grid if isinstance(self.grid, tuple | list) else ()
         if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) for side in sides):
             fail("Explanation", "grid", "two whole numbers (h, w)", self.grid)
@@ -84,6 +86,8 @@ class Explanation:
             fail("Explanation", "target", f"int64 ({batch},)", self.target)
         if self.null.shape != (classes,):
             fail("Explanation", "null", f"({classes},)", self.null)
+        if self.standard_error is not None and self.standard_error.shape != self.values.shape:
+            fail("Explanation", "standard_error", f"{tuple(self.values.shape)} like `values`", self.standard_error)
         if len(self.seen) != 2 or not all(0 < share <= 1 for share in self.seen):
             fail("Explanation", "seen", "two shares in (0, 1]", self.seen)
 
@@ -101,7 +105,8 @@ class Explanation:
                 raise IndexError(f"Explanation: index {index} is out of range for {len(self)} images")
             index = slice(index % len(self), index % len(self) + 1)
         target = None if self.target is None else self.target[index]
-        return replace(self, values=self.values[index], logits=self.logits[index], target=target)
+        error = None if self.standard_error is None else self.standard_error[index]
+        return replace(self, values=self.values[index], logits=self.logits[index], target=target, standard_error=error)
 
     def __repr__(self) -> str:
         target = "all" if self.target is None else self.target.tolist()
@@ -117,11 +122,20 @@ class Explanation:
         values = self.values.to(*arguments, **options)
         target = None if self.target is None else self.target.to(values.device)
         logits, null = (part.to(*arguments, **options) for part in (self.logits, self.null))
-        return replace(self, values=values, logits=logits, null=null, target=target)
+        error = None if self.standard_error is None else self.standard_error.to(*arguments, **options)
+        return replace(self, values=values, logits=logits, null=null, target=target, standard_error=error)
 
     def cpu(self) -> Explanation:
         """The same explanation on the CPU."""
         return self.to("cpu")
+
+    @property
+    def expected_error(self) -> Tensor | None:
+        """How far the values of an image are from its Shapley values, as expected: √Σ_p standard_error².
+
+        (B,), or (B, K) where every class is explained, in the values' unit; None where the model is not calibrated.
+        """
+        return None if self.standard_error is None else self.standard_error.square().sum(1).sqrt()
 
     @property
     def probabilities(self) -> Tensor:
@@ -269,6 +283,9 @@ class Explanation:
         name = str(target) if classes is None else str(classes[target])
         probability = float(self.probabilities[0, target])
         title = f"{name} · {'<1%' if probability < 0.01 else f'{probability:.0%}'}"
+        if self.standard_error is not None:
+            error = self.standard_error[0] if self.target is not None else self.standard_error[0, :, target]
+            title = f"{title} · ± {float(error.square().mean().sqrt()):.2g} a patch"
         return f"{title}\n(untrained explainer)" if self.untrained else title
 
     def as_shap(self, images: Tensor | None = None, classes: Sequence[str] | None = None) -> Any:
@@ -294,18 +311,14 @@ class Explanation:
             >>> torch.equal(fv.Explanation.load("explanation.safetensors").values, explanation.values)
             True
         """
-        tensors = {"values": self.values, "logits": self.logits, "null": self.null}
-        if self.target is not None:
-            tensors["target"] = self.target
-        tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-        metadata = {
-            "format": _FORMAT,
+        facts = {
             "grid": f"{self.grid[0]}x{self.grid[1]}",
             "unit": self.unit,
             "seen": f"{self.seen[0]!r} {self.seen[1]!r}",
             "untrained": str(self.untrained),
+            "evaluations": str(self.evaluations),
         }
-        write_whole(Path(path), safetensors.torch.save(tensors, metadata))
+        write(path, {name: getattr(self, name) for name in _TENSORS}, facts)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Explanation:
@@ -318,32 +331,23 @@ class Explanation:
             FileNotFoundError: when there is no such file.
             ValueError: when the file is damaged, or is not an explanation.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"Explanation.load: there is no file {str(path)!r}")
-        try:
-            with safetensors.safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                names = list(file.keys())
-                tensors = {name: file.get_tensor(name) for name in names}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
-            rows, columns = metadata["grid"].split("x")
-            grid = (int(rows), int(columns))
-            height, width = metadata.get("seen", "1.0 1.0").split()
-            return _BY_UNIT[metadata.get("unit", cls.unit)](
-                tensors["values"],
-                tensors["logits"],
-                tensors.get("target"),
-                grid,
-                tensors["null"],
-                seen=(float(height), float(width)),
-                untrained=metadata.get("untrained") == "True",
-            )
-        except (safetensors.SafetensorError, ValueError, KeyError, OSError) as error:
-            raise ValueError(
-                f"Explanation.load: argument `path` must name a file written by Explanation.save, "
-                f"but {str(path)!r} can't be read as one: {error}"
-            ) from error
+        return read(path, cls._from_file)
+
+    @classmethod
+    def _from_file(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> Explanation:
+        rows, columns = facts["grid"].split("x")
+        height, width = facts.get("seen", "1.0 1.0").split()
+        return _BY_UNIT[facts.get("unit", cls.unit)](
+            tensors["values"],
+            tensors["logits"],
+            tensors.get("target"),
+            (int(rows), int(columns)),
+            tensors["null"],
+            seen=(float(height), float(width)),
+            untrained=facts.get("untrained") == "True",
+            standard_error=tensors.get("standard_error"),
+            evaluations=int(facts.get("evaluations", "0")),
+        )
 
 
 class ProbabilityExplanation(Explanation):

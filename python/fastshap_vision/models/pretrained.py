@@ -10,10 +10,13 @@ from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fastshap_kernels._checks import fail
+
 from .._checks import shortened
 from .._modes import evaluation_mode
 from ..games.base import Game
 from ..games.probe import probe_images
+from ..images.preprocessing import Preprocessing
 from .arguments import check_name, checked_model_kwargs, checked_size
 from .backbone import check_unchanged, timm_arguments
 from .file import (
@@ -30,6 +33,7 @@ from .file import (
     read_weights,
     write_weights,
 )
+from .refine import Calibration
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -43,11 +47,39 @@ class Pretrained(nn.Module, PyTorchModelHubMixin):
     game: Game
     num_classes: int
     _hub_mixin_config: dict[str, Any]
+    _preprocessing: Preprocessing | None
+    _calibration: Calibration | None
 
     @property
     def config(self) -> dict[str, Any]:
         """The JSON-able constructor arguments, as saved beside the weights."""
         return dict(self._hub_mixin_config)
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        return self._preprocessing
+
+    @preprocessing.setter
+    def preprocessing(self, value: Preprocessing | None) -> None:
+        if value is not None and value.input_size != self.game.input_size:
+            raise ValueError(
+                f"Argument `preprocessing` must have the model's input_size {self.game.input_size}, but it has "
+                f"{value.input_size}. Change its input_size, or create the model for that size."
+            )
+        self._preprocessing = value
+        self._hub_mixin_config["preprocessing"] = None if value is None else value.as_dict()
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """How wrong explanations are, and so their standard errors; saved with the model."""
+        return self._calibration
+
+    @calibration.setter
+    def calibration(self, value: Calibration | None) -> None:
+        if value is not None and len(value.variance) != self.num_classes:
+            fail("SelfExplainingClassifier", "calibration", f"one of {self.num_classes} classes", len(value.variance))
+        self._calibration = value
+        self._hub_mixin_config["calibration"] = None if value is None else value.as_dict()
 
     def null_value(self) -> Tensor:
         """v(∅): (K,)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from .head import SharesHead, VotesHead
 from .input import check_images
 from .null import KeptNull
 from .pretrained import Pretrained
+from .refine import Calibration, calibrate, calibration_of, checked_evaluations, with_errors
 
 _log = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ class SelfExplainingClassifier(Pretrained):
         pretrained: load timm's weights (needs the network or timm's cache).
         model_kwargs: further JSON-able arguments of `timm.create_model`.
         preprocessing: how `explain` makes inputs of pictures, a `Preprocessing` or its dict; default timm's.
+        calibration: how wrong explanations are, a `Calibration` or its dict; `train_explainer` and `calibrate` find it.
         backbone: a timm model to convert instead of creating one; see `convert`.
 
     Attributes:
@@ -111,6 +114,7 @@ class SelfExplainingClassifier(Pretrained):
         pretrained: bool = False,
         model_kwargs: dict[str, Any] | None = None,
         preprocessing: dict[str, Any] | Preprocessing | None = None,
+        calibration: dict[str, Any] | Calibration | None = None,
         backbone: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -157,6 +161,7 @@ class SelfExplainingClassifier(Pretrained):
             "model_kwargs": arguments,
         }
         self.preprocessing = preprocessing_of(backbone, self.game.input_size, preprocessing)
+        self.calibration = calibration_of(calibration)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -175,19 +180,20 @@ class SelfExplainingClassifier(Pretrained):
     def is_exact_conversion(self) -> bool:
         return self.game.is_exact_conversion
 
-    @property
-    def preprocessing(self) -> Preprocessing | None:
-        return self._preprocessing
+    def calibrate(self, images: Tensor, coalitions: int = 64, seed: int = 0) -> None:
+        """Finds how wrong explanations are, from coalitions of images that the explainer was not trained on.
 
-    @preprocessing.setter
-    def preprocessing(self, value: Preprocessing | None) -> None:
-        if value is not None and value.input_size != self.game.input_size:
-            raise ValueError(
-                f"Argument `preprocessing` must have the model's input_size {self.game.input_size}, but it has "
-                f"{value.input_size}. Change its input_size, or create the model for that size."
-            )
-        self._preprocessing = value
-        self._hub_mixin_config["preprocessing"] = None if value is None else value.as_dict()
+        Args:
+            images: (B, C, H, W), normalised as in training; some dozens.
+            coalitions: of each image, even.
+            seed: of the coalitions.
+
+        Example:
+            >>> model.calibrate(images, coalitions=8)
+            >>> model.explain(images, evaluations=8).standard_error.shape
+            torch.Size([4, 9])
+        """
+        calibrate(self, images, coalitions, seed)
 
     @property
     def is_untrained(self) -> bool:
@@ -248,8 +254,15 @@ class SelfExplainingClassifier(Pretrained):
         return batch
 
     @torch.no_grad()
-    def explain(self, images: Any, target: int | Sequence[int] | Tensor | str | None = None) -> Explanation:
-        """Explains images in one forward pass, in evaluation mode.
+    def explain(
+        self,
+        images: Any,
+        target: int | Sequence[int] | Tensor | str | None = None,
+        *,
+        evaluations: int = 0,
+        seed: int = 0,
+    ) -> Explanation:
+        """Explains images in one forward pass, in evaluation mode; in a few more where it is to be better.
 
         Where patches do not vote, it takes a pass of one empty image more, unless v(∅) is known from an earlier call.
 
@@ -258,10 +271,13 @@ class SelfExplainingClassifier(Pretrained):
                 pictures, which are resized, cropped and normalised as `preprocessing` says: a PIL image, or uint8
                 pixels (channels first in a tensor, last in an array); or a list of single images of these kinds.
             target: the class to explain: None for the predicted one, a class, (B,) classes, or "all".
+            evaluations: coalitions of each image, even, by which its explanation is refined; see `calibrate`.
+            seed: of these coalitions.
 
         Returns:
             Explanation with values (B, P), or (B, P, K) for "all", in units of the logits. Values are float32 at least;
-            `logits` and `null` are as the model computes them, and the values sum to their difference.
+            `logits` and `null` are as the model computes them, and the values sum to their difference. Where the model
+            is calibrated, `standard_error` and `expected_error` say how far to believe it.
 
         Raises:
             TypeError: for images of another type.
@@ -272,10 +288,13 @@ class SelfExplainingClassifier(Pretrained):
             >>> explanation.values.shape, explanation.efficiency_gap() < 1e-5
             (torch.Size([4, 9, 10]), True)
         """
+        evaluations, seed = checked_evaluations(evaluations, seed, self.players)
         images = self.preprocess(images)
         with evaluation_mode(self):
             phi, logits, chosen, null = self._explained(images, target)
-        return Explanation(phi, logits, chosen, self.grid, null, seen=self.seen, untrained=self._warn_if_untrained())
+            phi, error = with_errors(self, images, phi, chosen, evaluations, seed)
+        found = Explanation(phi, logits, chosen, self.grid, null, seen=self.seen, untrained=self._warn_if_untrained())
+        return replace(found, standard_error=error, evaluations=evaluations)
 
     def _warn_if_untrained(self) -> bool:
         """`is_untrained`, which the log says once."""

@@ -17,12 +17,15 @@ from torch.utils.data import Dataset, Subset
 
 from fastshap_kernels._checks import check_count, fail
 
+from .._modes import evaluation_mode
 from ..data.mirrored import WithMirrorImages
 from ..data.recorded import RecordedCoalitions, record_coalitions
+from ..games.coalitions import Coalitions
 from ..games.mask_cells_cnn import CellRemoval
 from ..images.preprocessing import Preprocessing
 from ..models.convert import convert
 from ..models.head import SharesHead
+from ..models.refine import calibrated
 from ..models.self_explaining import SelfExplainingClassifier
 from ..objectives.explainer import ExplainerObjective
 from .checkpoint import write_model
@@ -68,6 +71,8 @@ def training(model: SelfExplainingClassifier, mirrored: bool = True) -> dict[str
 
 #: The share of the images whose coalitions are held out, where no other data are given for it.
 HELD_OUT = 0.1
+#: Held-out images by which the model is calibrated, at most.
+CALIBRATED = 512
 #: The recorded coalitions in a run's folder: those that are trained on, and those that are held out.
 RECORDED = ("coalitions.safetensors", "held_out.safetensors")
 
@@ -90,7 +95,8 @@ def train_explainer(
     """Explains a model that is trained already: its logits stay as they are, to the bit.
 
     Evaluates coalitions of every image once, trains the shares on them, and keeps the epoch whose explanations predict
-    held-out coalitions best; the explanation before training is one of the candidates.
+    held-out coalitions best; the explanation before training is one of the candidates. The held-out images calibrate
+    the model too, so that its explanations say how far to believe them.
 
     Args:
         model: a timm model, a `SelfExplainingClassifier` with the shares head, or the name of a pretrained timm model.
@@ -145,6 +151,7 @@ def train_explainer(
     best = objective.restore_best(explained)
     found = [row["eval_value_r2"] for row in result.history]
     epoch = found.index(best) + 1 if best in found else 0
+    _calibrate(explained, recorded[1])
     if output is not None and PartialState().is_main_process:
         write_model(explained, Path(output))
     if epoch:
@@ -175,6 +182,16 @@ def _as_explainable(model: nn.Module | str, seed: int) -> SelfExplainingClassifi
             "Use fv.convert(model.backbone)."
         )
     return model
+
+
+@torch.no_grad()
+def _calibrate(model: SelfExplainingClassifier, held_out: RecordedCoalitions) -> None:
+    """By the coalitions of images that were held out, which are recorded already."""
+    rows = torch.arange(min(len(held_out), CALIBRATED))
+    with evaluation_mode(model):
+        parts = [model.shapley_values(held_out.images(part.tolist(), model))[0].cpu() for part in rows.split(64)]
+    coalitions = Coalitions(held_out.bits[rows], model.players, paired=True)
+    model.calibration = calibrated(torch.cat(parts), coalitions, held_out.values[rows])
 
 
 def _divided(data: Any, seed: int) -> tuple[Dataset, Dataset]:
