@@ -76,7 +76,7 @@ def _long_blocks(dtype: torch.dtype, head_dim: int) -> tuple[_Blocks, _Blocks]:
     if dtype == torch.float32:
         if head_dim <= 64:
             return _Blocks(32, 32, 8, 2), _Blocks(32, 32, 8, 2)
-        return _Blocks(16, 16, 4, 2), _Blocks(16, 32, 8, 2)
+        return _Blocks(16, 32, 4, 2), _Blocks(16, 32, 8, 2)
     if head_dim <= 64:
         return _Blocks(128, 64, 8, 2), _Blocks(32, 128, 8, 2)
     return _Blocks(64, 64, 8, 2), _Blocks(32, 64, 8, 2)
@@ -212,7 +212,12 @@ def _backward_keys(
     for left in range(length, 0, -BLOCK_Q):
         query = _load_rows(qkv + query_at, 3 * width, left, BLOCK_Q, HEAD_DIM, BLOCK_D)
         grad_out = _load_rows(grad + at * HEAD_DIM, width, left, BLOCK_Q, HEAD_DIM, BLOCK_D)
-        products = tl.dot(key, tl.trans(query), input_precision="ieee")
+        if query.dtype == tl.float32:
+            # Summed as the kernel of the queries sums them: a score of 10⁴ in another order is off by 0.001, and the
+            # power of the one key that counts would no longer be its row's total.
+            products = tl.trans(tl.dot(query, tl.trans(key), input_precision="ieee"))
+        else:
+            products = tl.dot(key, tl.trans(query), input_precision="ieee")
         if WHOLE:
             scores = tl.where(existing, products * (scale * _LOG2_E), float("-inf"))
             weights = tl.exp2(scores - tl.max(scores, 0)[None, :])
