@@ -13,11 +13,13 @@ from .._runtime.precision import at_least_float32
 from ..games.base import Features, Game
 from ..games.coalitions import Coalitions
 from ..games.hooks import is_plain
+from ..games.mask_cells_cnn import CellRemoval
 
 #: Past this width an explanation costs more, and R² gains nothing.
 WIDEST = 256
-#: Up to this width (or the model's own) the layers that explain may have any share of the model's parameters.
-_ALWAYS = 96
+#: Up to this width (or the model's own) the layers that explain may have any share of the model's parameters: of
+#: tokens, and of a feature map, whose cells are few beside the pixels that the model's own parameters are applied to.
+_ALWAYS, _ALWAYS_OF_CELLS = 96, 128
 #: Beyond it they have at most this share, so that an explanation stays cheap beside the prediction.
 _SHARE = 0.13
 _STEP = 32
@@ -181,18 +183,19 @@ class Explainer(nn.Module):
 def width_of(game: Game, classes: int, depth: int) -> int:
     """G's width: the model's own, where that is at most 256 and G then has at most 13 % of the model's parameters.
 
-    Else the largest multiple of 32 of which this holds, and in any case 96, or the model's own where that is less.
+    Else the largest multiple of 32 of which this holds, and in any case 96 (of a feature map 128), or the model's own
+    where that is less.
     """
-    own = game.feature_width
+    own, always = game.feature_width, _ALWAYS_OF_CELLS if isinstance(game, CellRemoval) else _ALWAYS
     allowed = _SHARE * sum(parameter.numel() for parameter in game.backbone.parameters())
-    for width in [min(own, WIDEST), *range(min(own, WIDEST) // _STEP * _STEP, _ALWAYS, -_STEP)]:
-        if width <= _ALWAYS:
+    for width in [min(own, WIDEST), *range(min(own, WIDEST) // _STEP * _STEP, always, -_STEP)]:
+        if width <= always:
             return width
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             explainer = Explainer(game, depth, width)
         if sum(parameter.numel() for parameter in explainer.parameters()) + width * classes <= allowed:
             return width
-    return _ALWAYS
+    return always
 
 
 def votes_of_patches(game: Game, features: Tensor, target: Tensor | None = None) -> Tensor:

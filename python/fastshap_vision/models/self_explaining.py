@@ -59,7 +59,7 @@ class SelfExplainingClassifier(Pretrained):
         base: "even" or "votes"; default "votes" where patches vote. Of the shares head only.
         head_depth: blocks between the features and the shares, 0, 1 or 2. Of the shares head only.
         head_width: features of these blocks. None for the model's own, up to 256, or so many that the head has at most
-            13 % of the model's parameters, but 96 (or its own) at least. Of the shares head only.
+            13 % of the model's parameters, but 96 (of a feature map 128, or its own) at least. Of the shares head only.
         intermediates: whether these blocks read the features of every stage of the encoder (each block of a
             transformer), added up by a linear layer, instead of the last ones alone. Of the shares head only.
         backbone_gradient: γ in [0, 1], how much of the regression's gradient goes on into the encoder. Default 0 with
