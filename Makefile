@@ -158,6 +158,10 @@ bench-step: $(INSTALLED)
 	$(BIN)/python -m bench.step --set growth --anew --visits 2
 	$(BIN)/python -m bench.tables
 
+bench-refinement: $(INSTALLED)
+	$(BIN)/python -m bench.refinement
+	$(BIN)/python -m bench.tables
+
 bench-explanation: $(INSTALLED)
 	$(BIN)/python -m bench.explanation
 	$(BIN)/python -m bench.tables

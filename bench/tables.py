@@ -67,6 +67,31 @@ def digits_table(results: list[dict[str, Any]]) -> str:
     )
 
 
+def refinement_table(results: dict[str, Any]) -> str:
+    """What evaluations make of an explanation, and whether its errors are what it says."""
+
+    def shown(value: float | None, digits: int = 3) -> str:
+        return "–" if value is None else f"{value:.{digits}f}"
+
+    networks = {"vit": "ViT", "cnn": "CNN"}
+    rows = [
+        f"{networks[r['network']]} | {r['evaluations']} | {shown(r['r2'], 4)} | {shown(r['kernel_shap_r2'], 4)} | "
+        f"{r['coverage']:.1%} | {shown(r['expected_error'])} | {shown(r['true_error'])} | "
+        f"{shown(r['rank_correlation'], 2)}"
+        for r in results["rows"]
+    ]
+    header = (
+        "digits | evaluations | R² | of KernelSHAP | true values in 90 % intervals | expected error | true error | "
+        "rank correlation of the two"
+    )
+    images = results["rows"][0]["images"]
+    return table(header, rows) + (
+        f"\n\nOf {images} test images and every class, against exact values; errors are of an image and class, in "
+        "logits. KernelSHAP has as many coalitions, and –: not enough for one of the images. Made by `make "
+        "bench-refinement`."
+    )
+
+
 #: What the tables show of an op, and what they call it.
 BACKENDS = {"reference": "plain PyTorch", "cpu": "C++", "triton": "Triton", "cuda": "CUDA"}
 
@@ -333,6 +358,7 @@ def tables_of() -> dict[Path, dict[str, str]]:
         "methods": fidelity_methods_table(),
         "ablation": ablation_table("small"),
         "longer": ablation_table("medium"),
+        "refinement": refinement_table(load("refinement")),
     }
     families = {"families": families_table(load("families"))}
     return {README: readme, KERNELS: kernels, FIGURES: figures, FIDELITY: fidelity, MODELS: families}
