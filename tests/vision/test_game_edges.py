@@ -22,6 +22,7 @@ KINDS = {
     ),
     "cells": ("efficientvit_m0", {"img_size": 96}, {}),
     "stem": ("test_resnet", {}, {"img_size": 64, "removal": "stem"}),
+    "tokens, earlier features": ("test_vit", {"img_size": 48}, {"intermediates": True}),
     "whole image": ("test_convnext", {}, {"img_size": 64, "removal": "pixel"}),
 }
 

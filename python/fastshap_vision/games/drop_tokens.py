@@ -18,7 +18,7 @@ from fastshap_kernels import pack_tokens, packed_attention
 
 from .._log import say_once
 from .._runtime.onednn_linear import cpu_linears
-from .base import JointPass
+from .base import JointPass, pass_of_nothing
 from .coalitions import Coalitions
 from .transformer import Layout, TransformerGame, heads_of, normed_sums
 
@@ -129,9 +129,11 @@ class TokenDropping(TransformerGame):
         masked = self._without_packing()
         if masked is not None:
             return masked.joint(images, coalitions)
+        if not len(images):
+            return pass_of_nothing(self, coalitions.count)
         tokens, rotary = self._embed(images)
         layout, packed = self._pack(tokens, coalitions)
-        nobody = self.prefix if self._reads_prefix_only() and len(images) else 0
+        nobody = self.prefix if self._reads_prefix_only() else 0
         layout, packed = _with_full_images(layout, packed, tokens, nobody)
         earlier: list[Tensor] = []
         packed = self._encode(tokens, packed, rotary, layout, earlier)
