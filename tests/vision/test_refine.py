@@ -134,6 +134,15 @@ def test_train_explainer_calibrates_by_what_was_held_out():
     torch.testing.assert_close(explanation.standard_error, spread.float().expand_as(explanation.values))
 
 
+def test_training_takes_the_calibration_away():
+    """It is that of another explainer then."""
+    model, x = converted("class token"), images(4)
+    model.calibrate(x, coalitions=16)
+    data = torch.utils.data.TensorDataset(x, torch.zeros(4).long())
+    fv.fit(model, data, objective=fv.JointObjective(2), epochs=1, batch_size=4, progress=False)
+    assert model.calibration is None
+
+
 def test_errors_stay_beside_their_values(tmp_path):
     model, x = converted("class token"), images(4)
     model.calibrate(x, coalitions=16)

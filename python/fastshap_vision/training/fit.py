@@ -172,6 +172,8 @@ def fit(
         with checkpoints.held():
             history = checkpoints.resume(resume)
             run.optimizer.zero_grad()  # of what the model was trained in before
+            if isinstance(model, SelfExplainingClassifier):
+                model.calibration = None  # of the explainer as it was
             with run.bar(len(history), progress) as bar:
                 for epoch in range(len(history), settings["epochs"]):
                     row = run.train_epoch(epoch, bar)
