@@ -21,8 +21,8 @@ from fastshap_kernels.testing import accuracy
 
 OPS = list(testing.OPS)
 KINDS = ("normal", "normal", "large", "small", "offset", "one large", "constant", "zero")
-#: The worst of thousands of results, some of which a few numbers make (every gradient of one residual, every value of equal ones),
-#: and the largest of millions of values, each judged by eight draws: more than one test's worth of luck.
+#: The worst of thousands of results, some of which a few numbers make (every gradient of one residual, every value of
+#: equal ones), and the largest of millions of values, each judged by eight draws: more than one test's worth of luck.
 accuracy.TIMES, accuracy.MARGIN = 4, 64
 LAYOUTS = ("contiguous", "contiguous", "transposed", "every other", "shifted", "expanded")
 
