@@ -75,7 +75,8 @@ def test_a_single_column_has_no_gradient(generator, dtype):
         torch.testing.assert_close(sums, counts * bias)
         terms = weight.abs().max() * cotangent.abs().max() * 1e-5**-0.5
         eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-        assert all(gradient.abs().max() <= 8 * eps * terms for gradient in gradients[:2])
+        assert gradients[0].abs().max() <= 32 * eps * terms
+        assert gradients[1].abs().max() <= 32 * eps * terms * len(rows) ** 0.5  # a sum over rows
 
 
 @pytest.mark.parametrize("width", [1536, 2048])
