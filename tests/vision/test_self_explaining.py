@@ -423,15 +423,16 @@ def test_a_backbone_in_the_place_of_another_is_noticed(explains):
         model.explain(images())
 
 
-def test_the_loss_and_the_explanation_see_the_same_shares(explains):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_loss_and_the_explanation_see_the_same_shares(explains, dtype):
     """Whatever hangs on them."""
-    model, x = copy.deepcopy(explains), images()
+    model, x = copy.deepcopy(explains).to(dtype), images().to(dtype)
     model.head.shares.register_forward_hook(lambda module, inputs, output: 3 * output)
     coalitions = fv.Coalitions(fk.sample_coalitions(len(x), 8, model.players, seed=0), model.players, paired=True)
     joint = model.joint(x, coalitions)
     null = model.null_value()
     loss = model.regression_loss(joint.features, joint.logits, coalitions, joint.values, null)
-    present = fk.unpack_bits(coalitions.bits, model.players).float()
+    present = fk.unpack_bits(coalitions.bits, model.players).to(dtype)
     left = joint.values - null - present @ model.explain(x, "all").values
     torch.testing.assert_close(loss, left.square().mean(), rtol=1e-4, atol=1e-5)
 

@@ -151,7 +151,8 @@ class SharesHead(_Head):
         """W_s (K, width), of whatever linear module stands for it."""
         if is_plain(self.shares, nn.Linear):
             return self.shares.weight
-        return self.shares(torch.eye(self.explainer.width, device=next(self.parameters()).device)).T
+        like = next(self.parameters())
+        return self.shares(torch.eye(self.explainer.width, dtype=like.dtype, device=like.device)).T
 
 
 class Explainer(nn.Module):
