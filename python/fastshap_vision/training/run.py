@@ -1,0 +1,178 @@
+"""One training run: what accelerate prepared, and the pass over an epoch."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, set_seed
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from fastshap_kernels._checks import describe
+
+from ..data.recorded import RecordedCoalitions
+from ..models.self_explaining import SelfExplainingClassifier
+from .evaluate import Batch, check_data, evaluate
+from .monitor import TERMS, TermReader
+from .settings import check_batch, create_optimizer
+
+
+class TrainingStep(nn.Module):
+    """The objective's terms as one forward pass, so that accelerate's precision and gradient exchange cover it all."""
+
+    def __init__(self, model: nn.Module, objective: Any) -> None:
+        super().__init__()
+        self.model = model
+        # In a tuple, so that an objective that is a module is no part of the model's weights.
+        self._objective = (objective,)
+
+    def forward(self, images: Tensor, labels: Tensor, progress: float) -> dict[str, Tensor]:
+        terms = self._objective[0](self.model, images, labels, progress=progress)
+        loss = getattr(terms, "loss", None)
+        if not isinstance(loss, Tensor) or loss.ndim:
+            raise ValueError(
+                "fit: the `objective` must return terms with a scalar tensor `loss`, as ObjectiveTerms(loss), but its "
+                f"loss is {describe(loss)}."
+            )
+        return {name: getattr(terms, name) for name in TERMS if getattr(terms, name, None) is not None}
+
+
+class TrainingRun:
+    """One training run: what accelerate prepared, and the pass over an epoch."""
+
+    def __init__(self, model: nn.Module, data: Dataset, objective: Any, settings: dict[str, Any]) -> None:
+        check_data(model, data, "fit", "train_data", settings["mixed_precision"])
+        objective.check(model, data)
+        self.accelerator = Accelerator(
+            mixed_precision=settings["mixed_precision"],
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+            # While the regression's weight is 0 the shares take no part in the loss.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+        self.settings = settings | {"images": len(data), "processes": self.accelerator.num_processes}  # type: ignore[arg-type]
+        self.settings |= _identity(data, objective)
+        check_batch(self.settings)
+        self.model = model
+        self.objective = objective
+        backbone = model.backbone if isinstance(model, SelfExplainingClassifier) else model
+        self.encoder = list(backbone.parameters())
+        of_encoder = {id(parameter) for parameter in self.encoder}
+        self.explainer = [parameter for parameter in model.parameters() if id(parameter) not in of_encoder]
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                "fit: argument `model` has no trainable parameter: all are frozen (requires_grad is False). Unfreeze "
+                "some with requires_grad_(True)."
+            )
+        _prepare_step(model, objective, settings)
+        set_seed(settings["seed"])  # the seedable sampler takes this seed
+        optimizer = create_optimizer(model, settings)
+        # Workers live for one epoch: they then draw from its seed, whether or not the run was resumed before it.
+        loader = DataLoader(
+            data,
+            settings["batch_size"],
+            shuffle=True,
+            drop_last=True,
+            num_workers=settings["workers"],
+            collate_fn=Batch(objective.label_classes(model)),
+        )
+        self.step, self.optimizer, self.loader = self.accelerator.prepare(
+            TrainingStep(model, objective), optimizer, loader
+        )
+        # The schedule holds no state: step_update says which update it is.
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer,
+            sched=settings["sched"],
+            num_epochs=settings["epochs"],
+            warmup_epochs=settings["warmup_epochs"],
+            step_on_epochs=False,
+            updates_per_epoch=len(self.loader),
+        )
+
+    def bar(self, epochs_done: int, progress: bool) -> tqdm:
+        """A bar over the updates of the whole run; none where there is no terminal."""
+        steps = len(self.loader)
+        hidden = None if progress and self.accelerator.is_main_process else True
+        return tqdm(total=self.settings["epochs"] * steps, initial=epochs_done * steps, disable=hidden, unit="step")
+
+    def train_epoch(self, epoch: int, bar: tqdm) -> dict[str, Any]:
+        """One pass over the data; returns its row of the history."""
+        start = time.perf_counter()
+        set_seed(_epoch_seed(self.settings["seed"], epoch, self.accelerator.process_index))
+        self.loader.set_epoch(epoch)
+        self.step.train()
+        reader = TermReader(epoch, bar)
+        for index, (images, labels) in enumerate(self.loader):
+            update = epoch * len(self.loader) + index
+            if self.scheduler is not None:
+                self.scheduler.step_update(update)
+            lr = self.optimizer.param_groups[0]["lr"]
+            progress = update / (self.settings["epochs"] * len(self.loader))
+            terms = self.step(images, labels, progress)
+            if not terms["loss"].requires_grad:
+                raise ValueError(
+                    "fit: the objective's loss depends on none of the model's trainable parameters. Unfreeze those "
+                    "that it trains (requires_grad_); or, to train the layers that explain beside a frozen backbone, "
+                    "pass JointObjective(regression_ramp=(0, 0)), whose regression counts from the first step on."
+                )
+            self.accelerator.backward(terms["loss"])
+            if self.settings["clip_grad"] is not None:
+                # Apart: no explainer changes how the encoder is trained.
+                self.accelerator.clip_grad_norm_(self.encoder, self.settings["clip_grad"])
+                nn.utils.clip_grad_norm_(self.explainer, self.settings["clip_grad"])
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            reader.add(images, terms)
+        return {
+            "epoch": epoch + 1,
+            "lr": lr,
+            **reader.means(self.accelerator),
+            "eval_loss": None,
+            "eval_accuracy": None,
+            "eval_value_r2": None,
+            "seconds": time.perf_counter() - start,
+        }
+
+    def evaluate(self, data: Dataset) -> dict[str, float | None]:
+        """The columns of the history that an evaluation fills."""
+        options = {"batch_size": self.settings["batch_size"], "workers": self.settings["workers"]}
+        found: dict[str, float | None] = {}
+        if not isinstance(data, RecordedCoalitions):  # whose classifier stays as it is, and whose labels have no part
+            accuracy, loss = evaluate(self.model, data, accelerator=self.accelerator, **options)
+            found = {"eval_loss": loss, "eval_accuracy": accuracy}
+        with self.accelerator.autocast():
+            return found | self.objective.evaluate(self.model, data, **options)
+
+
+def _prepare_step(model: Any, objective: Any, settings: dict[str, Any]) -> None:
+    """What changes how a step is computed, and not what it computes."""
+    if settings["grad_checkpointing"]:
+        if not hasattr(model, "set_grad_checkpointing"):
+            raise ValueError(
+                "fit: argument `grad_checkpointing` needs a model with set_grad_checkpointing, and "
+                f"{type(model).__name__} has none. Leave it out, or train a timm model that has."
+            )
+        model.set_grad_checkpointing(True)
+    if settings["compile"]:
+        if not hasattr(objective, "compile"):
+            raise ValueError(
+                f"fit: argument `compile` needs an objective with compile, and {type(objective).__name__} has none. "
+                "Leave it out, or use JointObjective or TaskObjective."
+            )
+        # Shapes are those of full batches; a size seen for the first time gets a program of its own.
+        objective.compile(dynamic=False)
+
+
+def _identity(data: Any, objective: Any) -> dict[str, Any]:
+    """What makes a run another one, beside the arguments of `fit`: the objective's own, and the coalitions recorded."""
+    found = {f"objective.{name}": value for name, value in objective.settings.items()}
+    return found | ({"recorded": data.digest} if isinstance(data, RecordedCoalitions) else {})
+
+
+def _epoch_seed(seed: int, epoch: int, process: int) -> int:
+    """Each epoch starts from a seed of its own, so that a resumed run draws what an unbroken one would have drawn."""
+    return int(np.random.SeedSequence([seed, epoch, process]).generate_state(1)[0])
