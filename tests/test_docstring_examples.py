@@ -26,6 +26,7 @@ METHODS = {
     fv.Attribution: ("attribute",),
     fv.Explanation: ("as_shap", "heatmap", "plot", "save", "values_for"),
     fv.MaskedImageGame: ("coalition_values",),
+    fv.Preprocessing: ("of_model",),
     fv.RecordedCoalitions: ("save",),
     fv.SelfExplainingClassifier: (
         "coalition_values",

@@ -16,6 +16,7 @@ from fastshap_vision.cli.flags import in_flags
 from fastshap_vision.cli.main import _parser, main
 
 # Four players, so that every coalition can be tried in no time.
+NO_SIZE = {"input_size": 3, "mean": [0], "std": [1], "crop_pct": 1, "interpolation": "bilinear", "crop_mode": "center"}
 TRAIN = [
     *("train", "--dataset", "folder", "--img-size", "16", "--in-chans", "1", "--model", "vit_tiny_patch16_224"),
     *("--coalitions", "2", "--epochs", "1", "--batch-size", "4", "--lr", "0.001"),
@@ -380,7 +381,7 @@ def test_an_unreadable_image_stops_a_run_with_workers(pictures, tmp_path, capsys
         ({"arguments": {"dataset": "mnist", "model": "x", "data_dir": None}}, "its dataset or model is unknown"),
         ({"arguments": {"dataset": "digits", "model": "x", "data_dir": 3}}, "its data folder is no path"),
         ({"preprocessing": None}, "argument `record` must be a dict"),
-        ({"preprocessing": {"input_size": 3, "mean": [0], "std": [1], "crop_pct": 1}}, "argument `input_size` must be"),
+        ({"preprocessing": NO_SIZE}, "argument `input_size` must be"),
     ],
 )
 @pytest.mark.parametrize("command", ["explain", "evaluate", "train-explainer"])

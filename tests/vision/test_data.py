@@ -316,14 +316,19 @@ def test_statistics_of_any_kind_become_plain_numbers():
         {"crop_pct": "all"},
         {"crop_pct": 0},
         {"crop_pct": 1.5},
+        {"interpolation": "cubic"},
+        {"crop_mode": None},
         {"more": 1},
     ],
 )
 def test_wrong_records_of_preprocessing(change):
     record = {"input_size": [1, 8, 8], "mean": [0.5], "std": [0.5], "crop_pct": 1.0}
+    record |= {"interpolation": "bicubic", "crop_mode": "squash"}
     assert Preprocessing.from_dict(record).input_size == (1, 8, 8)
-    with pytest.raises(ValueError, match=f"argument `{'record' if 'more' in change else next(iter(change))}` must be"):
+    with pytest.raises(ValueError, match=f"rgument `{'record' if 'more' in change else next(iter(change))}` must be"):
         Preprocessing.from_dict(record | change)
     for other in ({}, None, [record]):
-        with pytest.raises(ValueError, match="argument `record` must be a dict of crop_pct, input_size, mean, std"):
+        with pytest.raises(
+            ValueError, match="argument `record` must be a dict of crop_mode, crop_pct, input_size, interp"
+        ):
             Preprocessing.from_dict(other)

@@ -8,7 +8,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import resolve_model_data_config
 from timm.layers import get_act_layer, get_norm_layer
 from timm.models import get_model_args, get_model_input_config
 from torch import Tensor, nn
@@ -110,7 +109,7 @@ def settings_of(backbone: Any) -> dict[str, Any]:
 def preprocessing_of(
     backbone: Any, input_size: tuple[int, int, int], asked: dict[str, Any] | Preprocessing | None
 ) -> Preprocessing | None:
-    """As asked for, else with timm's statistics; None for images that are neither greyscale nor RGB."""
+    """As asked for, else as timm's configuration says; None for images that are neither greyscale nor RGB."""
     if asked is not None:
         if not isinstance(asked, (Preprocessing, Mapping)):
             raise TypeError(
@@ -120,15 +119,10 @@ def preprocessing_of(
             return asked if isinstance(asked, Preprocessing) else Preprocessing.from_dict(asked)
         except ValueError as error:
             raise ValueError(f"Argument `preprocessing` describes none: {error}") from error
-    channels = input_size[0]
+    channels, *size = input_size
     if channels not in (1, 3):
         return None
-    config = resolve_model_data_config(backbone)
-    mean, std = (
-        tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
-        for values in (config["mean"], config["std"])
-    )
-    return Preprocessing(input_size, mean, std, config["crop_pct"])
+    return Preprocessing.of_model(backbone, (size[0], size[1]), channels)
 
 
 def check_unchanged(model: Any) -> None:
