@@ -17,11 +17,11 @@ from typing import Any
 
 import timm
 import torch
-from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from .._runtime.processes import processes
 from ..data import datasets
 from ..explanations.explanation import Explanation
 from ..metrics.fidelity import fidelity
@@ -60,12 +60,12 @@ def train(options: argparse.Namespace) -> None:
         masked_task_ramp=tuple(options.masked_task_ramp),
         seed=options.seed,
     )
-    if PartialState().is_main_process and not whole_checkpoints(options.output):
+    if processes().is_main_process and not whole_checkpoints(options.output):
         write_run(options, train_data)
-    more = {"compile": options.compile, "grad_checkpointing": options.grad_checkpointing}
+    more = {"compile": options.compile or None, "grad_checkpointing": options.grad_checkpointing}
     with _epochs_logged():
         result = fit(model, train_data, test_data, objective=objective, **_settings(options), **more)
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         print(
             f"accuracy {result.accuracy:.2f} % (best {result.best_accuracy:.2f} %) after {options.epochs} epochs in "
             f"{result.seconds:.0f} s; the run is in {options.output}"
@@ -78,7 +78,7 @@ def train_explainer(options: argparse.Namespace) -> None:
         raise ValueError("argument --output: the explainer's run needs a folder of its own, not that of --checkpoint.")
     _check_output(options.output)
     find_checkpoint(options.output, options.resume)  # before the coalitions, which take longest
-    run = Run.read(options.checkpoint, PartialState().device)
+    run = Run.read(options.checkpoint, processes().device)
     if not isinstance(run.model.head, SharesHead):
         raise ValueError(
             "argument --checkpoint: the run's votes are its explanation already. Pass a run of --head shares."
@@ -99,7 +99,7 @@ def train_explainer(options: argparse.Namespace) -> None:
     for name, value in recipe.training(model, options.mirror).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    if PartialState().is_main_process and not whole_checkpoints(options.output):
+    if processes().is_main_process and not whole_checkpoints(options.output):
         kept = {name: run.arguments[name] for name in ("dataset", "model")}
         write_run(argparse.Namespace(**kept | vars(options)), train_data)
     with _epochs_logged():
@@ -107,7 +107,7 @@ def train_explainer(options: argparse.Namespace) -> None:
             model, train_data, coalitions=options.coalitions, mirror=options.mirror, **_settings(options)
         )
     accuracy, _ = evaluate(model, test_data, options.batch_size, workers=options.workers)
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         print(
             f"accuracy {accuracy:.2f} %, as before; explained in {options.epochs} epochs and {result.seconds:.0f} s; "
             f"the run is in {options.output}"
@@ -127,7 +127,7 @@ def _settings(options: Any) -> dict[str, Any]:
         "clip_grad": options.clip_grad,
         "seed": options.seed,
         "workers": options.workers,
-        "mixed_precision": {"float16": "fp16", "bfloat16": "bf16"}[options.amp_dtype] if options.amp else "no",
+        "mixed_precision": {"float16": "fp16", "bfloat16": "bf16"}[options.amp_dtype] if options.amp else None,
         "output": options.output,
         "resume": options.resume,
     }

@@ -32,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code, message = 1, f"the memory is full ({error}). Lower batch_size, or take smaller images."
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     print(f"{parser.prog} {options.name}: error: {in_flags(message, options.parser)}", file=sys.stderr)
     return code
 

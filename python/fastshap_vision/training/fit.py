@@ -76,8 +76,9 @@ def fit(
     clip_grad: float | None = None,
     seed: int = 0,
     workers: int = 0,
-    mixed_precision: str = "no",
-    compile: bool = False,
+    grad_accum_steps: int | None = None,
+    mixed_precision: str | None = None,
+    compile: bool | None = None,
     grad_checkpointing: bool = False,
     output: str | Path | None = None,
     resume: str | Path | None = None,
@@ -93,15 +94,18 @@ def fit(
         objective: an `Objective`, such as `JointObjective`: called with the model, a batch and the share of the
             training that is done, it returns the terms of the loss. What it holds in its `state_dict` is part of a
             checkpoint.
-        epochs: passes over train_data; the last, incomplete batch of each is left out.
+        epochs: passes over train_data; what is left at the end of each and makes no whole update is left out.
         batch_size: images a step and process.
         opt, lr, weight_decay, sched, warmup_epochs: as in timm (create_optimizer_v2, create_scheduler_v2).
         clip_grad: largest norm of the gradient, or None. The encoder of a self-explaining model and its explainer are
             clipped apart.
         seed: of the data's order, augmentation and dropout, below 2³². Two runs with one seed are equal.
         workers: processes that load data.
-        mixed_precision: "no", "bf16" or "fp16".
-        compile: compiles the objective's step (`objective.compile`): slow first steps, faster later ones.
+        grad_accum_steps: batches of each process whose mean gradient is one update, as that of one batch so many times
+            as large. None: what accelerate was set to (`accelerate config`, or its environment variables), else 1.
+        mixed_precision: "no", "bf16" or "fp16". None: what accelerate was set to, else "no".
+        compile: compiles the objective's step (`objective.compile`): slow first steps, faster later ones. None: what
+            accelerate was set to (the dynamo backend inductor, or none), else False.
         grad_checkpointing: as in timm: activations within blocks are computed again instead of kept, where the model
             has `set_grad_checkpointing`. Less memory, more time, the same gradients. Off again after the run.
         output: the run's folder: summary.csv, model.safetensors and checkpoints, written after every epoch. None
@@ -118,7 +122,8 @@ def fit(
         left as they were found.
 
     Raises:
-        ValueError: an argument out of its range, or data that fits neither the batch nor the model.
+        ValueError: an argument out of its range, or data that fits neither the batch nor the model. Or processes of one
+            run that don't see each other, or a setting of accelerate that is not supported.
         TypeError: the objective's state can't be written.
         CheckpointError: the checkpoint to resume from is missing, damaged, or of another run; or `output` can't be
             written to, which is tried before the first step, or another run writes to it.
@@ -141,12 +146,13 @@ def fit(
         "clip_grad": clip_grad,
         "seed": seed,
         "workers": workers,
+        "grad_accum_steps": grad_accum_steps,
         "mixed_precision": mixed_precision,
         "compile": compile,
         "grad_checkpointing": grad_checkpointing,
     }
     check_kinds(model, objective, output)
-    for name, flag in {"compile": compile, "grad_checkpointing": grad_checkpointing, "progress": progress}.items():
+    for name, flag in {"grad_checkpointing": grad_checkpointing, "progress": progress}.items():
         check_flag("fit", name, flag)
     keep_freed_memory()
     if isinstance(model, SelfExplainingClassifier):

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from fastshap_kernels._checks import check_count, fail
 
 from .._modes import evaluation_mode
+from .._runtime.processes import processes
 from ..data.mirrored import WithMirrorImages
 from ..data.recorded import RecordedCoalitions, record_coalitions
 from ..games.coalitions import Coalitions
@@ -133,7 +133,7 @@ def train_explainer(
     known = getattr(data, "preprocessing", None)
     if isinstance(known, Preprocessing) and known.input_size == explained.game.input_size:
         explained.preprocessing = known
-    explained.to(PartialState().device)
+    explained.to(processes().device)
     mirror = explained.game.input_size[0] == 3 if mirror is None else mirror
     kept, held_out = (data, eval_data) if eval_data is not None else _divided(data, seed)
     recorded = []
@@ -152,7 +152,7 @@ def train_explainer(
     found = [row["eval_value_r2"] for row in result.history]
     epoch = found.index(best) + 1 if best in found else 0
     _calibrate(explained, recorded[1])
-    if output is not None and PartialState().is_main_process:
+    if output is not None and processes().is_main_process:
         write_model(explained, Path(output))
     if epoch:
         shares = f"{best:.3f} of the variance of coalition values on {len(recorded[1])} held-out images"
@@ -219,7 +219,7 @@ def _recorded(
             raise ValueError(f"train_explainer: argument `coalitions`: this run has recorded {kept} of each image.")
         return recorded
     recorded = record_coalitions(model, data, coalitions, **options)
-    if path is not None and PartialState().is_main_process:
+    if path is not None and processes().is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
         recorded.save(path)
     return recorded

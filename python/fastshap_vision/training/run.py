@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    set_seed,
+)
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 from tqdm import tqdm
 
 from fastshap_kernels._checks import describe
 
+from .._runtime.processes import processes
 from ..data.recorded import RecordedCoalitions
 from ..models.self_explaining import SelfExplainingClassifier
 from .evaluate import Batch, check_data, evaluate
@@ -48,8 +55,12 @@ class TrainingRun:
     def __init__(self, model: nn.Module, data: Dataset, objective: Any, settings: dict[str, Any]) -> None:
         check_data(model, data, "fit", "train_data", settings["mixed_precision"])
         objective.check(model, data)
+        processes()  # joins them
         self.accelerator = Accelerator(
             mixed_precision=settings["mixed_precision"],
+            # What accelerate was set to is in the settings already, as far as they leave it to that.
+            dynamo_backend="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
             # While the regression's weight is 0 the shares take no part in the loss.
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
@@ -57,6 +68,10 @@ class TrainingRun:
         self.settings = settings | {"images": len(data), "processes": self.accelerator.num_processes}  # type: ignore[arg-type]
         self.settings |= _identity(data, objective)
         check_batch(self.settings)
+        self.accumulated = settings["grad_accum_steps"]
+        # Of an epoch. A batch of all processes, accumulated, is one batch: what makes no whole one is left out.
+        global_batch = settings["batch_size"] * self.accelerator.num_processes * self.accumulated
+        self.updates = self.settings["images"] // global_batch
         self.model = model
         self.objective = objective
         backbone = model.backbone if isinstance(model, SelfExplainingClassifier) else model
@@ -75,7 +90,7 @@ class TrainingRun:
         loader = DataLoader(
             data,
             settings["batch_size"],
-            shuffle=True,
+            sampler=RandomSampler(data, num_samples=self.updates * global_batch),  # type: ignore[arg-type]
             drop_last=True,
             num_workers=settings["workers"],
             collate_fn=Batch(objective.label_classes(model)),
@@ -90,7 +105,7 @@ class TrainingRun:
             num_epochs=settings["epochs"],
             warmup_epochs=settings["warmup_epochs"],
             step_on_epochs=False,
-            updates_per_epoch=len(self.loader),
+            updates_per_epoch=self.updates,
         )
 
     def bar(self, epochs_done: int, progress: bool) -> tqdm:
@@ -107,25 +122,17 @@ class TrainingRun:
         self.step.train()
         reader = TermReader(epoch, bar)
         for index, (images, labels) in enumerate(self.loader):
-            update = epoch * len(self.loader) + index
+            update = epoch * self.updates + index // self.accumulated
             if self.scheduler is not None:
                 self.scheduler.step_update(update)
             lr = self.optimizer.param_groups[0]["lr"]
-            progress = update / (self.settings["epochs"] * len(self.loader))
-            terms = self.step(images, labels, progress)
-            if not terms["loss"].requires_grad:
-                raise ValueError(
-                    "fit: the objective's loss depends on none of the model's trainable parameters. Unfreeze those "
-                    "that it trains (requires_grad_); or, to train the layers that explain beside a frozen backbone, "
-                    "pass JointObjective(regression_ramp=(0, 0)), whose regression counts from the first step on."
-                )
-            self.accelerator.backward(terms["loss"])
-            if self.settings["clip_grad"] is not None:
-                # Apart: no explainer changes how the encoder is trained.
-                self.accelerator.clip_grad_norm_(self.encoder, self.settings["clip_grad"])
-                nn.utils.clip_grad_norm_(self.explainer, self.settings["clip_grad"])
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            is_complete = (index + 1) % self.accumulated == 0
+            # Gradients are exchanged once an update.
+            with nullcontext() if is_complete else self.accelerator.no_sync(self.step):
+                terms = self.step(images, labels, update / (self.settings["epochs"] * self.updates))
+                self._backward(terms["loss"])
+            if is_complete:
+                self._update()
             reader.add(images, terms)
         return {
             "epoch": epoch + 1,
@@ -136,6 +143,24 @@ class TrainingRun:
             "eval_value_r2": None,
             "seconds": time.perf_counter() - start,
         }
+
+    def _backward(self, loss: Tensor) -> None:
+        if not loss.requires_grad:
+            raise ValueError(
+                "fit: the objective's loss depends on none of the model's trainable parameters. Unfreeze those "
+                "that it trains (requires_grad_); or, to train the layers that explain beside a frozen backbone, "
+                "pass JointObjective(regression_ramp=(0, 0)), whose regression counts from the first step on."
+            )
+        self.accelerator.backward(loss / self.accumulated)
+
+    def _update(self) -> None:
+        """One step of the optimiser, by the gradient that has been gathered."""
+        if self.settings["clip_grad"] is not None:
+            # Apart: no explainer changes how the encoder is trained.
+            self.accelerator.clip_grad_norm_(self.encoder, self.settings["clip_grad"])
+            nn.utils.clip_grad_norm_(self.explainer, self.settings["clip_grad"])
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def evaluate(self, data: Dataset) -> dict[str, float | None]:
         """The columns of the history that an evaluation fills."""

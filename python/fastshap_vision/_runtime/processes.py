@@ -1,0 +1,62 @@
+"""The processes of a run: accelerate's, once it is sure that each of them sees all the others."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+#: Variables by which a launcher tells each process how many it started.
+COUNTS = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+#: Variables by which accelerate is told to split a model, in ways that no model here has been run in.
+REFUSED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_TP": "tensor parallelism",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism",
+    "ACCELERATE_USE_SAGEMAKER": "SageMaker's data parallelism",
+}
+
+
+def processes() -> PartialState:
+    """accelerate's state of the processes, which this one joins if it has not yet.
+
+    Where there is no GPU, or ACCELERATE_USE_CPU says so, they work on their CPUs and speak by gloo.
+
+    Raises:
+        ValueError: a launcher started more processes than see each other: each would take itself for the only one, and
+            all would write into one folder. Or accelerate is set to split the model.
+    """
+    for name, engine in REFUSED.items():
+        if parse_flag_from_env(name):
+            raise ValueError(
+                f"fastshap_vision: accelerate is set to train by {engine} ({name} is {os.environ[name]!r}), but models "
+                "are trained whole on each device here. Choose multi-GPU or multi-CPU in `accelerate config`, or unset "
+                f"{name}."
+            )
+    without_gpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=without_gpu)
+    _check_counts(state.num_processes)
+    return state
+
+
+def _check_counts(found: int) -> None:
+    """No launcher's count is above accelerate's; below it may be, as srun's is where each task starts torchrun."""
+    for name in COUNTS:
+        text = os.environ.get(name, "")
+        if text.isdecimal() and int(text) > found:
+            raise ValueError(
+                f"fastshap_vision: {name} says that {text} processes were started, but this one sees {found} in all. "
+                "Each would train alone, and write into the same folder. Start them by `torchrun --nproc_per_node=N` "
+                "or `accelerate launch`, on several nodes once on each, and leave accelerate.PartialState() to "
+                f"fastshap_vision. For a run of one process, set {name}=1."
+            )
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() != found:
+        raise ValueError(
+            f"fastshap_vision: torch.distributed has {distributed.get_world_size()} processes, but accelerate sees "
+            f"{found}. Let accelerate begin the process group: leave out torch.distributed.init_process_group."
+        )
