@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "python" / "fastshap_vision"
 LAYERS = (
     ("cli",),
     ("training",),
-    ("baselines", "data", "metrics"),
+    ("baselines", "data", "metrics", "offline"),
     ("objectives", "estimators"),
     ("models",),
     ("streaming",),

@@ -36,6 +36,7 @@ from .objectives.base import Objective, ObjectiveTerms
 from .objectives.explainer import ExplainerObjective
 from .objectives.joint import JointObjective
 from .objectives.task import TaskObjective
+from .offline.explain_images import ExplainedImages, explain_images
 from .training import recipe
 from .training.evaluate import Evaluation, evaluate
 from .training.fit import FitResult, fit
@@ -49,6 +50,7 @@ __all__ = [
     "CheckpointError",
     "Coalitions",
     "Evaluation",
+    "ExplainedImages",
     "ExplainerObjective",
     "Explanation",
     "Fidelity",
@@ -69,6 +71,7 @@ __all__ = [
     "convert",
     "evaluate",
     "exact_values",
+    "explain_images",
     "fidelity",
     "fit",
     "keep_freed_memory",

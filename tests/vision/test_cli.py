@@ -197,6 +197,29 @@ def test_explain_test_images(run, tmp_path, capsys):
     assert len(list(tmp_path.glob("*.png"))) == 3
 
 
+def test_explain_many_images(run, pictures, tmp_path, capsys):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "bad.png").write_bytes(b"")
+    sources = ["--images", str(pictures / "val"), str(tmp_path / "more")]
+    command = ["explain", "--checkpoint", str(run), *sources, "--batch-size", "4", "--workers", "1"]
+    assert main([*command, "--top-k", "2", "--output", str(tmp_path / "out.parquet")]) == 0
+    said = capsys.readouterr().out
+    assert said == f"explained 9 of 10 images in {tmp_path}/out.parquet; 1 could not be read, and say why\n"
+    rows = parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    assert rows[0]["image"] == str(pictures / "val" / "ant" / "0.png")
+    assert set(rows[0]["names"]) < {"ant", "bee", "cow"}
+    assert [len(values) for values in rows[0]["values"]] == [4, 4]
+    assert main([*command, "--top-k", "all", "--output", str(tmp_path / "all")]) == 0
+    assert sorted(path.name for path in (tmp_path / "all").glob("[0-9]*")) == ["000000.safetensors"]
+    many = ["explain", "--checkpoint", run, "--images", pictures, "--output", tmp_path / "x.parquet"]
+    assert "it can't be combined with --target-class" in fails(capsys, [*many, "--target-class", "bee"])
+    many[-1] = tmp_path / "x"
+    line = fails(capsys, many)
+    assert "--output must be a file that ends in .parquet" in line
+    assert "pass --top-k all" in line
+
+
 def test_evaluate(run, capsys):
     command = ["evaluate", "--checkpoint", str(run), "--num-images", "3"]
     assert main(command) == 0
@@ -309,6 +332,10 @@ EXPLAINER = ("train-explainer", "--checkpoint", "x", "--output", "y")
         (("explain", "--checkpoint", "x", "--output", "/dev/null"), "argument --output: '/dev/null' is no folder"),
         (("explain", "--checkpoint", "x", "--output", "x", "--device", "meta"), "cannot compute on 'meta'"),
         (("explain", "--checkpoint", "x", "--output", "x", "--device", "abacus"), "cannot compute on 'abacus'"),
+        (
+            ("explain", "--checkpoint", "x", "--output", "y", "--top-k", "few"),
+            "--top-k: expected a whole number from 1",
+        ),
         (("evaluate", "--checkpoint", "absent", "--num-images", "0"), "--num-images: expected a whole number from 1"),
         (("evaluate", "--checkpoint", "absent", "--seed", "9" * 99), "--seed: expected a whole number from 0"),
     ],

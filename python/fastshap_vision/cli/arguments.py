@@ -176,12 +176,28 @@ def _add_training(parser: argparse.ArgumentParser) -> Any:
 def add_explain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="*", type=Path, help="image files (default: test images of the run's data)")
     _add_checkpoint(parser)
-    parser.add_argument("--output", type=Path, required=True, help="folder for the pictures and values")
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        type=Path,
+        dest="source",
+        metavar="PATH",
+        help="explain many images: of folders, with all folders in them, or of tar shards",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for the pictures and values; see below")
     parser.add_argument("--data-dir", type=Path, help="other data with the same classes (default: the run's)")
     parser.add_argument("--target-class", help="name or number of the class to draw (default: the predicted one)")
     parser.add_argument("--num-images", type=_whole(1), default=8, help="test images, where no image is given")
     parser.add_argument(
         "--evaluations", type=_whole(0), default=0, help="coalitions of each image, even, to refine its explanation by"
+    )
+    group = parser.add_argument_group("many images", "Started again after a stop, it goes on.")
+    group.add_argument("--top-k", type=_top_k, default=5, help="likeliest classes of each image, or all")
+    group.add_argument("-b", "--batch-size", type=_whole(1), default=256, help="images at once")
+    group.add_argument("-j", "--workers", type=_whole(0), default=0, help="processes that read images")
+    parser.epilog = (
+        "With --images, --output is a Parquet file with a row for each image: its name, its likeliest classes, their "
+        "probabilities, Shapley values and expected error; with --top-k all, a folder of safetensors files."
     )
 
 
@@ -213,6 +229,10 @@ def _whole(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
         return int(text)
 
     return whole
+
+
+def _top_k(text: str) -> int | str:
+    return text if text == "all" else _whole(1)(text)
 
 
 def _number(low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:

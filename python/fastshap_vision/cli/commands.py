@@ -29,6 +29,7 @@ from ..models.convert import convert
 from ..models.head import SharesHead
 from ..models.self_explaining import SelfExplainingClassifier
 from ..objectives.joint import JointObjective
+from ..offline.explain_images import explain_images
 from ..training import recipe
 from ..training.checkpoint import find_checkpoint, whole_checkpoints
 from ..training.evaluate import evaluate
@@ -134,7 +135,9 @@ def _settings(options: Any) -> dict[str, Any]:
 
 
 def explain(options: argparse.Namespace) -> None:
-    """Writes a picture and the Shapley values of each image."""
+    """Writes a picture and the Shapley values of each image; of many, no pictures, and a row each."""
+    if options.source:
+        return _explain_many(options)
     from matplotlib import pyplot
 
     _check_output(options.output)
@@ -159,6 +162,29 @@ def explain(options: argparse.Namespace) -> None:
         share = float(explanation.probabilities[0, predicted])
         print(f"{name}: {run.classes[predicted]} ({share:.0%})")
     print(f"wrote {len(names)} pictures (.png) and Shapley values of every class (.safetensors) to {options.output}")
+
+
+def _explain_many(options: argparse.Namespace) -> None:
+    for name in ("images", "target_class", "evaluations"):
+        if getattr(options, name):
+            flag = "of single images" if name == "images" else f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"argument --images: it can't be combined with {flag}, which is for pictures. Leave one out."
+            )
+    run = Run.read(options.checkpoint, options.device or processes().device)
+    source = options.source[0] if len(options.source) == 1 else options.source
+    found = explain_images(
+        run.model,
+        source,
+        options.output,
+        top_k=options.top_k,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        classes=run.classes,
+    )
+    if processes().is_main_process:
+        bad = f"; {found.unreadable} could not be read, and say why" if found.unreadable else ""
+        print(f"explained {found.images - found.unreadable} of {found.images} images in {found.path}{bad}")
 
 
 def evaluate_run(options: argparse.Namespace) -> None:

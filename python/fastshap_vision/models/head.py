@@ -52,7 +52,7 @@ class VotesHead(_Head):
     def forward(self, features: Features, logits: Tensor, null: Tensor, target: Tensor | None = None) -> Tensor:
         """Shapley values (B, P, K), float32 at least, that add up to logits (B, K) − null (K,).
 
-        Of one class of each image, `target` (B,), where it is given: (B, P).
+        Of some classes of each image, where `target` is given: (B, P) for one, (B,), and (B, P, k) for k, (B, k).
         """
         return _completed(at_least_float32(votes_of_patches(self.game, features.last, target)), logits, null, target)
 
@@ -120,11 +120,14 @@ class SharesHead(_Head):
         return _completed(found, logits, null, target)
 
     def _shares_of(self, explained: Tensor, target: Tensor | None) -> Tensor:
-        """(B, P, K), or (B, P) of a class of each image."""
+        """(B, P, K), or (B, P) or (B, P, k) of some classes of each image."""
         if target is not None and is_plain(self.shares, nn.Linear):
             return _linear(explained, self.shares.weight, None, target)
         found = self.shares(explained)
-        return found if target is None else found.gather(2, target[:, None, None].expand(-1, found.shape[1], 1))[..., 0]
+        if target is None:
+            return found
+        wanted = target.reshape(len(target), 1, -1).expand(-1, found.shape[1], -1)
+        return found.gather(2, wanted).reshape(*found.shape[:2], *target.shape[1:])
 
     def regression_loss(
         self,
@@ -200,15 +203,16 @@ def width_of(game: Game, classes: int, depth: int) -> int:
 
 
 def votes_of_patches(game: Game, features: Tensor, target: Tensor | None = None) -> Tensor:
-    """(W e_p + b)/P of features (B, P, L): (B, P, K), or (B, P) of a class of each image, `target` (B,)."""
+    """(W e_p + b)/P of features (B, P, L): (B, P, K), or of the classes in `target`, as `VotesHead.forward` says."""
     return _linear(features, *game.vote_weight(), target) / game.players
 
 
 def _linear(features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None) -> Tensor:
-    """W e_p + b for every class, or for one of each image: then the others cost nothing."""
+    """W e_p + b for every class, or for some of each image: then the others cost nothing."""
     if target is None:
         return nn.functional.linear(features, weight, bias)
-    found = (features @ weight[target].unsqueeze(2)).squeeze(2)
+    found = features @ weight[target.reshape(len(target), -1)].mT
+    found = found.reshape(*features.shape[:2], *target.shape[1:])
     return found if bias is None else found + bias[target].unsqueeze(1)
 
 
@@ -254,8 +258,8 @@ def loss_of_classes(
 
 
 def _completed(found: Tensor, logits: Tensor, null: Tensor, target: Tensor | None) -> Tensor:
-    """Shapley values (B, P, K), or (B, P) of the target, with an equal part each of what they leave of f(x) − v(∅)."""
+    """Shapley values of all classes or of the target's, with an equal part each of what they leave of f(x) − v(∅)."""
     if target is not None:
-        logits, null = logits.gather(1, target.unsqueeze(1)).squeeze(1), null[target]
+        logits, null = logits.gather(1, target.reshape(len(target), -1)).reshape(target.shape), null[target]
     missing = at_least_float32(logits) - at_least_float32(null) - found.sum(1)
     return found + (missing / found.shape[1]).unsqueeze(1)

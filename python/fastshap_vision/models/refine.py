@@ -72,6 +72,10 @@ class Calibration:
         except TypeError as error:
             raise ValueError(f"Argument `calibration` describes none: {error}") from error
 
+    def expected_error(self, players: int) -> Tensor:
+        """(K,) float32: `Explanation.expected_error` of an explanation that no coalition refines, of each class."""
+        return torch.tensor(self.variance, dtype=torch.float64).mul(players - 1).sqrt().float()
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return asdict(self) | {"variance": list(self.variance)}
