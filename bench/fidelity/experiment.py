@@ -143,13 +143,9 @@ def recorded_for(
 ) -> fv.RecordedCoalitions:
     """The coalitions of the training images, which all settings that share an encoder record once."""
     coalitions = fidelity_runs.objective_of(run)["coalitions"]
-    path = options.runs / "games" / f"{game_key(model, len(train), coalitions, run.seed)}.safetensors"
-    if path.exists():
-        return fv.RecordedCoalitions.load(path, train)
-    recorded = fv.record_coalitions(model, train, coalitions, seed=run.seed, precision=RECORDING, progress=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    recorded.save(path)
-    return recorded
+    folder = options.runs / "coalitions" / game_key(model, len(train), coalitions, run.seed)
+    settings = {"seed": run.seed, "precision": RECORDING, "dtype": "float32", "progress": False}
+    return fv.record_coalitions(model, train, coalitions, output=folder, **settings)
 
 
 def train_explainer(run: Run, train: Any, classes: int, options: argparse.Namespace) -> tuple[Any, list[fv.FitResult]]:

@@ -18,7 +18,8 @@ from . import baselines, metrics
 from ._runtime.allocator import keep_freed_memory
 from .data.datasets import load_dataset
 from .data.mirrored import WithMirrorImages
-from .data.recorded import RecordedCoalitions, record_coalitions
+from .data.record import record_coalitions
+from .data.recorded import RecordedCoalitions
 from .estimators.base import ReferenceValues
 from .estimators.exact import exact_values
 from .estimators.kernel_shap import kernel_shap_values

@@ -130,9 +130,9 @@ def test_the_explainer_of_a_run_is_trained_and_all_else_stays(run, tmp_path, cap
     assert record["arguments"]["coalitions"] == 6
     assert "regression_weight" not in record["arguments"]
     assert record["arguments"]["mirror"] is True
-    images = len(load_file(output / "coalitions.safetensors")["bits"])
+    images = len(load_file(output / "coalitions" / "000000.safetensors")["bits"])
     assert main([*arguments, "--epochs", "1", "--no-mirror", "--output", str(tmp_path / "less")]) == 0
-    assert images == 2 * len(load_file(tmp_path / "less" / "coalitions.safetensors")["bits"])
+    assert images == 2 * len(load_file(tmp_path / "less" / "coalitions" / "000000.safetensors")["bits"])
     config = json.loads((output / "config.json").read_text())
     assert config["preprocessing"] == record["preprocessing"]
     assert (config["head_depth"], config["intermediates"]) == (2, True)
@@ -144,15 +144,15 @@ def test_the_explainers_coalitions_are_recorded_once(run, tmp_path, capsys, monk
     arguments = ["train-explainer", "--checkpoint", str(run), "--coalitions", "6", "--epochs", "1", "--batch-size", "4"]
     arguments += ["--no-intermediates", "--head-depth", "0", "--output", str(output)]
     assert main(arguments) == 0
-    assert (output / "coalitions.safetensors").is_file()
+    assert (output / "coalitions" / "manifest.json").is_file()
 
-    def record_coalitions(*_, **__):
+    def write_shard(*_, **__):
         raise AssertionError("recorded again")
 
-    monkeypatch.setattr("fastshap_vision.training.recipe.record_coalitions", record_coalitions)
+    monkeypatch.setattr("fastshap_vision.data.record.write_shard", write_shard)
     assert main([*arguments, "--resume"]) == 0
     assert "accuracy" in capsys.readouterr().out
-    assert "has recorded 6" in fails(capsys, [*arguments, "--resume", "--coalitions", "8"])
+    assert "coalitions was 6 and is 8" in fails(capsys, [*arguments, "--resume", "--coalitions", "8"])
     assert "already holds a run" in fails(capsys, arguments)
     assert "folder of its own" in fails(capsys, [*arguments, "--output", str(run)])
 
@@ -383,7 +383,7 @@ def test_wrong_values_reach_the_user(pictures, run, tmp_path, capsys):
     assert "argument --coalitions must be a number of coalitions that determine 4 Shapley values" in fails(capsys, few)
     explainer = ["train-explainer", "--checkpoint", run, "--output", tmp_path / "explained"]
     assert "argument --coalitions must be even" in fails(capsys, [*explainer, "--coalitions", "7"])
-    assert not (tmp_path / "explained" / "coalitions.safetensors").exists()
+    assert not (tmp_path / "explained" / "coalitions").exists()
 
 
 def test_an_unreadable_image_stops_a_run_with_workers(pictures, tmp_path, capsys):

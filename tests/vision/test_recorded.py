@@ -4,8 +4,6 @@ import copy
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch.utils.data import ChainDataset, DataLoader, Subset
 from vision_transformers import create, image_size, images, labelled
 
@@ -32,88 +30,12 @@ def test_a_record_holds_the_values_of_coalitions_that_only_the_seed_decides(kind
     torch.testing.assert_close(recorded.values, values, rtol=1e-4, atol=1e-5)
     assert len(recorded) == 10
     rows = [7, 2]
-    for row, (image, (label, packed, value)) in zip(rows, recorded.__getitems__(rows), strict=True):
+    for row, (image, found) in zip(rows, recorded.__getitems__(rows), strict=True):
         assert torch.equal(image, data.tensors[0][row])
-        assert label == row % 7
-        assert torch.equal(packed, bits[row])
-        assert torch.equal(value, recorded.values[row])
+        assert found["label"] == row % 7
+        assert torch.equal(found["bits"], bits[row])
+        assert torch.equal(found["values"], recorded.values[row])
     assert torch.equal(recorded[2][0], data.tensors[0][2])
-
-
-def test_a_record_is_saved_and_loaded(tmp_path):
-    model, data = converted("class token"), dataset("class token")
-    recorded = fv.record_coalitions(model, data, 4)
-    recorded.save(tmp_path / "recorded.safetensors")
-    found = fv.RecordedCoalitions.load(tmp_path / "recorded.safetensors", data)
-    assert torch.equal(found.bits, recorded.bits)
-    assert torch.equal(found.values, recorded.values)
-    assert found.digest == recorded.digest != fv.record_coalitions(model, data, 4, seed=1).digest
-    assert [path.name for path in tmp_path.iterdir()] == ["recorded.safetensors"]
-    with pytest.raises(ValueError, match="`data` must be the 10 recorded images"):
-        fv.RecordedCoalitions.load(tmp_path / "recorded.safetensors", Subset(data, range(3)))
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda bits, values: values[40:].mul_(-5),
-        lambda bits, values: bits[40:].bitwise_xor_(0x5555),
-        lambda bits, values: values[63, 3, 6].add_(1e-6),
-    ],
-)
-def test_games_that_were_damaged_are_refused(tmp_path, damage):
-    """Past the images that are evaluated again too."""
-    data, generator = dataset("class token", 64), torch.Generator().manual_seed(0)
-    recorded = fv.RecordedCoalitions(
-        data, fk.sample_coalitions(64, 4, 16, seed=0), torch.randn(64, 4, 7, generator=generator)
-    )
-    recorded.save(tmp_path / "recorded")
-    with safe_open(tmp_path / "recorded", framework="pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(tmp_path / "recorded")
-    damage(tensors["bits"], tensors["values"])
-    save_file(tensors, tmp_path / "recorded", metadata)
-    with pytest.raises(
-        ValueError, match=r"recorded' is damaged, or holds no coalitions: it is not what was.*fv\.record_coalitions"
-    ):
-        fv.RecordedCoalitions.load(tmp_path / "recorded", data)
-
-
-def test_games_are_of_their_images(tmp_path):
-    """Of those images in that order, though another library may decode them a little differently."""
-    data = dataset("class token")
-    fv.record_coalitions(converted("class token"), data, 2).save(tmp_path / "recorded")
-    order = [*range(8), 9, 8]
-    for other in (Subset(data, order), labelled(data.tensors[0] + 0.1)):
-        with pytest.raises(ValueError, match=r"`data` must hold the images .*in their order"):
-            fv.RecordedCoalitions.load(tmp_path / "recorded", other)
-    slightly = labelled(data.tensors[0] * 1.001)
-    assert len(fv.RecordedCoalitions.load(tmp_path / "recorded", slightly)) == 10
-
-
-@pytest.mark.parametrize("content", [b"", b"\x80\x04.", b"{}", b"\xff" * 100, "other"])
-def test_files_that_hold_no_coalitions_are_named(tmp_path, content):
-    path = tmp_path / "recorded"
-    if content == "other":
-        save_file({"weight": torch.zeros(2)}, path)
-    else:
-        path.write_bytes(content)
-    with pytest.raises(
-        ValueError, match=r"recorded' is damaged, or holds no coalitions.*fv\.record_coalitions\(model, data\) again"
-    ):
-        fv.RecordedCoalitions.load(path, dataset("class token"))
-    with pytest.raises(FileNotFoundError, match=r"no file .*nowhere.*fv\.record_coalitions"):
-        fv.RecordedCoalitions.load(tmp_path / "nowhere", dataset("class token"))
-
-
-def test_games_are_written_whole_or_not_at_all(tmp_path):
-    recorded = fv.record_coalitions(converted("class token"), dataset("class token"), 2)
-    with pytest.raises(OSError, match=r"`path`, .*nowhere.*can't be written"):
-        recorded.save(tmp_path / "nowhere" / "recorded")
-    (tmp_path / "folder" / "inner").mkdir(parents=True)
-    with pytest.raises(OSError, match="can't be written"):
-        recorded.save(tmp_path / "folder")
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 @pytest.mark.parametrize(
@@ -201,7 +123,7 @@ def test_the_regression_follows_its_formula(base):
     torch.nn.init.normal_(model.head.shares.weight, std=0.1)
     recorded = fv.record_coalitions(model, data, 8)
     x = data.tensors[0]
-    terms = fv.ExplainerObjective()(model, x, [data.tensors[1], recorded.bits, recorded.values])
+    terms = fv.ExplainerObjective()(model, x, recorded.rows(range(3)))
     phi, logits = model.eval().shapley_values(x)
     null, present = model.null_value(), fk.unpack_bits(recorded.bits, model.players).float()
     residual = recorded.values - null - torch.einsum("bmp,bpk->bmk", present, phi)
@@ -241,11 +163,11 @@ def test_games_that_were_held_out_say_what_is_learned():
     trained, held_out = (fv.record_coalitions(model, Subset(data, rows), 32) for rows in (range(10), range(10, 20)))
     options = {"epochs": 3, "batch_size": 5, "progress": False, "lr": 3e-3}
     history = fv.fit(model, trained, held_out, objective=fv.ExplainerObjective(), **options).history
-    images, stored = torch.stack([held_out[row][0] for row in range(10)]), (None, held_out.bits, held_out.values)
+    images = torch.stack([held_out[row][0] for row in range(10)])
     residuals = []
     with torch.no_grad():
-        for part in (slice(5), slice(5, 10)):
-            terms = fv.ExplainerObjective()(model, images[part], [None, stored[1][part], stored[2][part]])
+        for part in (range(5), range(5, 10)):
+            terms = fv.ExplainerObjective()(model, images[part], held_out.rows(part))
             residuals.append(float(terms.value_r2))
     assert history[-1]["eval_value_r2"] == pytest.approx(sum(residuals) / 2, abs=1e-5)
     assert history[-1]["eval_value_r2"] != history[0]["eval_value_r2"]
@@ -313,6 +235,11 @@ def test_data_that_changes_is_refused():
         ({"seed": -1}, "`seed` must be a whole number from 0"),
         ({"seed": 2**64}, "`seed` must be a whole number from 0"),
         ({"precision": "half"}, "precision"),
+        ({"store": "logits"}, "`store` must be one of 'values', 'features'"),
+        ({"dtype": "float64"}, "`dtype` must be one of None, 'float16', 'float32'"),
+        ({"shard": 0}, "`shard` must be a whole number from 1"),
+        ({"classes": 8}, "`classes` must be a whole number from 1 to 7"),
+        ({"classes": 2, "store": "features"}, "`classes` must be None with store='features'"),
     ],
 )
 def test_bad_arguments_of_play(options, words):

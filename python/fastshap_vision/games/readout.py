@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -88,6 +89,39 @@ def check_votes(backbone: Any, votes: bool, is_classified: bool) -> None:
             f"Argument `head` can't be 'votes' for this {type(backbone).__name__}, whose classifier is more than one "
             "linear layer behind the pooled features. Use head='shares'."
         )
+
+
+def is_plain_classifier(backbone: Any) -> bool:
+    """Whether the model's classifier is one linear layer and nothing else."""
+    return isinstance(backbone.get_classifier(), nn.Module) and _is_plain(backbone.get_classifier())
+
+
+@contextmanager
+def features_as_values(backbone: Any) -> Iterator[None]:
+    """For the while, a coalition's value is what its classifier reads: (h(S), c(S)), with v(S) = W h(S) + c(S)·b.
+
+    c is the share of the bias: 1, or |S|/P where patches vote.
+    """
+    classifier = backbone.get_classifier()
+    name = next(name for name, module in backbone.named_modules() if module is classifier)
+    width = classifier.in_features
+    reader = nn.Linear(width, width + 1).to(classifier.weight).requires_grad_(False)
+    reader.weight.copy_(torch.eye(width + 1, width))
+    reader.bias.copy_(torch.eye(width + 1)[width])
+    backbone.set_submodule(name, reader)
+    try:
+        yield
+    finally:
+        backbone.set_submodule(name, classifier)
+
+
+def values_of_features(backbone: Any, features: Tensor) -> Tensor:
+    """v(S) of what was read with `features_as_values`, (..., L + 1): (..., K), in float32 at least."""
+    weight, bias = linear_classifier(backbone)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    with torch.autocast(features.device.type, enabled=False):
+        values = nn.functional.linear(features[..., :-1].to(dtype), weight.to(dtype))
+        return values if bias is None else values + features[..., -1:].to(dtype) * bias.to(dtype)
 
 
 def _parts(backbone: Any) -> tuple[Any, ...]:

@@ -130,7 +130,7 @@ def _wide(values: Tensor) -> Tensor:
 
 def check_not_recorded(objective: Objective, data: Any) -> None:
     """Raises a ValueError for recorded coalitions given to an objective of labelled images."""
-    if hasattr(data, "bits") and hasattr(data, "values"):
+    if hasattr(data, "stored"):
         raise ValueError(
             f"fit: {type(objective).__name__} learns from labelled images, but train_data are recorded coalitions. "
             "Pass the images, or use ExplainerObjective."

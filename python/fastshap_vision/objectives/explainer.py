@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from fastshap_kernels._checks import check_flag
 
 from .._modes import evaluating
 from ..games.coalitions import Coalitions
+from ..games.readout import values_of_features
 from ..models.head import SharesHead
 from ..models.self_explaining import SelfExplainingClassifier
 from .base import Objective, ObjectiveTerms, even_split_error, explained_share, in_unit
@@ -24,7 +25,8 @@ class ExplainerObjective(Objective):
 
     R = mean over B, M, K of (v(S) − v(∅) − Σ_{p∈S} Φ_p)², divided by what the even split (f − v(∅))/P leaves (where
     that is no more than the values' rounding, the game is constant, and R is not divided). The encoder runs in
-    evaluation mode and without gradient: no weight, statistic or logit of it changes.
+    evaluation mode and without gradient: no weight, statistic or logit of it changes. Where the values of each image's
+    likeliest classes alone were recorded, K is these.
 
     Args:
         keep_best: keeps a copy of the head as it was after the epoch whose `value_r2` on held-out coalitions was the
@@ -48,7 +50,7 @@ class ExplainerObjective(Objective):
         self,
         model: SelfExplainingClassifier,
         images: Tensor,
-        recorded: Sequence[Any] | Tensor,
+        recorded: Mapping[str, Tensor],
         *,
         progress: float = 1.0,
     ) -> ObjectiveTerms:
@@ -57,7 +59,8 @@ class ExplainerObjective(Objective):
         Args:
             model: with the shares head; its coalitions were recorded.
             images: (B, C, H, W).
-            recorded: labels, which have no part in it; bits, int32 (B, M, W); values, (B, M, K).
+            recorded: by name, what `RecordedCoalitions` gives beside the images: "bits", int32 (B, M, W), and "values",
+                (B, M, K), or what was recorded in place of them.
 
         Returns:
             the terms of the loss: regression and value_r2, the explained share of the variance of these v(S). The best
@@ -71,17 +74,21 @@ class ExplainerObjective(Objective):
                 "ExplainerObjective trains the shares of a model that stays as it is, but this one has none. Use "
                 "fv.convert(timm_model)."
             )
-        if not isinstance(recorded, (tuple, list)) or len(recorded) != 3:
+        if not isinstance(recorded, Mapping) or "bits" not in recorded:
             raise ValueError(
                 "ExplainerObjective learns from recorded coalitions, but it was given labels. Pass "
                 "fv.record_coalitions(model, data) to fit in place of the data."
             )
-        _, bits, values = recorded
-        coalitions = Coalitions(bits, model.players)
+        coalitions = Coalitions(recorded["bits"], model.players)
         with evaluating(model):
             features, logits = model.game.features_and_logits(images)
             null = model.null_value()
-        residual = model.regression_loss(features, logits, coalitions, values.to(logits.dtype), null)
+            values, classes = values_of(model, recorded)
+        values = values.to(logits.dtype)
+        residual = model.regression_loss(features, logits, coalitions, values, null, classes)
+        if classes is not None:
+            values = values.gather(2, classes.unsqueeze(1).expand(-1, values.shape[1], -1))
+            logits, null = logits.gather(1, classes), null[classes].unsqueeze(1)
         regression = in_unit(residual, even_split_error(values, logits, null, coalitions), values)
         explained = explained_share(residual.detach(), values)
         return ObjectiveTerms(regression, regression=regression.detach(), value_r2=explained)
@@ -93,13 +100,13 @@ class ExplainerObjective(Objective):
         The mean over images of E[r²(φ̂)] differs from the distance of φ̂ to the Shapley values by a constant and a
         factor: of two heads, that with the higher eval_value_r2 is nearer to them, up to the noise of the coalitions.
         """
-        if not hasattr(data, "bits"):
+        if not hasattr(data, "stored"):
             return {}
         like, found = next(model.parameters()), []
         loader = DataLoader(data, batch_size, num_workers=workers, generator=torch.Generator())
         with evaluating(model):
-            for images, (labels, bits, values) in loader:
-                recorded = (labels, bits.to(like.device), values.to(like.device))
+            for images, recorded in loader:
+                recorded = {name: tensor.to(like.device) for name, tensor in recorded.items() if name != "label"}
                 terms = self(model, images.to(like.device, like.dtype), recorded)
                 found.append(terms.value_r2.expand(len(images)))  # type: ignore[union-attr]
         mean = float(torch.cat(found).nanmean())
@@ -125,3 +132,18 @@ class ExplainerObjective(Objective):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._best, self._best_value_r2 = state["best"], float(state["best_value_r2"])
+
+
+def values_of(model: SelfExplainingClassifier, recorded: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """v(S), (B, M, K), of what was recorded, and the classes (B, k) of each image that it was recorded for.
+
+    None for all of them; the values of others are 0.
+    """
+    if "features" in recorded:
+        return values_of_features(model.backbone, recorded["features"]), None
+    values = recorded["values"].float()
+    if "classes" not in recorded:
+        return values, None
+    classes = recorded["classes"].long()
+    chosen = classes.unsqueeze(1).expand(-1, values.shape[1], -1)
+    return values.new_zeros(*values.shape[:2], model.num_classes).scatter_(2, chosen, values), classes

@@ -19,7 +19,9 @@ from fastshap_kernels._checks import check_count, fail
 from .._modes import evaluation_mode
 from .._runtime.processes import processes
 from ..data.mirrored import WithMirrorImages
-from ..data.recorded import RecordedCoalitions, record_coalitions
+from ..data.record import record_coalitions
+from ..data.recorded import RecordedCoalitions
+from ..data.shards import kept_as
 from ..games.coalitions import Coalitions
 from ..games.mask_cells_cnn import CellRemoval
 from ..images.preprocessing import Preprocessing
@@ -27,7 +29,7 @@ from ..models.convert import convert
 from ..models.head import SharesHead
 from ..models.refine import calibrated
 from ..models.self_explaining import SelfExplainingClassifier
-from ..objectives.explainer import ExplainerObjective
+from ..objectives.explainer import ExplainerObjective, values_of
 from .checkpoint import write_model
 from .fit import FitResult, fit
 
@@ -73,8 +75,43 @@ def training(model: SelfExplainingClassifier, mirrored: bool = True) -> dict[str
 HELD_OUT = 0.1
 #: Held-out images by which the model is calibrated, at most.
 CALIBRATED = 512
-#: The recorded coalitions in a run's folder: those that are trained on, and those that are held out.
-RECORDED = ("coalitions.safetensors", "held_out.safetensors")
+#: The folders of recorded coalitions in a run's: those that are trained on, and those that are held out.
+RECORDED = ("coalitions", "held_out")
+
+
+def record(
+    model: SelfExplainingClassifier,
+    data: Dataset,
+    eval_data: Dataset | None = None,
+    *,
+    coalitions: int = COALITIONS,
+    mirror: bool = True,
+    seed: int = 0,
+    output: str | Path | None = None,
+    **options: Any,
+) -> tuple[RecordedCoalitions, RecordedCoalitions]:
+    """Records what `train_explainer` learns from, and what it holds out; in its `output`, it then finds them.
+
+    Args:
+        model: as `convert` returns.
+        data, eval_data, coalitions, mirror, seed: as in `train_explainer`.
+        output: the run's folder, or None to keep all in memory.
+        options: of `record_coalitions`.
+
+    Returns:
+        the coalitions of `data`, and those of the images that are held out.
+
+    Example:
+        >>> recorded, held_out = fv.recipe.record(model, data, coalitions=8, output="run", store="features")
+        >>> result = fv.train_explainer(model, data, coalitions=8, output="run", epochs=1)
+    """
+    trained, held_out = (data, eval_data) if eval_data is not None else _divided(data, seed)
+    found = []
+    for part, name in zip((WithMirrorImages(trained) if mirror else trained, held_out), RECORDED, strict=True):
+        folder = None if output is None else Path(output) / name
+        kept = {} if folder is None else kept_as(folder)  # how it is kept is decided where it is recorded first
+        found.append(record_coalitions(model, part, coalitions, seed=seed, output=folder, **kept | options))
+    return found[0], found[1]
 
 
 def train_explainer(
@@ -101,16 +138,17 @@ def train_explainer(
     Args:
         model: a timm model, a `SelfExplainingClassifier` with the shares head, or the name of a pretrained timm model.
         data: a dataset of (image, label), images (C, H, W) that are the same whenever they are read: no augmentation.
-            Labels have no part in it.
-        eval_data: images to hold out; None for a tenth of `data`.
+            Labels have no part in it. Or what `record_coalitions` returned for this model.
+        eval_data: images to hold out, of the same kind; None for a tenth of `data`.
         coalitions: M, even, of each image and of its mirror image.
         mirror: whether mirror images are explained too, which helps wherever they could be seen. None: for colour
             images, which are photographs, and not for greyscale ones, which may be writing.
         precision: of the coalitions' values; see `record_coalitions`.
         seed: of the coalitions, of what is held out, of new layers and of the training.
         workers: processes that load data.
-        output: the run's folder, as in `fit`, with the recorded coalitions in it.
-        resume: as in `fit`; what was recorded in `output` is read.
+        output: the run's folder, as in `fit`, with the recorded coalitions in it: what is there is not recorded again,
+            and where several processes run, they divide the images.
+        resume: as in `fit`.
         progress: shows bars on a terminal.
         options: of `fit`, in place of the recipe's.
 
@@ -134,14 +172,13 @@ def train_explainer(
     if isinstance(known, Preprocessing) and known.input_size == explained.game.input_size:
         explained.preprocessing = known
     explained.to(processes().device)
-    mirror = explained.game.input_size[0] == 3 if mirror is None else mirror
-    kept, held_out = (data, eval_data) if eval_data is not None else _divided(data, seed)
-    recorded = []
-    for part, name in zip((WithMirrorImages(kept) if mirror else kept, held_out), RECORDED, strict=True):
-        path = None if output is None else Path(output) / name
-        read = path if resume is not None else None
-        recording = {"seed": seed, "precision": precision, "workers": workers, "progress": progress}
-        recorded.append(_recorded(explained, part, coalitions, path, read, recording))
+    if isinstance(data, RecordedCoalitions):
+        recorded, mirror = _as_recorded(data, eval_data), True
+    else:
+        mirror = explained.game.input_size[0] == 3 if mirror is None else mirror
+        settings: dict[str, Any] = {"precision": precision, "workers": workers, "progress": progress}
+        settings |= {"coalitions": coalitions, "mirror": mirror, "seed": seed, "output": output}
+        recorded = record(explained, data, eval_data, **settings)
     settings = training(explained, mirror)
     settings["batch_size"] = min(settings["batch_size"], len(recorded[0]))
     settings |= {"seed": seed, "workers": workers, "output": output, "resume": resume, "progress": progress} | options
@@ -187,11 +224,19 @@ def _as_explainable(model: nn.Module | str, seed: int) -> SelfExplainingClassifi
 @torch.no_grad()
 def _calibrate(model: SelfExplainingClassifier, held_out: RecordedCoalitions) -> None:
     """By the coalitions of images that were held out, which are recorded already."""
-    rows = torch.arange(min(len(held_out), CALIBRATED))
+    rows, phi, bits, values = torch.arange(min(len(held_out), CALIBRATED)), [], [], []
+    if "classes" in held_out.rows([0]):
+        _log.warning("The explanations have no error bars: the values of all classes of held-out images are needed.")
+        return
     with evaluation_mode(model):
-        parts = [model.shapley_values(held_out.images(part.tolist(), model))[0].cpu() for part in rows.split(64)]
-    coalitions = Coalitions(held_out.bits[rows], model.players, paired=True)
-    model.calibration = calibrated(torch.cat(parts), coalitions, held_out.values[rows])
+        for part in rows.split(64):
+            phi.append(model.shapley_values(held_out.images(part.tolist(), model))[0].cpu())
+            recorded = held_out.rows(part.tolist())
+            bits.append(recorded["bits"])
+            recorded = {name: tensor.to(next(model.parameters()).device) for name, tensor in recorded.items()}
+            values.append(values_of(model, recorded)[0].cpu())
+    coalitions = Coalitions(torch.cat(bits), model.players, paired=True)
+    model.calibration = calibrated(torch.cat(phi), coalitions, torch.cat(values))
 
 
 def _divided(data: Any, seed: int) -> tuple[Dataset, Dataset]:
@@ -203,23 +248,8 @@ def _divided(data: Any, seed: int) -> tuple[Dataset, Dataset]:
     return Subset(data, sorted(order[count:])), Subset(data, sorted(order[:count]))
 
 
-def _recorded(
-    model: SelfExplainingClassifier,
-    data: Any,
-    coalitions: int,
-    path: Path | None,
-    read: Path | None,
-    options: dict[str, Any],
-) -> RecordedCoalitions:
-    """Coalitions of the data: read where a run goes on, else recorded, and written where there is a folder."""
-    if read is not None and read.exists():
-        recorded = RecordedCoalitions.load(read, data)
-        kept = recorded.bits.shape[1]
-        if kept != coalitions:
-            raise ValueError(f"train_explainer: argument `coalitions`: this run has recorded {kept} of each image.")
-        return recorded
-    recorded = record_coalitions(model, data, coalitions, **options)
-    if path is not None and processes().is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        recorded.save(path)
-    return recorded
+def _as_recorded(data: RecordedCoalitions, eval_data: Any) -> tuple[RecordedCoalitions, RecordedCoalitions]:
+    if not isinstance(eval_data, RecordedCoalitions):
+        remedy = "Record some images apart: a row of mirror images must not be held out from its twin."
+        fail("train_explainer", "eval_data", "recorded coalitions, as `data` is", eval_data, remedy)
+    return data, eval_data
