@@ -158,7 +158,8 @@ def test_the_explainers_coalitions_are_recorded_once(run, tmp_path, capsys, monk
 
 
 def test_votes_need_no_explainer(run, tmp_path, capsys, monkeypatch):
-    voting = SimpleNamespace(model=SimpleNamespace(head=torch.nn.Identity()))
+    model = SimpleNamespace(head=torch.nn.Identity())
+    voting = SimpleNamespace(model=model, arguments={"dataset": "digits"}, data_dir=None, dataset=lambda *_: None)
     monkeypatch.setattr("fastshap_vision.cli.commands.Run.read", lambda *_: voting)
     arguments = ["train-explainer", "--checkpoint", run, "--output", tmp_path / "none"]
     assert "votes are its explanation already" in fails(capsys, arguments)
@@ -299,7 +300,7 @@ EXPLAINER = ("train-explainer", "--checkpoint", "x", "--output", "y")
         ((*OUTPUT, "--num-classes", "4"), "Build the model with --num-classes 10"),
         ((*OUTPUT, "--in-chans", "2"), "--in-chans: invalid choice"),
         ((*OUTPUT, "--opt", "adamww"), "--opt = 'adamww'"),
-        ((*OUTPUT, "--dataset", "mnist"), "--dataset: invalid choice: 'mnist'"),
+        ((*OUTPUT, "--dataset", "mnist"), "--dataset: expected one of digits, folder, tar, torch/…"),
         ((*OUTPUT, "--dataset", "folder"), "Pass --data-dir"),
         ((*OUTPUT, "--dataset", "folder", "--data-dir", "absent"), "there is no folder 'absent'. Check --data-dir"),
         ((*OUTPUT, "--model-kwargs", "depth"), "--model-kwargs: expected key=value, but got 'depth'"),

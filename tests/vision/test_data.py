@@ -98,7 +98,7 @@ def test_folder_errors(folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("mnist", "train"), r"`name` must be one of 'digits', 'folder', but it is 'mnist'"),
+        (("mnist", "train"), r"`name` must be one of digits, folder, tar, torch/…, hfds/…, or a stream.s of timm, but"),
         (("digits", "val"), r"`split` must be one of 'train', 'test', but it is 'val'"),
         (("folder", "train"), r"needs the folder that holds it. Pass data_dir"),
     ],

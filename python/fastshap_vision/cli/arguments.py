@@ -14,6 +14,7 @@ from timm.utils import ParseKwargs
 from .._runtime.precision import PRECISIONS
 from ..data import datasets
 from ..games.factory import REMOVALS
+from ..images.preprocessing import LARGEST_CROP
 from ..models.arguments import BASES, HEAD_DEPTHS, HEADS
 from ..objectives.joint import ERRORS, TARGETS
 from ..training import recipe
@@ -56,8 +57,7 @@ class _KeyValues(ParseKwargs):
 
 def add_train(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=datasets.DATASETS, default="digits", help="which data")
-    group.add_argument("--data-dir", type=Path, help="folder of train/ and val/ (folder)")
+    _add_data(group, "digits")
     group.add_argument(
         "--img-size",
         type=_whole(1, datasets.LARGEST_SIZE),
@@ -68,6 +68,11 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         "--aug",
         action=argparse.BooleanOptionalAction,
         help="random changes of the training images (default: not for digits)",
+    )
+    group.add_argument("--aa", metavar="POLICY", help="timm's automatic augmentation, such as rand-m9-mstd0.5-inc1")
+    group.add_argument("--reprob", type=_number(0, 1), help="probability that a part of a training image is erased")
+    group.add_argument(
+        "--crop-pct", type=_number(0, LARGEST_CROP, above=True), help="share of test images kept (default: the model's)"
     )
     group.add_argument("-j", "--workers", type=_whole(0), default=0, help="processes that load data")
     group = parser.add_argument_group("model")
@@ -127,10 +132,33 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--grad-checkpointing", action="store_true", help="less memory, more time, the same gradients")
 
 
+def _add_data(group: Any, dataset: str | None) -> None:
+    of_run = "" if dataset else " (default: the run's)"
+    group.add_argument(
+        "--dataset",
+        type=_dataset,
+        metavar="NAME",
+        default=dataset,
+        help=f"digits, folder, tar, or timm's name of a dataset: torch/cifar10, hfds/…{of_run}",
+    )
+    group.add_argument("--data-dir", type=Path, help=f"the folder that holds the data{of_run}")
+    group.add_argument("--train-split", metavar="NAME", help="(default: train)")
+    group.add_argument("--val-split", metavar="NAME", help="(default: test, or what timm calls it)")
+    group.add_argument("--class-map", type=Path, metavar="FILE", help="text file with one label a line, in their order")
+    group.add_argument("--input-key", metavar="COLUMN", help="of the images (hfds; default: image)")
+    group.add_argument("--target-key", metavar="COLUMN", help="of the labels (hfds; default: label)")
+    group.add_argument("--dataset-download", dest="download", action="store_true", help="fetch the data (torch)")
+
+
 def add_train_explainer(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FOLDER", help="the run of the classifier")
-    parser.add_argument("--data-dir", type=Path, help="other data with the same classes (default: the run's)")
-    parser.add_argument("-j", "--workers", type=_whole(0), default=0, help="processes that load data")
+    group = parser.add_argument_group("model")
+    which = group.add_mutually_exclusive_group(required=True)
+    which.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="a run, or what save_pretrained wrote")
+    which.add_argument("--model", help="a timm model, with --pretrained")
+    group.add_argument("--pretrained", action="store_true", help="explain timm's weights")
+    group = parser.add_argument_group("data")
+    _add_data(group, None)
+    group.add_argument("-j", "--workers", type=_whole(0), default=0, help="processes that load data")
     parser.add_argument(
         "--coalitions", type=_whole(2), default=recipe.COALITIONS, help="coalitions of each image, even"
     )
@@ -247,6 +275,16 @@ def _number(low: float, high: float = math.inf, above: bool = False) -> Callable
         return value
 
     return number
+
+
+def _dataset(text: str) -> str:
+    try:
+        datasets.check_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            str(error).split("must be ")[-1].replace("one of", "expected one of")
+        ) from error
+    return text
 
 
 def _device(text: str) -> torch.device:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import logging
 import os
@@ -15,19 +14,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .._runtime.processes import processes
-from ..data import datasets
 from ..explanations.explanation import Explanation
 from ..metrics.fidelity import fidelity
 from ..models.convert import convert
 from ..models.head import SharesHead
-from ..models.self_explaining import SelfExplainingClassifier
 from ..objectives.joint import JointObjective
 from ..offline.explain_images import explain_images
 from ..training import recipe
@@ -35,7 +31,8 @@ from ..training.checkpoint import find_checkpoint, whole_checkpoints
 from ..training.evaluate import evaluate
 from ..training.fit import fit
 from ..training.run_folder import VISION_PACKAGES, Run, write_run
-from .arguments import DEFAULT_MODELS, EXACT_PLAYERS
+from .arguments import EXACT_PLAYERS
+from .inputs import build, choose_model, load_data, to_explain
 
 #: Who wrote a picture: `explain` replaces its own and no other.
 MARK = "fastshap explain"
@@ -44,12 +41,10 @@ MARK = "fastshap explain"
 def train(options: argparse.Namespace) -> None:
     """Trains a model and writes the run's folder."""
     _check_output(options.output)
-    _choose_model(options)
-    statistics = _statistics(options)
-    train_data = _dataset(options, "train", **statistics)
-    test_data = _dataset(options, "test", **statistics)
+    choose_model(options)
+    train_data, test_data = load_data(options)
     torch.manual_seed(options.seed)
-    model = _build(options, train_data)
+    model = build(options, train_data)
     objective = JointObjective(
         options.coalitions,
         options.regression_weight,
@@ -75,34 +70,29 @@ def train(options: argparse.Namespace) -> None:
 
 def train_explainer(options: argparse.Namespace) -> None:
     """Trains an explainer of a run's model, which stays as it is, and writes a run's folder."""
-    if options.output.resolve() == options.checkpoint.resolve():
+    if options.checkpoint is not None and options.output.resolve() == options.checkpoint.resolve():
         raise ValueError("argument --output: the explainer's run needs a folder of its own, not that of --checkpoint.")
     _check_output(options.output)
     find_checkpoint(options.output, options.resume)  # before the coalitions, which take longest
-    run = Run.read(options.checkpoint, processes().device)
-    if not isinstance(run.model.head, SharesHead):
-        raise ValueError(
-            "argument --checkpoint: the run's votes are its explanation already. Pass a run of --head shares."
-        )
-    options.data_dir = options.data_dir or run.data_dir
+    explained, train_data, test_data, kept = to_explain(options)
+    if not isinstance(explained.head, SharesHead):
+        raise ValueError("argument --checkpoint: the model's votes are its explanation already. Train --head shares.")
     if options.mirror is None:
-        options.mirror = run.arguments["dataset"] != "digits"
-    train_data, test_data = run.dataset("train", options.data_dir), run.dataset("test", options.data_dir)
+        options.mirror = kept["dataset"] != "digits"
     torch.manual_seed(options.seed)
     model = convert(
-        run.model.backbone,
-        img_size=run.model.game.input_size[1:],
+        explained.backbone,
+        img_size=explained.game.input_size[1:],
         head_depth=options.head_depth,
         intermediates=options.intermediates,
-        removal=run.model.removal,
-        preprocessing=run.preprocessing,
-    )
+        removal=explained.removal,
+        preprocessing=train_data.preprocessing,
+    ).to(processes().device)
     for name, value in recipe.training(model, options.mirror).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     if processes().is_main_process and not whole_checkpoints(options.output):
-        kept = {name: run.arguments[name] for name in ("dataset", "model")}
-        write_run(argparse.Namespace(**kept | vars(options)), train_data)
+        write_run(argparse.Namespace(**vars(options) | kept), train_data)
     with _epochs_logged():
         result = recipe.train_explainer(
             model, train_data, coalitions=options.coalitions, mirror=options.mirror, **_settings(options)
@@ -223,66 +213,6 @@ def _check_output(output: Path) -> None:
     nearest = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ValueError(f"argument --output: {str(nearest)!r} is no folder that can be written to. Choose another.")
-
-
-def _choose_model(options: argparse.Namespace) -> None:
-    """The model that was named, which timm must know, or one that suits the data."""
-    if options.model is None:
-        options.model, arguments = DEFAULT_MODELS["folder" if options.pretrained else options.dataset]
-        options.model_kwargs = arguments | options.model_kwargs
-    of_flags = sorted({"num_classes", "img_size", "in_chans", "pretrained"} & options.model_kwargs.keys())
-    if of_flags:
-        raise ValueError(f"argument --model-kwargs: {of_flags[0]} has a flag of its own. Use it instead.")
-    if not timm.is_model(options.model):
-        close = difflib.get_close_matches(options.model, timm.list_models(), 3)
-        hint = f"Did you mean {', '.join(close)}?" if close else "timm's documentation lists its models."
-        raise ValueError(f"argument --model: timm has no model {options.model!r}. {hint}")
-
-
-def _statistics(options: argparse.Namespace) -> dict[str, Any]:
-    """Mean, standard deviation and size as the pretrained weights expect them, where nothing else is asked."""
-    config = timm.get_pretrained_cfg(options.model)
-    found: dict[str, Any] = {"image_size": options.img_size}
-    if config is None:
-        return found
-    if options.pretrained:
-        found |= {"mean": config.mean, "std": config.std}
-    if options.img_size is None and (options.pretrained or options.dataset == "folder"):
-        found["image_size"] = config.input_size[-1]
-    return found
-
-
-def _dataset(options: argparse.Namespace, split: str, **statistics: Any) -> Any:
-    in_chans = options.in_chans or (3 if options.pretrained else None)
-    return datasets.load_dataset(
-        options.dataset, split, data_dir=options.data_dir, in_chans=in_chans, augment=options.aug, **statistics
-    )
-
-
-def _build(options: argparse.Namespace, data: Any) -> SelfExplainingClassifier:
-    channels, size, _ = data.input_size
-    try:
-        return SelfExplainingClassifier(
-            options.model,
-            options.num_classes or len(data.classes),
-            img_size=size,
-            head=options.head,
-            base=options.base,
-            head_depth=options.head_depth,
-            intermediates=options.intermediates,
-            backbone_gradient=options.backbone_gradient,
-            removal=options.removal,
-            pretrained=options.pretrained,
-            model_kwargs={"in_chans": channels} | options.model_kwargs,
-            preprocessing=data.preprocessing,
-        )
-    except ValueError:
-        raise
-    except Exception as error:  # timm's models raise errors of any kind for arguments that don't suit them
-        raise ValueError(
-            f"timm cannot build {options.model!r} for images {tuple(data.input_size)} with {options.model_kwargs}: "
-            f"{error}. Check --model-kwargs and --img-size."
-        ) from error
 
 
 def _examples(data: Any, count: int) -> tuple[list[int], Tensor, Tensor]:

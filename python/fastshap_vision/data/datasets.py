@@ -1,41 +1,39 @@
-"""Data: scikit-learn's digits and image folders, as datasets that know their classes, size and normalisation."""
+"""Data: scikit-learn's digits, image folders and what timm names; each knows its classes, size and normalisation."""
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IterableImageDataset
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
-from torchvision.datasets import ImageFolder
 
 from fastshap_kernels._checks import check_count, fail
 
 from .._checks import check_choice
-from ..images.decode import read_image, suffixes
 from ..images.preprocessing import LARGEST_SIZE, Preprocessing, of_channels
-
-_log = logging.getLogger(__name__)
+from . import timm_datasets
+from .folder import FolderImages, load_folder
+from .timm_datasets import TimmImages
 
 DATASETS = ("digits", "folder")
 SPLITS = ("train", "test")
+#: Splits whose images are never changed at random.
+UNCHANGED = ("test", "val", "valid", "validation", "eval", "evaluation")
 #: Height and width of the images where nothing else is asked for.
-SIZES = {"digits": 8, "folder": 224}
+SIZE, DIGITS_SIZE = 224, 8
 
 # Mean and standard deviation of a digit's pixels, each divided by the largest (16), over the training split.
 DIGITS_MEAN = (0.305,)
 DIGITS_STD = (0.376,)
 DIGITS_TEST_IMAGES = 360
-
-FOLDER_NAMES = {"train": ("train", "training"), "test": ("test", "val", "validation")}
 
 
 class ArrayImages(Dataset):
@@ -100,78 +98,6 @@ class ArrayImages(Dataset):
         return list(zip(images.unbind(), self.labels[rows].tolist(), strict=True))
 
 
-class FolderImages(ImageFolder):
-    """An image folder, one subfolder a class, read by torchvision.
-
-    Images in folders within a class's are of that class. A file that cannot be read stops the reading; what no image
-    ends like is left out, and the log names it. Hidden files and folders are none.
-
-    Args:
-        root: the folder of the class folders.
-        classes: their names; an image's label is the place of its class among them.
-        preprocessing: the size and normalisation of what comes out.
-        augment: whether timm's training transform changes the images at random.
-
-    Raises:
-        ValueError: for a class folder without an image; on reading, for a file that is no whole image.
-    """
-
-    def __init__(self, root: Path, classes: Sequence[str], preprocessing: Preprocessing, augment: bool) -> None:
-        self._names = classes
-        images, self._left_out = suffixes(), list[str]()
-
-        def is_image(path: str) -> bool:
-            within = Path(path).relative_to(root)
-            if any(part.startswith(".") for part in within.parts):
-                return False
-            if within.suffix.lower() not in images:
-                self._left_out.append(str(within))
-            return within.suffix.lower() in images
-
-        super().__init__(
-            str(root),
-            transform=preprocessing.transform(augment),
-            loader=partial(read_image, mode=preprocessing.mode),
-            is_valid_file=is_image,
-            allow_empty=True,
-        )
-        self._left_out += [path.name for path in root.iterdir() if path.is_file() and not path.name.startswith(".")]
-        self.classes = tuple(classes)
-        self.preprocessing = preprocessing
-        self.input_size = preprocessing.input_size
-        self.mean = preprocessing.mean
-        self.std = preprocessing.std
-        self._check()
-
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        """torchvision asks here which folder has which label."""
-        return list(self._names), {name: index for index, name in enumerate(self._names)}
-
-    def _check(self) -> None:
-        """Refuses a class folder without images; names what is left out, and classes that have no folder."""
-        counts: Counter[int] = Counter(self.targets)
-        without = [name for index, name in enumerate(self.classes) if not counts[index]]
-        for name in without:
-            if (Path(self.root) / name).is_dir():
-                raise ValueError(
-                    f"load_dataset: the class folder {str(Path(self.root) / name)!r} holds no images"
-                    f"{_named(self._left_out, '; left out by their names:')}. Put images into it, or remove it."
-                )
-        if self._left_out:
-            _log.warning(
-                "%d files below %r are no images by their names, and are left out: %s",
-                *(len(self._left_out), self.root, _named(self._left_out)),
-            )
-        if without:
-            _log.warning("%d classes have no folder in %r, so no images: %s", len(without), self.root, _named(without))
-
-
-def _named(names: Sequence[str], introduction: str = "") -> str:
-    """The first five, and that there are more."""
-    more = ", …" if len(names) > 5 else ""
-    return f"{introduction} {', '.join(names[:5])}{more}".strip() if names else ""
-
-
 def load_dataset(
     name: str,
     split: str,
@@ -181,20 +107,31 @@ def load_dataset(
     in_chans: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    augment: bool | None = None,
-) -> ArrayImages | FolderImages:
+    preprocessing: Preprocessing | None = None,
+    augment: bool | Mapping[str, Any] | None = None,
+    class_map: str | Path | Mapping[Any, int] | None = None,
+    **options: Any,
+) -> ArrayImages | FolderImages | TimmImages | IterableImageDataset:
     """One split of a dataset, with `.classes`, `.input_size` (C, H, W), `.mean`, `.std` and `.preprocessing`.
 
     Args:
-        name: "digits" (scikit-learn's, 1437 + 360 images of 8 x 8) or "folder" (train/ and test/ or val/, one subfolder
-            a class).
-        split: "train" or "test".
+        name: "digits" (scikit-learn's, 1437 + 360 images of 8 x 8); "folder" (train/ and test/ or val/, one subfolder
+            a class); "tar" (train.tar and test.tar or val.tar of such folders, or one file); or a name of
+            `timm.data.create_dataset`: "torch/cifar10" and the like, "hfds/…" (Hugging Face's datasets, by index), and
+            the streams "wds/…", "hfids/…" and "tfds/…", which have no index and so serve a loop of your own alone.
+        split: "train" or "test"; of a folder also the name of a subfolder; of others what timm takes.
         data_dir: the folder that holds the splits.
         image_size: height and width of the images that come out; the set's own where it has one, else 224.
         in_chans: 1 (greyscale) or 3; the set's own by default.
         mean, std: per channel, for pixels in [0, 1]; the set's own (digits) or ImageNet's by default.
+        preprocessing: all four and the crop at once, such as `model.preprocessing` or
+            `Preprocessing.of_model("resnet50.a1_in1k")`.
         augment: random changes of the training images: a shift by at most one pixel (digits; off by default), timm's
-            training transform (folder; on). Never on the test split.
+            training transform (others; on), or a dict of arguments for it, such as
+            {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25}. Never of a test or validation split.
+        class_map: which label has which number, from 0 on: a dict, or a text file with one label a line. Of a folder or
+            tar file, other folders are left out. For streams and labels without names.
+        options: of `timm.data.create_dataset`, for what timm names, such as download, input_key and target_key.
 
     Files are read as a viewer shows them: turned as their EXIF data say, transparency white, 16 bits as 8, floats from
     0 to 1. In a folder, what is no image by its name is left out, and the log names it.
@@ -211,33 +148,98 @@ def load_dataset(
         >>> len(digits), digits.input_size
         (360, (1, 8, 8))
     """
-    check_choice("name", name, DATASETS)
-    check_choice("split", split, SPLITS)
-    check_choice("augment", augment, (None, True, False))
+    of_timm = timm_datasets.is_timm_name(name)
+    if not of_timm:
+        check_name(name)
+        if options:
+            raise TypeError(f"load_dataset: there is no argument `{next(iter(options))}` for {name!r}. Leave it out.")
+    if name == "digits":
+        check_choice("split", split, SPLITS)
+    elif not isinstance(split, str) or not split:
+        fail("load_dataset", "split", "the name of a split, such as 'train' or 'test'", split)
+    augment = _checked_augment(augment, name, split)
+    kept = None if class_map is None else _checked_class_map(class_map)
+    found = checked_preprocessing(name, preprocessing, image_size, in_chans, mean, std)
+    if name == "digits":
+        if kept is not None:
+            raise ValueError("load_dataset: argument `class_map`: the digits have their own classes. Leave it out.")
+        return _load_digits(split, found, bool(augment))
+    if of_timm:
+        return timm_datasets.load(name, split, data_dir, found, augment, kept, options)
+    if not isinstance(data_dir, (str, Path)):
+        raise ValueError(f"load_dataset: dataset {name!r} needs the folder that holds it. Pass data_dir.")
+    return load_folder(Path(data_dir), split, found, augment, kept)
+
+
+def is_known(name: object) -> bool:
+    """Whether it is a name of ours or timm's."""
+    return timm_datasets.is_timm_name(name) or (isinstance(name, str) and name in DATASETS)
+
+
+def check_name(name: object) -> None:
+    if not is_known(name):
+        known = ", ".join((*DATASETS, "tar", *(f"{prefix}…" for prefix in timm_datasets.INDEXED)))
+        fail("load_dataset", "name", f"one of {known}, or a stream's of timm", name)
+
+
+def _checked_augment(augment: object, name: str, split: str) -> bool | Mapping[str, Any]:
+    """What changes the images of this split at random."""
+    if isinstance(augment, Mapping) and name == "digits":
+        fail("load_dataset", "augment", "True, False or None for the digits, which are shifted", augment)
+    if not isinstance(augment, Mapping):
+        check_choice("augment", augment, (None, True, False))
+    if split.split("[")[0] in UNCHANGED:
+        return False
+    return name != "digits" if augment is None else augment  # type: ignore[return-value]
+
+
+def checked_preprocessing(
+    name: str,
+    preprocessing: Preprocessing | None,
+    image_size: int | None,
+    in_chans: int | None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Preprocessing:
+    """As given at once or in parts; the digits' are never cropped."""
+    parts = {"image_size": image_size, "in_chans": in_chans, "mean": mean, "std": std}
+    given = [part for part, value in parts.items() if value is not None]
+    if preprocessing is not None:
+        if not isinstance(preprocessing, Preprocessing):
+            fail("load_dataset", "preprocessing", "a Preprocessing or None", preprocessing)
+        if given:
+            fail("load_dataset", given[0], "None beside `preprocessing`, which says it", parts[given[0]])
+        whole = {"crop_pct": 1.0, "interpolation": "bilinear", "crop_mode": "center"}
+        return replace(preprocessing, **whole) if name == "digits" else preprocessing  # type: ignore[arg-type]
     if image_size is not None:
         check_count("load_dataset", "image_size", image_size, 1, LARGEST_SIZE)
     is_number = isinstance(in_chans, Integral) and not isinstance(in_chans, bool)
     if in_chans is not None and not (is_number and in_chans in (1, 3)):
         fail("load_dataset", "in_chans", "1 (greyscale), 3 (RGB) or None", in_chans)
-    if augment is None:
-        augment = name != "digits"
-    augment = augment and split == "train"
     default_mean, default_std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     if name == "digits":
         default_mean, default_std = DIGITS_MEAN, DIGITS_STD
-    side = image_size or SIZES[name]
+    side = image_size or (DIGITS_SIZE if name == "digits" else SIZE)
     channels = int(in_chans or (1 if name == "digits" else 3))
-    preprocessing = Preprocessing(
+    return Preprocessing(
         (channels, side, side),
         of_channels("mean", default_mean if mean is None else mean, channels),
         of_channels("std", default_std if std is None else std, channels),
-        crop_pct=0.875 if name == "folder" else 1.0,
+        crop_pct=1.0 if name == "digits" else 0.875,
     )
-    if name == "digits":
-        return _load_digits(split, preprocessing, augment)
-    if not isinstance(data_dir, (str, Path)):
-        raise ValueError(f"load_dataset: dataset {name!r} needs the folder that holds it. Pass data_dir.")
-    return _load_folder(Path(data_dir), split, preprocessing, augment)
+
+
+def _checked_class_map(class_map: object) -> dict[Any, int]:
+    """Each label's number."""
+    if isinstance(class_map, (str, Path)):
+        path = Path(class_map)
+        if path.suffix.lower() != ".txt" or not path.is_file():
+            fail("load_dataset", "class_map", "a dict, or a text file (.txt) with one label a line", class_map)
+        class_map = {line.strip(): number for number, line in enumerate(path.read_text("utf-8").split("\n")) if line}
+    numbers = sorted(set(class_map.values())) if isinstance(class_map, Mapping) else []
+    if not isinstance(class_map, Mapping) or not numbers or numbers != list(range(len(numbers))):
+        fail("load_dataset", "class_map", "a number from 0 on, without gaps, of each label", class_map)
+    return dict(class_map)
 
 
 def _load_digits(split: str, preprocessing: Preprocessing, augment: bool) -> ArrayImages:
@@ -259,36 +261,3 @@ def _load_digits(split: str, preprocessing: Preprocessing, augment: bool) -> Arr
     classes = [str(name) for name in bunch.target_names]
     shift = transforms.RandomCrop(8, padding=1) if augment else None
     return ArrayImages(pixels, labels, classes, preprocessing, largest=16, augment=shift)
-
-
-def _load_folder(data_dir: Path, split: str, preprocessing: Preprocessing, augment: bool) -> FolderImages:
-    root = _split_folder(data_dir, split)
-    # Both splits number the classes of the training folder, so that a class without a test image shifts no label.
-    classes = _class_names(_split_folder(data_dir, "train"))
-    if not classes:
-        raise ValueError(
-            f"load_dataset: {str(data_dir)!r} has no class folders for training. Make one subfolder a class."
-        )
-    unknown = sorted(set(_class_names(root)) - set(classes))
-    if unknown:
-        raise ValueError(
-            f"load_dataset: the folder {str(root)!r} has the class {unknown[0]!r}, which the training folder has not "
-            f"({len(classes)} classes there). Make the class folders of both splits agree."
-        )
-    return FolderImages(root, classes, preprocessing, augment)
-
-
-def _split_folder(data_dir: Path, split: str) -> Path:
-    if not data_dir.is_dir():
-        raise ValueError(f"load_dataset: there is no folder {str(data_dir)!r}. Check data_dir.")
-    for name in FOLDER_NAMES[split]:
-        if (data_dir / name).is_dir():
-            return data_dir / name
-    raise ValueError(
-        f"load_dataset: {str(data_dir)!r} has no subfolder for the {split} split: "
-        f"make one named {' or '.join(FOLDER_NAMES[split])}, with one subfolder a class."
-    )
-
-
-def _class_names(root: Path) -> list[str]:
-    return sorted(folder.name for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..data import datasets
+from ..data.timm_datasets import is_by_timm
+from ..images.preprocessing import Preprocessing
 from ..models.self_explaining import SelfExplainingClassifier
 
 RUN = "run.json"
@@ -25,7 +28,7 @@ class Run(NamedTuple):
 
     model: SelfExplainingClassifier
     device: torch.device
-    preprocessing: datasets.Preprocessing
+    preprocessing: Preprocessing
     classes: tuple[str, ...]
     arguments: dict[str, Any]
 
@@ -55,19 +58,10 @@ class Run(NamedTuple):
         found = self.arguments["data_dir"]
         return None if found is None else Path(found)
 
-    def dataset(self, split: str, data_dir: Path | None = None) -> datasets.ArrayImages | datasets.FolderImages:
+    def dataset(self, split: str, data_dir: Path | None = None) -> Any:
         """The run's own data as they are, not augmented, or the same kind of data from another folder."""
-        channels, size, _ = self.preprocessing.input_size
-        found = datasets.load_dataset(
-            self.arguments["dataset"],
-            split,
-            data_dir=data_dir or self.data_dir,
-            augment=False,
-            image_size=size,
-            in_chans=channels,
-            mean=self.preprocessing.mean,
-            std=self.preprocessing.std,
-        )
+        arguments = self.arguments | {"data_dir": data_dir or self.data_dir}
+        found = dataset_of(arguments, split, self.preprocessing, augment=False)
         if found.classes != self.classes:
             raise ValueError(
                 f"the data has the classes {', '.join(found.classes[:5])}… ({len(found.classes)}), but the model was "
@@ -87,24 +81,43 @@ class Run(NamedTuple):
         )
 
 
-def _checked(record: Any) -> tuple[datasets.Preprocessing, tuple[str, ...], dict[str, Any]]:
+def dataset_of(
+    arguments: Mapping[str, Any], split: str, preprocessing: Preprocessing, augment: bool | Mapping[str, Any] | None
+) -> Any:
+    """The "train" or "test" split of the data that a command's arguments name, by whatever name these have for it."""
+    flag = {"train": "train_split", "test": "val_split"}[split]
+    default = {"train": "train", "test": "validation" if is_by_timm(arguments["dataset"]) else "test"}[split]
+    more = {name: arguments.get(name) for name in ("input_key", "target_key", "download")}
+    return datasets.load_dataset(
+        arguments["dataset"],
+        arguments.get(flag) or default,
+        data_dir=arguments["data_dir"],
+        preprocessing=preprocessing,
+        augment=augment,
+        class_map=arguments.get("class_map"),
+        **{name: value for name, value in more.items() if value},
+    )
+
+
+def _checked(record: Any) -> tuple[Preprocessing, tuple[str, ...], dict[str, Any]]:
     """Preprocessing, classes and arguments of a run's record."""
     classes, arguments = record["classes"], record["arguments"]
     if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
         raise ValueError("its classes are no list of names")
-    if arguments["dataset"] not in datasets.DATASETS or not isinstance(arguments["model"], str):
+    if not datasets.is_known(arguments["dataset"]) or not isinstance(arguments["model"], str):
         raise ValueError("its dataset or model is unknown")
     if not isinstance(arguments["data_dir"], (str, type(None))):
         raise ValueError("its data folder is no path")
-    return datasets.Preprocessing.from_dict(record["preprocessing"]), tuple(classes), arguments
+    return Preprocessing.from_dict(record["preprocessing"]), tuple(classes), arguments
 
 
 def write_run(options: argparse.Namespace, data: Any) -> None:
     """What explain and evaluate need to know, and what a reader wants to know."""
     hidden = ("command", "name", "parser")
     arguments = {name: value for name, value in vars(options).items() if name not in hidden}
-    if options.data_dir is not None:
-        arguments["data_dir"] = options.data_dir.resolve()
+    for name in ("data_dir", "class_map"):
+        if arguments.get(name) is not None:
+            arguments[name] = arguments[name].resolve()
     record = {
         "arguments": arguments,
         "classes": data.classes,
