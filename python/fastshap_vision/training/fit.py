@@ -7,6 +7,7 @@ of the objective's terms, and a stop with a clear error when a run is lost.
 from __future__ import annotations
 
 import logging
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def fit(
         clip_grad: largest norm of the gradient, or None. The encoder of a self-explaining model and its explainer are
             clipped apart.
         seed: of the data's order, augmentation and dropout, below 2³². Two runs with one seed are equal.
-        workers: processes that load data.
+        workers: processes that load data. Random changes of images are the same for any number of them.
         grad_accum_steps: batches of each process whose mean gradient is one update, as that of one batch so many times
             as large. None: what accelerate was set to (`accelerate config`, or its environment variables), else 1.
         mixed_precision: "no", "bf16" or "fp16". None: what accelerate was set to, else "no".
@@ -168,7 +169,7 @@ def fit(
         checkpoints = Checkpoints(
             output, run.accelerator, run.settings, model=model, optimizer=run.optimizer, objective=objective
         )
-        with checkpoints.held():
+        with checkpoints.held(), closing(run):
             history = checkpoints.resume(resume)
             run.optimizer.zero_grad()  # of what the model was trained in before
             if isinstance(model, SelfExplainingClassifier):

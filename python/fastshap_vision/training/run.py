@@ -16,7 +16,7 @@ from accelerate.utils import (
 )
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from fastshap_kernels._checks import describe
@@ -25,6 +25,7 @@ from .._runtime.processes import processes
 from ..data.recorded import RecordedCoalitions
 from ..models.self_explaining import SelfExplainingClassifier
 from .evaluate import Batch, check_data, evaluate
+from .loader import training_loader
 from .monitor import TERMS, TermReader
 from .settings import check_batch, create_optimizer
 
@@ -61,7 +62,7 @@ class TrainingRun:
             # What accelerate was set to is in the settings already, as far as they leave it to that.
             dynamo_backend="no",
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+            dataloader_config=DataLoaderConfiguration(non_blocking=True),
             # While the regression's weight is 0 the shares take no part in the loss.
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
@@ -84,16 +85,16 @@ class TrainingRun:
                 "some with requires_grad_(True)."
             )
         _prepare_step(model, objective, settings)
-        set_seed(settings["seed"])  # the seedable sampler takes this seed
+        set_seed(settings["seed"])
         optimizer = create_optimizer(model, settings)
-        # Workers live for one epoch: they then draw from its seed, whether or not the run was resumed before it.
-        loader = DataLoader(
+        loader = training_loader(
             data,
             settings["batch_size"],
-            sampler=RandomSampler(data, num_samples=self.updates * global_batch),  # type: ignore[arg-type]
-            drop_last=True,
-            num_workers=settings["workers"],
-            collate_fn=Batch(objective.label_classes(model)),
+            self.updates * self.accumulated * self.accelerator.num_processes,
+            seed=settings["seed"],
+            workers=settings["workers"],
+            pinned=self.accelerator.device.type == "cuda",
+            collate=Batch(objective.label_classes(model)),
         )
         self.step, self.optimizer, self.loader = self.accelerator.prepare(
             TrainingStep(model, objective), optimizer, loader
@@ -107,6 +108,12 @@ class TrainingRun:
             step_on_epochs=False,
             updates_per_epoch=self.updates,
         )
+
+    def close(self) -> None:
+        """Ends the worker processes, now and not when Python finds the loader unused."""
+        if self.settings["workers"]:
+            self.loader = None
+            self.accelerator.free_memory()
 
     def bar(self, epochs_done: int, progress: bool) -> tqdm:
         """A bar over the updates of the whole run; none where there is no terminal."""
