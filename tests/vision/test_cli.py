@@ -157,6 +157,24 @@ def test_the_explainers_coalitions_are_recorded_once(run, tmp_path, capsys, monk
     assert "folder of its own" in fails(capsys, [*arguments, "--output", str(run)])
 
 
+def test_recordings_are_made_for_train_explainer(run, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "explained"
+    common = ["--checkpoint", str(run), "--coalitions", "6", "--output", str(output)]
+    features = [*common, "--store", "features", "--shard", "3", "--batch-size", "2"]
+    assert main(["record", *features]) == 0
+    assert "recorded 6 coalitions of" in capsys.readouterr().out
+    assert "features" in load_file(output / "coalitions" / "000000.safetensors")
+    assert "seed was 0 and is 1" in fails(capsys, ["record", *features, "--seed", "1"])
+    monkeypatch.delattr("fastshap_vision.data.record.write_shard")  # nothing is recorded again
+    assert main(["train-explainer", *common, "--epochs", "1", "--batch-size", "4"]) == 0
+    monkeypatch.undo()
+    capsys.readouterr()
+    values = ["record", "--checkpoint", str(run), "--output", str(tmp_path / "top")]
+    assert "--top-classes must be a whole number from 1 to 3" in fails(capsys, [*values, "--top-classes", "4"])
+    assert main([*values, "--top-classes", "2"]) == 0
+    assert load_file(tmp_path / "top" / "coalitions" / "000000.safetensors")["classes"].shape[1] == 2
+
+
 def test_votes_need_no_explainer(run, tmp_path, capsys, monkeypatch):
     model = SimpleNamespace(head=torch.nn.Identity())
     voting = SimpleNamespace(model=model, arguments={"dataset": "digits"}, data_dir=None, dataset=lambda *_: None)

@@ -13,6 +13,7 @@ from timm.utils import ParseKwargs
 
 from .._runtime.precision import PRECISIONS
 from ..data import datasets
+from ..data.record import DTYPES, SHARD, STORES
 from ..games.factory import REMOVALS
 from ..images.preprocessing import LARGEST_CROP
 from ..models.arguments import BASES, HEAD_DEPTHS, HEADS
@@ -150,7 +151,7 @@ def _add_data(group: Any, dataset: str | None) -> None:
     group.add_argument("--dataset-download", dest="download", action="store_true", help="fetch the data (torch)")
 
 
-def add_train_explainer(parser: argparse.ArgumentParser) -> None:
+def _add_explained(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     which = group.add_mutually_exclusive_group(required=True)
     which.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="a run, or what save_pretrained wrote")
@@ -165,6 +166,27 @@ def add_train_explainer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mirror", action=argparse.BooleanOptionalAction, help="record mirror images too (default: not for digits)"
     )
+
+
+def add_record(parser: argparse.ArgumentParser) -> None:
+    _add_explained(parser)
+    parser.add_argument("-b", "--batch-size", type=_whole(1), default=64, help="images at once")
+    parser.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0, help="of the coalitions and what is held out")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of v(S)")
+    parser.add_argument("--shard", type=_whole(1), default=SHARD, help="images in a file")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float16", help="of what is kept")
+    parser.add_argument(
+        "--store",
+        choices=STORES,
+        default="values",
+        help="features: what the classifier reads, less where there are more classes than features",
+    )
+    parser.add_argument("--top-classes", type=_whole(1), help="keep each image's likeliest ones (default: all)")
+    parser.add_argument("--output", type=Path, required=True, help="the folder, later that of train-explainer")
+
+
+def add_train_explainer(parser: argparse.ArgumentParser) -> None:
+    _add_explained(parser)
     parser.add_argument("--head-depth", type=int, choices=HEAD_DEPTHS, help="blocks before the shares")
     parser.add_argument(
         "--intermediates",

@@ -1,4 +1,4 @@
-"""The command line: fastshap train | train-explainer | explain | evaluate | info, with timm's flag names."""
+"""The command line: fastshap train | record | train-explainer | explain | evaluate | info, with timm's flag names."""
 
 from __future__ import annotations
 
@@ -65,6 +65,34 @@ def train(options: argparse.Namespace) -> None:
         print(
             f"accuracy {result.accuracy:.2f} % (best {result.best_accuracy:.2f} %) after {options.epochs} epochs in "
             f"{result.seconds:.0f} s; the run is in {options.output}"
+        )
+
+
+def record(options: argparse.Namespace) -> None:
+    """Records the coalitions of a trained model, in the folder in which its explainer is trained later."""
+    _check_output(options.output)
+    model, train_data, _, kept = to_explain(options)
+    mirror = kept["dataset"] != "digits" if options.mirror is None else options.mirror
+    recorded = recipe.record(
+        model.to(processes().device),
+        train_data,
+        coalitions=options.coalitions,
+        mirror=mirror,
+        seed=options.seed,
+        output=options.output,
+        shard=options.shard,
+        dtype=options.dtype,
+        store=options.store,
+        classes=options.top_classes,
+        batch_size=options.batch_size,
+        precision=options.precision,
+        workers=options.workers,
+    )
+    if processes().is_main_process:
+        trained, held_out = map(len, recorded)
+        print(
+            f"recorded {options.coalitions} coalitions of {trained} images, and of {held_out} that are held out, in "
+            f"{options.output}. Go on with: fastshap train-explainer --output {options.output}"
         )
 
 

@@ -11,6 +11,7 @@ _OTHER_NAMES = {
     "image_size": "img_size",
     "model_name": "model",
     "mixed_precision": "amp_dtype",
+    "classes": "top_classes",
     "train_data": "the training data",
     "eval_data": "the test data",
 }
@@ -22,6 +23,7 @@ _REMEDIES = {
     "or resume=None to start anew": "or leave --resume out to start anew",
     "or another output folder": "or another --output folder",
     ", or None for the best it can": ", or leave --removal out for the best it can",
+    "call fv.record_coalitions(model, data) again": "record them again",
     "Call fv.record_coalitions(model, data) again": "Choose another --output, so that they are recorded again",
     "See timm.list_models()": "timm's documentation lists its models",
 }

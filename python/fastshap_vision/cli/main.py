@@ -12,8 +12,8 @@ import torch
 
 from ..training.monitor import TrainingError
 from ..training.state import CheckpointError
-from .arguments import Help, Parser, add_evaluate, add_explain, add_train, add_train_explainer
-from .commands import evaluate_run, explain, info, train, train_explainer
+from .arguments import Help, Parser, add_evaluate, add_explain, add_record, add_train, add_train_explainer
+from .commands import evaluate_run, explain, info, record, train, train_explainer
 from .flags import in_flags
 
 
@@ -43,9 +43,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="fastshap", description="Vision models that explain themselves with Shapley values.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('fastshap-kernels')}")
     commands = parser.add_subparsers(
-        dest="name", required=True, metavar="train | train-explainer | explain | evaluate | info"
+        dest="name", required=True, metavar="train | record | train-explainer | explain | evaluate | info"
     )
     add_train(_command(commands, "train", train, "train a self-explaining model"))
+    text = "evaluate coalitions for train-explainer, by one process or many, and go on after a stop"
+    add_record(_command(commands, "record", record, text))
     text = "train the explainer of a trained model, which stays as it is, on coalitions that are evaluated once"
     add_train_explainer(_command(commands, "train-explainer", train_explainer, text))
     add_explain(_command(commands, "explain", explain, "explain images with a trained model"))
