@@ -123,7 +123,7 @@ def explain_images(
     parts = Parts(path, form, facts, len(pieces))
     with parts.pending() as mine:
         left = [image for part in mine for image in pieces[part]]
-        loader = _loader(model, left, batch_size, workers)
+        loader = loader_of(model, left, batch_size, workers)
         hidden = None if progress and parts.state.is_main_process else True
         with evaluating(model), tqdm(total=len(left), desc="explaining", unit=" images", disable=hidden) as bar:
             batches = _explained(model, loader, count, bar)
@@ -167,7 +167,7 @@ def _rows(images: Sequence[StoredImage], batches: Iterator[tuple[dict[str, Tenso
     return Rows([image.name for image in images], reasons, joined(tensors))
 
 
-def _loader(
+def loader_of(
     model: SelfExplainingClassifier, images: Sequence[StoredImage], batch_size: int, workers: int
 ) -> DataLoader:
     """The images' batches, in their order. A generator of its own leaves the process's as it is."""
