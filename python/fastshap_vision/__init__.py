@@ -39,6 +39,7 @@ from .objectives.joint import JointObjective
 from .objectives.task import TaskObjective
 from .offline.explain_images import ExplainedImages, explain_images
 from .training import recipe
+from .training.callbacks import Callback, ProfilerCallback, RunStart, StepReport
 from .training.evaluate import Evaluation, evaluate
 from .training.fit import FitResult, fit
 from .training.monitor import TrainingError
@@ -48,6 +49,7 @@ from .training.state import CheckpointError
 __all__ = [
     "Attribution",
     "Calibration",
+    "Callback",
     "CheckpointError",
     "Coalitions",
     "Evaluation",
@@ -61,9 +63,12 @@ __all__ = [
     "Objective",
     "ObjectiveTerms",
     "Preprocessing",
+    "ProfilerCallback",
     "RecordedCoalitions",
     "ReferenceValues",
+    "RunStart",
     "SelfExplainingClassifier",
+    "StepReport",
     "TaskObjective",
     "TrainingError",
     "UnsupportedModelError",

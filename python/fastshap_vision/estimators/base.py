@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .._checks import check_finite, check_values
+from .._runtime.progress import progress_bar
 
 if TYPE_CHECKING:
     from ..models.self_explaining import SelfExplainingClassifier
@@ -53,5 +54,5 @@ def values_of(op: str, model: SelfExplainingClassifier, image: Tensor, bits: Ten
     return joined
 
 
-def progress_bar(title: str, coalitions: int | None, progress: bool) -> tqdm:
-    return tqdm(total=coalitions, desc=title, unit=" coalitions", unit_scale=True, disable=not progress, leave=False)
+def bar_of_coalitions(title: str, coalitions: int | None, progress: bool) -> tqdm:
+    return progress_bar(progress, total=coalitions, desc=title, unit=" coalitions", unit_scale=True, leave=False)

@@ -13,7 +13,7 @@ from fastshap_kernels._checks import check_count, check_flag, fail
 
 from .._checks import check_game, check_images
 from .._modes import evaluating
-from .base import ReferenceValues, progress_bar, values_of
+from .base import ReferenceValues, bar_of_coalitions, values_of
 
 if TYPE_CHECKING:
     from ..models.self_explaining import SelfExplainingClassifier
@@ -61,7 +61,7 @@ def exact_values(
     order = _coalitions_by_size(players, images.device)
     bits = order.to(torch.int32).view(1, -1, 1)
     rows = []
-    with evaluating(model), progress_bar("exact Shapley values", len(images) * len(order), progress) as bar:
+    with evaluating(model), bar_of_coalitions("exact Shapley values", len(images) * len(order), progress) as bar:
         for image in images.split(1):
             ordered = values_of("exact_values", model, image, bits, batch, bar)
             values = torch.empty_like(ordered).index_copy_(0, order, ordered)

@@ -16,7 +16,7 @@ from fastshap_kernels._checks import check_count, check_flag, fail
 
 from .._checks import ROUNDING, check_images, check_sampled_game
 from .._modes import evaluating
-from .base import ReferenceValues, progress_bar, values_of
+from .base import ReferenceValues, bar_of_coalitions, values_of
 
 if TYPE_CHECKING:
     from ..models.self_explaining import SelfExplainingClassifier
@@ -85,7 +85,7 @@ def kernel_shap_values(
     start = time.perf_counter()
     ends = pack_bits(torch.tensor([False, True], device=images.device).view(1, 2, 1).expand(1, 2, players))
     rows = []
-    with evaluating(model), progress_bar("KernelSHAP", len(images) * (coalitions + 2), progress) as bar:
+    with evaluating(model), bar_of_coalitions("KernelSHAP", len(images) * (coalitions + 2), progress) as bar:
         for b, image in enumerate(images.split(1)):
             offset = b * coalitions
             bits = sample_coalitions(1, coalitions, players, seed=seed, offset=offset, device=images.device)
@@ -117,7 +117,7 @@ def _until_converged(
             fail(_OP, name, "even, as coalitions come in pairs", number)
     start = time.perf_counter()
     rows = []
-    with evaluating(model), progress_bar("KernelSHAP", None, progress) as bar:
+    with evaluating(model), bar_of_coalitions("KernelSHAP", None, progress) as bar:
         for b, image in enumerate(images.split(1)):
             rows.append(_converge(model, image, relative_error, coalitions, most, seed, b * most, batch, bar))
     phi, error, null, grand, converged = (torch.stack(column) for column in list(zip(*rows, strict=True))[:5])

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from fastshap_kernels._checks import check_count, check_flag, fail
 
 from .._modes import evaluating
+from .._runtime.progress import progress_bar
 from ..explanations.link import probabilities
 from ..models.self_explaining import SelfExplainingClassifier
 from .parts import Parts
@@ -124,8 +125,8 @@ def explain_images(
     with parts.pending() as mine:
         left = [image for part in mine for image in pieces[part]]
         loader = loader_of(model, left, batch_size, workers)
-        hidden = None if progress and parts.state.is_main_process else True
-        with evaluating(model), tqdm(total=len(left), desc="explaining", unit=" images", disable=hidden) as bar:
+        shows = None if progress and parts.state.is_main_process else False
+        with evaluating(model), progress_bar(shows, total=len(left), desc="explaining", unit=" images") as bar:
             batches = _explained(model, loader, count, bar)
             for part in mine:
                 parts.write(part, _rows(pieces[part], batches))

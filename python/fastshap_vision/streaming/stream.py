@@ -20,6 +20,7 @@ from tqdm import tqdm
 from fastshap_kernels._checks import check_flag, describe
 
 from .._log import say_once
+from .._runtime.progress import progress_bar
 from ..games.base import Game
 from ..games.coalitions import Coalitions
 from .chunks import Chunks, Limits, Values, cut, measured_limits, take
@@ -51,7 +52,7 @@ def stream(
         limits = Limits(int(max_rows), 0.0)
     chunks = cut(game, coalitions, limits, images.device)
     coalitions = coalitions.with_bits(coalitions.bits.to(images.device, non_blocking=True))
-    with tqdm(total=batch * count, desc="coalitions", unit_scale=True, disable=not progress, leave=False) as bar:
+    with progress_bar(progress, total=batch * count, desc="coalitions", unit_scale=True, leave=False) as bar:
         return evaluate(game, images, coalitions, chunks, keeps_graph, bar)
 
 

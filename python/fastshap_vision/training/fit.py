@@ -7,6 +7,7 @@ of the objective's terms, and a stop with a clear error when a run is lost.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +22,14 @@ from .._runtime.allocator import keep_freed_memory
 from ..data.recorded import RecordedCoalitions
 from ..images.preprocessing import Preprocessing
 from ..models.self_explaining import SelfExplainingClassifier
+from .callbacks import Callback
 from .checkpoint import Checkpoints
 from .evaluate import check_data
 from .isolation import as_found
 from .monitor import check_not_lost, epoch_line
 from .run import TrainingRun
 from .settings import check_kinds, checked_settings
+from .tracking import Watched
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +41,8 @@ class FitResult:
     Args:
         history: one dict an epoch: epoch, lr, the means of the objective's terms (None where there is none),
             eval_loss, eval_accuracy (percent; None without eval_data, or of recorded), eval_value_r2 (of recorded
-            eval_data, as value_r2 is of train_data), seconds.
+            eval_data, as value_r2 is of train_data), grad_norm (mean, before clipping), images_per_second,
+            coalitions_per_second, data_wait (share of the time), peak_memory_gb, seconds.
         seconds: of all epochs, those before a resume too.
         accuracy, best_accuracy: of the last epoch and of the best, percent; None where no epoch has one.
         checkpoint: the last checkpoint's folder; None without output.
@@ -83,6 +87,9 @@ def fit(
     grad_checkpointing: bool = False,
     output: str | Path | None = None,
     resume: str | Path | None = None,
+    callbacks: Sequence[Callback] = (),
+    log_with: Any = None,
+    log_interval: int = 100,
     progress: bool = True,
 ) -> FitResult:
     """Trains `model` on the objective; a resumed run ends in the same bits as one that was never stopped.
@@ -115,7 +122,12 @@ def fit(
             checkpoint in `output`, if there is one, and writes the model again if all epochs are done; a path names a
             run's folder or a checkpoint. From an earlier checkpoint in `output` the run goes back: the later ones are
             removed once it has trained and saved the epoch after it.
-        progress: shows a bar on a terminal.
+        callbacks: `Callback` objects, told of steps, evaluations and epochs as they come.
+        log_with: accelerate's trackers by name ("tensorboard", "wandb", "trackio", …) or as objects, one or a list:
+            terms, learning rate, gradient norm, speed, memory and the time to the end. TensorBoard's files lie in
+            `output`/logs.
+        log_interval: batches between two logs. The loss is read, and checked, as often.
+        progress: shows a bar on a terminal and in a notebook.
 
     Returns:
         the history of the run, its duration and accuracy. The model is left in evaluation mode, on the device that
@@ -159,10 +171,11 @@ def fit(
     if isinstance(model, SelfExplainingClassifier):
         _prepare_file(model, train_data, output)
     settings = checked_settings(given)
+    watched = Watched.checked(callbacks, log_with, log_interval, output)
     with as_found(model, objective):
         if eval_data is not None:
             check_data(model, eval_data, "fit", "eval_data")
-        run = TrainingRun(model, train_data, objective, settings)
+        run = TrainingRun(model, train_data, objective, settings, watched, None if output is None else Path(output))
         for recorded in (train_data, eval_data):
             if isinstance(recorded, RecordedCoalitions) and isinstance(model, SelfExplainingClassifier):
                 recorded.check(model)
@@ -174,12 +187,13 @@ def fit(
             run.optimizer.zero_grad()  # of what the model was trained in before
             if isinstance(model, SelfExplainingClassifier):
                 model.calibration = None  # of the explainer as it was
-            with run.bar(len(history), progress) as bar:
+            with run.shown(len(history), progress) as bar:
                 for epoch in range(len(history), settings["epochs"]):
                     row = run.train_epoch(epoch, bar)
                     if eval_data is not None:
                         row |= run.evaluate(eval_data)
                     history.append(row)
+                    run.callbacks.on_epoch(row)
                     if run.accelerator.is_main_process:
                         _log.info(epoch_line(row, settings["epochs"]))
                     check_not_lost(history, getattr(model, "num_classes", None))

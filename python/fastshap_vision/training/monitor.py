@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 TERMS = ("loss", "task", "regression", "masked_task", "value_r2", "spread")
 
-# The host reads the terms this often: seldom enough that the device never waits, often enough to stop a lost run.
-STEPS_BETWEEN_READS = 100
+#: Beside the terms, the gradient's norm.
+READ = (*TERMS, "grad_norm")
 
 # A game whose values vary this much less than in the run's best epoch, for so many epochs, has collapsed.
 COLLAPSED_SPREAD = 0.01
@@ -37,42 +37,54 @@ class TrainingError(RuntimeError):
 
 
 class TermReader:
-    """Collects the terms on the device and reads them now and then, so that no step waits for the one before it."""
+    """Collects the terms on the device and reads them now and then, so that no step waits for the one before it.
 
-    def __init__(self, epoch: int, bar: tqdm) -> None:
-        self.epoch = epoch
-        self.bar = bar
+    Args:
+        epoch: from 0.
+        interval: batches between two readings.
+        logged: called with the means since the last reading, None for a term that there is not.
+    """
+
+    def __init__(self, epoch: int, interval: int, logged: Callable[[dict[str, float | None]], None]) -> None:
+        self.epoch, self.interval, self.logged = epoch, interval, logged
         self.waiting: list[Tensor] = []
-        self.read: list[Tensor] = []
+        self.steps = 0
+        self.sums, self.counts = torch.zeros(2, len(READ), dtype=torch.float64)
 
-    def add(self, images: Tensor, terms: dict[str, Tensor]) -> None:
-        loss = terms["loss"].detach().float()
+    def add(self, images: Tensor, terms: dict[str, Tensor], grad_norm: Tensor | None) -> None:
+        loss = terms["loss"].float()
         absent = torch.full_like(loss, math.nan)
-        values = [terms[name].detach().float() if name in terms else absent for name in TERMS]
+        values = [terms[name].float() if name in terms else absent for name in TERMS]
+        norm = absent if grad_norm is None else grad_norm.float()  # not finite where fp16 leaves an update out
+        values.append(torch.where(norm.isfinite(), norm, absent))
         self.waiting.append(torch.stack([images.isfinite().all().float(), *values]))
-        if len(self.waiting) == STEPS_BETWEEN_READS:
+        if len(self.waiting) == self.interval:
             self._read()
-        self.bar.update()
 
     def means(self, accelerator: Accelerator) -> dict[str, float | None]:
         """The mean of each term over the epoch and the processes, None for a term the objective has not."""
         if self.waiting:
             self._read()
-        means = torch.cat(self.read).nanmean(dim=0)[1:].to(accelerator.device)
-        values = accelerator.reduce(means, reduction="mean").tolist()
-        return {name: None if math.isnan(value) else value for name, value in zip(TERMS, values, strict=True)}
+        means = (self.sums / self.counts).float().to(accelerator.device)
+        return _by_name(accelerator.reduce(means, reduction="mean"))
 
     def _read(self) -> None:
         rows = torch.stack(self.waiting).cpu()
-        steps_before = sum(len(block) for block in self.read)
         self.waiting.clear()
-        self.read.append(rows)
-        self.bar.set_description(f"epoch {self.epoch + 1}, loss {rows[-1, 1]:.3g}")
+        self._check(rows)
+        self.steps += len(rows)
+        values = rows[:, 1:].double()
+        sums, counts = values.nansum(0), values.isfinite().sum(0)
+        self.sums += sums
+        self.counts += counts
+        self.logged(_by_name(sums / counts))
+
+    def _check(self, rows: Tensor) -> None:
         bad = (rows[:, 0] == 0) | ~rows[:, 1].isfinite()
         if not bad.any():
             return
         first = int(bad.nonzero()[0])
-        where = f"in epoch {self.epoch + 1}, step {steps_before + first + 1}"
+        where = f"in epoch {self.epoch + 1}, step {self.steps + first + 1}"
         if rows[first, 0] == 0:
             raise TrainingError(
                 f"fit: the images hold NaN or infinity {where}. Check the data and its normalisation. "
@@ -84,10 +96,15 @@ class TermReader:
         )
 
 
+def _by_name(values: Tensor) -> dict[str, float | None]:
+    numbers = zip(READ, values.tolist(), strict=True)
+    return {name: None if math.isnan(value) else value for name, value in numbers}
+
+
 def epoch_line(row: dict[str, Any], epochs: int) -> str:
     """One epoch in a log."""
     shown = {"loss": ".4f", "value_r2": ".3f", "eval_value_r2": ".3f", "eval_loss": ".4f", "eval_accuracy": ".2f"}
-    shown["seconds"] = ".1f"
+    shown |= {"images_per_second": ".0f", "seconds": ".1f"}
     values = [f"{name} {row[name]:{form}}" for name, form in shown.items() if row[name] is not None]
     return f"epoch {row['epoch']}/{epochs}: {', '.join(values)}"
 

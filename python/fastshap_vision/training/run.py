@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
+    ProjectConfiguration,
     set_seed,
 )
 from timm.scheduler import create_scheduler_v2
@@ -22,12 +26,16 @@ from tqdm import tqdm
 from fastshap_kernels._checks import describe
 
 from .._runtime.processes import processes
+from .._runtime.progress import progress_bar
 from ..data.recorded import RecordedCoalitions
 from ..models.self_explaining import SelfExplainingClassifier
+from .callbacks import RunStart, StepReport
 from .evaluate import Batch, check_data, evaluate
 from .loader import training_loader
 from .monitor import TERMS, TermReader
 from .settings import check_batch, create_optimizer
+from .speed import Speed
+from .tracking import Watched
 
 
 class TrainingStep(nn.Module):
@@ -53,7 +61,15 @@ class TrainingStep(nn.Module):
 class TrainingRun:
     """One training run: what accelerate prepared, and the pass over an epoch."""
 
-    def __init__(self, model: nn.Module, data: Dataset, objective: Any, settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Dataset,
+        objective: Any,
+        settings: dict[str, Any],
+        watched: Watched,
+        output: Path | None,
+    ) -> None:
         check_data(model, data, "fit", "train_data", settings["mixed_precision"])
         objective.check(model, data)
         processes()  # joins them
@@ -65,7 +81,10 @@ class TrainingRun:
             dataloader_config=DataLoaderConfiguration(non_blocking=True),
             # While the regression's weight is 0 the shares take no part in the loss.
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+            log_with=watched.trackers or None,
+            project_config=ProjectConfiguration(logging_dir=None if output is None else str(output / "logs")),
         )
+        self.callbacks, self.log_interval, self.output = watched.of(self.accelerator), watched.interval, output
         self.settings = settings | {"images": len(data), "processes": self.accelerator.num_processes}  # type: ignore[arg-type]
         self.settings |= _identity(data, objective)
         check_batch(self.settings)
@@ -73,6 +92,9 @@ class TrainingRun:
         # Of an epoch. A batch of all processes, accumulated, is one batch: what makes no whole one is left out.
         global_batch = settings["batch_size"] * self.accelerator.num_processes * self.accumulated
         self.updates = self.settings["images"] // global_batch
+        self.total = settings["epochs"] * self.updates
+        is_recorded = isinstance(data, RecordedCoalitions)
+        self.coalitions = len(data[0][1]["bits"]) if is_recorded else objective.settings.get("coalitions", 0)
         self.model = model
         self.objective = objective
         backbone = model.backbone if isinstance(model, SelfExplainingClassifier) else model
@@ -115,41 +137,67 @@ class TrainingRun:
             self.loader = None
             self.accelerator.free_memory()
 
-    def bar(self, epochs_done: int, progress: bool) -> tqdm:
-        """A bar over the updates of the whole run; none where there is no terminal."""
-        steps = len(self.loader)
-        hidden = None if progress and self.accelerator.is_main_process else True
-        return tqdm(total=self.settings["epochs"] * steps, initial=epochs_done * steps, disable=hidden, unit="step")
+    @contextmanager
+    def shown(self, epochs_done: int, progress: bool) -> Iterator[tqdm]:
+        """The callbacks' run begins and ends; a bar over its batches, where there is a terminal or a notebook."""
+        steps, is_main = len(self.loader), self.accelerator.is_main_process
+        shows = None if progress and is_main else False
+        try:
+            self.callbacks.on_start(RunStart(self.model, self.settings, self.output, is_main))
+            with progress_bar(
+                shows, total=self.settings["epochs"] * steps, initial=epochs_done * steps, unit="step"
+            ) as bar:
+                yield bar
+        finally:
+            self.callbacks.on_end()
 
     def train_epoch(self, epoch: int, bar: tqdm) -> dict[str, Any]:
         """One pass over the data; returns its row of the history."""
-        start = time.perf_counter()
+        speed = Speed(self.accelerator.device, self.accelerator.num_processes, self.coalitions)
         set_seed(_epoch_seed(self.settings["seed"], epoch, self.accelerator.process_index))
         self.loader.set_epoch(epoch)
         self.step.train()
-        reader = TermReader(epoch, bar)
-        for index, (images, labels) in enumerate(self.loader):
+        reader = TermReader(epoch, self.log_interval, partial(self._log, epoch, speed, bar))
+        for index, (images, labels) in enumerate(speed.waiting(self.loader)):
             update = epoch * self.updates + index // self.accumulated
             if self.scheduler is not None:
                 self.scheduler.step_update(update)
-            lr = self.optimizer.param_groups[0]["lr"]
             is_complete = (index + 1) % self.accumulated == 0
             # Gradients are exchanged once an update.
             with nullcontext() if is_complete else self.accelerator.no_sync(self.step):
-                terms = self.step(images, labels, update / (self.settings["epochs"] * self.updates))
+                terms = self.step(images, labels, update / self.total)
                 self._backward(terms["loss"])
-            if is_complete:
-                self._update()
-            reader.add(images, terms)
+            terms = {name: term.detach() for name, term in terms.items()}
+            grad_norm = self._update() if is_complete else None
+            bar.update()
+            reader.add(images, terms, grad_norm)
+            if grad_norm is not None:
+                self.callbacks.on_step(StepReport(epoch + 1, update + 1, self.total, self.lr, terms, grad_norm))
         return {
             "epoch": epoch + 1,
-            "lr": lr,
+            "lr": self.lr,
             **reader.means(self.accelerator),
             "eval_loss": None,
             "eval_accuracy": None,
             "eval_value_r2": None,
-            "seconds": time.perf_counter() - start,
+            **speed.figures(),
+            "seconds": speed.seconds,
         }
+
+    @property
+    def lr(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def _log(self, epoch: int, speed: Speed, bar: tqdm, means: dict[str, float | None]) -> None:
+        """Tells those who watch; the device has just been waited for."""
+        batches = epoch * len(self.loader) + speed.images // self.settings["batch_size"]
+        left = self.settings["epochs"] * len(self.loader) - batches
+        figures = {"epoch": batches / len(self.loader), "lr": self.lr} | means | speed.lap()
+        images_left = left * self.settings["batch_size"] * self.accelerator.num_processes
+        figures["seconds_left"] = images_left / figures["images_per_second"]
+        bar.set_description(f"epoch {epoch + 1}, loss {means['loss']:.3g}")
+        known = {name: value for name, value in figures.items() if value is not None}
+        self.callbacks.on_log(batches // self.accumulated, known)
 
     def _backward(self, loss: Tensor) -> None:
         if not loss.requires_grad:
@@ -160,14 +208,20 @@ class TrainingRun:
             )
         self.accelerator.backward(loss / self.accumulated)
 
-    def _update(self) -> None:
-        """One step of the optimiser, by the gradient that has been gathered."""
-        if self.settings["clip_grad"] is not None:
-            # Apart: no explainer changes how the encoder is trained.
-            self.accelerator.clip_grad_norm_(self.encoder, self.settings["clip_grad"])
-            nn.utils.clip_grad_norm_(self.explainer, self.settings["clip_grad"])
+    def _update(self) -> Tensor:
+        """One step of the optimiser, by the gradient that has been gathered; returns its norm before clipping."""
+        self.accelerator.unscale_gradients()
+        most = self.settings["clip_grad"]
+        # Apart: no explainer changes how the encoder is trained.
+        norms = []
+        for parameters in (self.encoder, self.explainer):
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            norms.append(nn.utils.get_total_norm(gradients))
+            if most is not None:
+                nn.utils.clip_grads_with_norm_(parameters, most, norms[-1])
         self.optimizer.step()
         self.optimizer.zero_grad()
+        return torch.stack([norm.to(self.accelerator.device) for norm in norms]).norm()
 
     def evaluate(self, data: Dataset) -> dict[str, float | None]:
         """The columns of the history that an evaluation fills."""
@@ -177,7 +231,9 @@ class TrainingRun:
             accuracy, loss = evaluate(self.model, data, accelerator=self.accelerator, **options)
             found = {"eval_loss": loss, "eval_accuracy": accuracy}
         with self.accelerator.autocast():
-            return found | self.objective.evaluate(self.model, data, **options)
+            found |= self.objective.evaluate(self.model, data, **options)
+        self.callbacks.on_evaluate(found)
+        return found
 
 
 def _prepare_step(model: Any, objective: Any, settings: dict[str, Any]) -> None:
