@@ -23,7 +23,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from .._checks import shortened
+from .averaging import Average
 from .state import MODEL, RECORD, STATE, CheckpointError, decode, digest_of_file, digest_of_record, encode, read_record
 
 FOLDER = "checkpoints"
@@ -53,6 +54,8 @@ class Checkpoints:
         output: the run's folder, or None to write nothing.
         accelerator: of the run; it holds the loss scaling of fp16.
         settings: what must be the same for a resumed run to be the same run; JSON-able.
+        average: of the model's weights, which is what users read.
+        kept: checkpoints that stay, the newest ones.
         model, optimizer, objective: what is saved and restored. The states of optimizer and objective are made of
             tensors, numbers, words, None, lists, tuples and dicts.
 
@@ -69,7 +72,10 @@ class Checkpoints:
         model: nn.Module,
         optimizer: Any,
         objective: Any,
+        average: Average | None = None,
+        kept: int = KEPT,
     ) -> None:
+        self.average, self.kept = average, kept
         self.output = None if output is None else Path(output)
         self.accelerator = accelerator
         self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings)))  # tuples become lists, as in the file
@@ -135,8 +141,8 @@ class Checkpoints:
         if self.accelerator.is_main_process:
             with self._writing(self.output):
                 self._write(folder, history)
-                _export(self.model, history, self.output)
-                for old in whole_checkpoints(self.output)[:-KEPT]:
+                self._export(history, self.output)
+                for old in whole_checkpoints(self.output)[: -self.kept]:
                     _remove(old)
         self.newest = folder
         self.accelerator.wait_for_everyone()
@@ -159,12 +165,19 @@ class Checkpoints:
                 _remove(later)
         os.replace(partial, folder)
 
+    def _export(self, history: Sequence[Mapping[str, Any]], output: Path) -> None:
+        """Writes what users read: the model, or its average, and the history."""
+        with nullcontext() if self.average is None else self.average.in_place():
+            write_model(self.model, output)
+        _write_summary(history, output)
+
     def _state(self) -> dict[str, Any]:
         """What changes in training, beside the model."""
         scaler = self.accelerator.scaler
         return {
             "optimizer": self.optimizer.state_dict(),
             "objective": self.objective.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
 
@@ -195,6 +208,8 @@ class Checkpoints:
             state = decode(record["state"], load_file(folder / STATE))
             self.optimizer.load_state_dict(state["optimizer"])
             self.objective.load_state_dict(state["objective"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         except Exception as error:  # whatever the many readers above raise
@@ -206,7 +221,7 @@ class Checkpoints:
         self.newest = folder
         if self.output is not None and self.accelerator.is_main_process:
             with self._writing(self.output):
-                _export(self.model, record["history"], self.output)
+                self._export(record["history"], self.output)
         return record["history"]
 
     def _check_settings(self, folder: Path, saved: Mapping[str, Any]) -> None:
@@ -220,12 +235,6 @@ class Checkpoints:
                 f"fit: the checkpoint {str(folder)!r} is of a run with other settings: {'; '.join(changed)}. "
                 "Resume with the same settings, or load its model and start another run in another folder."
             )
-
-
-def _export(model: nn.Module, history: Sequence[Mapping[str, Any]], output: Path) -> None:
-    """Writes what users read: the model and the history."""
-    write_model(model, output)
-    _write_summary(history, output)
 
 
 def write_model(model: nn.Module, output: Path) -> None:

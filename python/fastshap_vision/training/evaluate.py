@@ -126,10 +126,11 @@ class Batch:
     Args:
         classes: of labels that are class numbers. They are checked here, on the CPU: on a GPU the loss would end the
             process's use of it. −100, which cross-entropy leaves out, may stand among them. None checks nothing.
+        all_count: whether −100 is no label either.
     """
 
-    def __init__(self, classes: int | None = None) -> None:
-        self.classes = classes
+    def __init__(self, classes: int | None = None, all_count: bool = False) -> None:
+        self.classes, self.left_out = classes, None if all_count else -100
 
     def __call__(self, items: list[Any]) -> Any:
         try:
@@ -140,7 +141,8 @@ class Batch:
                 "images of one size, as fv.load_dataset does."
             ) from error
         if self.classes is not None and isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.ndim == 1:
-            impossible = labels[((labels < 0) | (labels >= self.classes)) & (labels != -100)]
+            is_possible = (labels >= 0) & (labels < self.classes)
+            impossible = labels[~is_possible if self.left_out is None else ~is_possible & (labels != self.left_out)]
             if len(impossible):
                 raise ValueError(
                     f"fit: `train_data` has the label {int(impossible[0])}, but the model's {self.classes} classes "

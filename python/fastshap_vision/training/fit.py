@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 
-from fastshap_kernels._checks import check_flag
+from fastshap_kernels._checks import check_count, check_flag
 
 from .._runtime.allocator import keep_freed_memory
 from ..data.recorded import RecordedCoalitions
@@ -79,12 +79,22 @@ def fit(
     sched: str = "cosine",
     warmup_epochs: float = 0,
     clip_grad: float | None = None,
+    layer_decay: float | None = None,
+    opt_betas: tuple[float, float] | None = None,
+    min_lr: float = 0.0,
+    warmup_lr: float = 1e-5,
+    smoothing: float = 0.0,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
+    model_ema_decay: float | None = None,
     seed: int = 0,
     workers: int = 0,
     grad_accum_steps: int | None = None,
     mixed_precision: str | None = None,
     compile: bool | None = None,
     grad_checkpointing: bool = False,
+    channels_last: bool = False,
+    checkpoint_hist: int = 2,
     output: str | Path | None = None,
     resume: str | Path | None = None,
     callbacks: Sequence[Callback] = (),
@@ -104,9 +114,16 @@ def fit(
             checkpoint.
         epochs: passes over train_data; what is left at the end of each and makes no whole update is left out.
         batch_size: images a step and process.
-        opt, lr, weight_decay, sched, warmup_epochs: as in timm (create_optimizer_v2, create_scheduler_v2).
+        opt, lr, weight_decay, sched, warmup_epochs, opt_betas, min_lr, warmup_lr: as in timm (create_optimizer_v2,
+            create_scheduler_v2).
         clip_grad: largest norm of the gradient, or None. The encoder of a self-explaining model and its explainer are
             clipped apart.
+        layer_decay: factor of the learning rate from each layer of the encoder to the one before, as in timm; the
+            explainer learns at the full rate. None for one rate.
+        smoothing, mixup, cutmix: as in timm (Mixup): labels become shares of the classes, (B, K), which the objective's
+            loss must take, as cross-entropy does; images are mixed in pairs. 0 for none.
+        model_ema_decay: of timm's moving average of weights and statistics (ModelEmaV3), which is what is evaluated,
+            written and left in `model`. None for none.
         seed: of the data's order, augmentation and dropout, below 2³². Two runs with one seed are equal.
         workers: processes that load data. Random changes of images are the same for any number of them.
         grad_accum_steps: batches of each process whose mean gradient is one update, as that of one batch so many times
@@ -116,6 +133,8 @@ def fit(
             accelerate was set to (the dynamo backend inductor, or none), else False.
         grad_checkpointing: as in timm: activations within blocks are computed again instead of kept, where the model
             has `set_grad_checkpointing`. Less memory, more time, the same gradients. Off again after the run.
+        channels_last: whether weights and images lie in memory channels last, as convolutions on GPUs take them best.
+        checkpoint_hist: how many checkpoints are kept, the newest ones.
         output: the run's folder: summary.csv, model.safetensors and checkpoints, written after every epoch. None
             writes nothing. One run at a time writes to a folder.
         resume: None starts anew (and refuses an output folder that holds a run); "auto" goes on from the newest
@@ -157,16 +176,27 @@ def fit(
         "sched": sched,
         "warmup_epochs": warmup_epochs,
         "clip_grad": clip_grad,
+        "layer_decay": layer_decay,
+        "opt_betas": opt_betas,
+        "min_lr": min_lr,
+        "warmup_lr": warmup_lr,
+        "smoothing": smoothing,
+        "mixup": mixup,
+        "cutmix": cutmix,
+        "model_ema_decay": model_ema_decay,
         "seed": seed,
         "workers": workers,
         "grad_accum_steps": grad_accum_steps,
         "mixed_precision": mixed_precision,
         "compile": compile,
         "grad_checkpointing": grad_checkpointing,
+        "channels_last": channels_last,
     }
     check_kinds(model, objective, output)
-    for name, flag in {"grad_checkpointing": grad_checkpointing, "progress": progress}.items():
+    flags = {"grad_checkpointing": grad_checkpointing, "channels_last": channels_last, "progress": progress}
+    for name, flag in flags.items():
         check_flag("fit", name, flag)
+    kept = check_count("fit", "checkpoint_hist", checkpoint_hist, 1, 2**31 - 1)
     keep_freed_memory()
     if isinstance(model, SelfExplainingClassifier):
         _prepare_file(model, train_data, output)
@@ -180,7 +210,14 @@ def fit(
             if isinstance(recorded, RecordedCoalitions) and isinstance(model, SelfExplainingClassifier):
                 recorded.check(model)
         checkpoints = Checkpoints(
-            output, run.accelerator, run.settings, model=model, optimizer=run.optimizer, objective=objective
+            output,
+            run.accelerator,
+            run.settings,
+            model=model,
+            optimizer=run.optimizer,
+            objective=objective,
+            average=run.average,
+            kept=kept,
         )
         with checkpoints.held(), closing(run):
             history = checkpoints.resume(resume)
@@ -191,13 +228,16 @@ def fit(
                 for epoch in range(len(history), settings["epochs"]):
                     row = run.train_epoch(epoch, bar)
                     if eval_data is not None:
-                        row |= run.evaluate(eval_data)
+                        with run.averaged():
+                            row |= run.evaluate(eval_data)
                     history.append(row)
                     run.callbacks.on_epoch(row)
                     if run.accelerator.is_main_process:
                         _log.info(epoch_line(row, settings["epochs"]))
                     check_not_lost(history, getattr(model, "num_classes", None))
                     checkpoints.save(history)
+        if run.average is not None:
+            run.average.apply()
     model.eval()
     accuracies = [row["eval_accuracy"] for row in history if row["eval_accuracy"] is not None]
     return FitResult(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -29,6 +29,7 @@ def as_found(model: nn.Module, objective: Any) -> Iterator[None]:
     name = "grad_checkpointing"
     checkpointing = [(module, getattr(module, name)) for module in model.modules() if hasattr(module, name)]
     parts = [objective, *getattr(objective, "__dict__", {}).values()]  # an objective may hold another one
+    is_last = {name: _is_channels_last(parameter) for name, parameter in model.named_parameters()}
     compiled = [(part, part._compiled) for part in parts if hasattr(part, "_compiled")]
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -36,6 +37,7 @@ def as_found(model: nn.Module, objective: Any) -> Iterator[None]:
     finally:
         for module, enabled in checkpointing:
             setattr(module, name, enabled)
+        _lay_out(model, is_last)
         for part, step in compiled:
             part._compiled = step
         random.setstate(of_python)
@@ -43,3 +45,14 @@ def as_found(model: nn.Module, objective: Any) -> Iterator[None]:
         for state, content in zip(states, contents, strict=True):
             state._shared_state.clear()
             state._shared_state.update(content)
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def _lay_out(model: nn.Module, is_last: dict[str, bool]) -> None:
+    """Weights of convolutions lie in memory as they lay."""
+    for name, parameter in model.named_parameters():
+        if _is_channels_last(parameter) and not is_last.get(name, True):
+            parameter.data = parameter.data.contiguous()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,13 @@ from .._runtime.processes import processes
 from .._runtime.progress import progress_bar
 from ..data.recorded import RecordedCoalitions
 from ..models.self_explaining import SelfExplainingClassifier
+from .averaging import Average
 from .callbacks import RunStart, StepReport
 from .evaluate import Batch, check_data, evaluate
 from .loader import training_loader
 from .monitor import TERMS, TermReader
 from .settings import check_batch, create_optimizer
+from .soft_labels import soft_labels
 from .speed import Speed
 from .tracking import Watched
 
@@ -109,6 +111,8 @@ class TrainingRun:
         _prepare_step(model, objective, settings)
         set_seed(settings["seed"])
         optimizer = create_optimizer(model, settings)
+        self.soft_labels = soft = soft_labels(model, data[0], settings)
+        classes = objective.label_classes(model)
         loader = training_loader(
             data,
             settings["batch_size"],
@@ -116,7 +120,7 @@ class TrainingRun:
             seed=settings["seed"],
             workers=settings["workers"],
             pinned=self.accelerator.device.type == "cuda",
-            collate=Batch(objective.label_classes(model)),
+            collate=Batch(classes) if soft is None else Batch(soft.classes, all_count=True),
         )
         self.step, self.optimizer, self.loader = self.accelerator.prepare(
             TrainingStep(model, objective), optimizer, loader
@@ -127,9 +131,18 @@ class TrainingRun:
             sched=settings["sched"],
             num_epochs=settings["epochs"],
             warmup_epochs=settings["warmup_epochs"],
+            min_lr=settings["min_lr"],
+            warmup_lr=settings["warmup_lr"],
             step_on_epochs=False,
             updates_per_epoch=self.updates,
         )
+
+        decay = settings["model_ema_decay"]
+        self.average = None if decay is None else Average(model, decay)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The model holds the average of its weights for the while, where there is one."""
+        return nullcontext() if self.average is None else self.average.in_place()
 
     def close(self) -> None:
         """Ends the worker processes, now and not when Python finds the loader unused."""
@@ -162,6 +175,7 @@ class TrainingRun:
             update = epoch * self.updates + index // self.accumulated
             if self.scheduler is not None:
                 self.scheduler.step_update(update)
+            images, labels = self._prepared(images, labels)
             is_complete = (index + 1) % self.accumulated == 0
             # Gradients are exchanged once an update.
             with nullcontext() if is_complete else self.accelerator.no_sync(self.step):
@@ -169,6 +183,8 @@ class TrainingRun:
                 self._backward(terms["loss"])
             terms = {name: term.detach() for name, term in terms.items()}
             grad_norm = self._update() if is_complete else None
+            if is_complete and self.average is not None:
+                self.average.update(update + 1)
             bar.update()
             reader.add(images, terms, grad_norm)
             if grad_norm is not None:
@@ -186,7 +202,8 @@ class TrainingRun:
 
     @property
     def lr(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
+        group = self.optimizer.param_groups[0]
+        return group["lr"] / group.get("lr_scale", 1.0)  # of a layer, where these differ
 
     def _log(self, epoch: int, speed: Speed, bar: tqdm, means: dict[str, float | None]) -> None:
         """Tells those who watch; the device has just been waited for."""
@@ -198,6 +215,14 @@ class TrainingRun:
         bar.set_description(f"epoch {epoch + 1}, loss {means['loss']:.3g}")
         known = {name: value for name, value in figures.items() if value is not None}
         self.callbacks.on_log(batches // self.accumulated, known)
+
+    def _prepared(self, images: Tensor, labels: Any) -> tuple[Tensor, Any]:
+        """A batch as the objective is to see it."""
+        if self.soft_labels is not None:
+            images, labels = self.soft_labels(images, labels)
+        if self.settings["channels_last"]:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images, labels
 
     def _backward(self, loss: Tensor) -> None:
         if not loss.requires_grad:
@@ -245,6 +270,8 @@ def _prepare_step(model: Any, objective: Any, settings: dict[str, Any]) -> None:
                 f"{type(model).__name__} has none. Leave it out, or train a timm model that has."
             )
         model.set_grad_checkpointing(True)
+    if settings["channels_last"]:
+        model.to(memory_format=torch.channels_last)
     if settings["compile"]:
         if not hasattr(objective, "compile"):
             raise ValueError(

@@ -8,12 +8,19 @@ from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.optim import (
+    create_optimizer_v2,
+    get_optimizer_info,
+    list_optimizers,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
 from torch import nn
 
 from fastshap_kernels._checks import check_count, check_flag, check_number, fail
 
 from .._checks import check_choice
+from ..models.self_explaining import SelfExplainingClassifier
 
 _MOST = 2**31 - 1
 
@@ -22,23 +29,54 @@ SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "con
 
 PRECISIONS = ("no", "bf16", "fp16")
 
+#: The settings that are numbers from 0 on; those that may be None; and what they must be above or below.
+_NUMBERS = (
+    *("lr", "weight_decay", "warmup_epochs", "clip_grad", "layer_decay", "min_lr", "warmup_lr"),
+    *("model_ema_decay", "smoothing", "mixup", "cutmix"),
+)
+_OPTIONAL = ("clip_grad", "layer_decay", "model_ema_decay")
+_ABOVE_0 = ("lr", "clip_grad", "layer_decay")
+_BELOW_1 = ("model_ema_decay", "smoothing")
+
 _OF_OBJECTIVES = ("state_dict", "load_state_dict", "check", "label_classes", "evaluate")
 
 
 def create_optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimizer:
     opt = settings["opt"]
     try:
-        get_optimizer_info(opt.lower().split("_")[-1])
+        info = get_optimizer_info(opt.lower().split("_")[-1])
     except ValueError as error:
         close = difflib.get_close_matches(opt, list_optimizers(), 3) or ["adamw", "sgd"]
         raise ValueError(f"fit: timm has no optimizer `opt` = {opt!r} ({error}). Try {', '.join(close)}.") from error
+    options: dict[str, Any] = {"lr": settings["lr"], "weight_decay": settings["weight_decay"]}
+    if settings["opt_betas"] is not None:
+        if not info.has_betas:
+            fail("fit", "opt_betas", f"None for the optimizer {opt!r}, which has none", settings["opt_betas"])
+        options["betas"] = settings["opt_betas"]
+    if settings["layer_decay"] is not None:
+        options |= {"layer_decay": settings["layer_decay"]} | _layers_of(model, settings)
     try:
-        return create_optimizer_v2(model, opt=opt, lr=settings["lr"], weight_decay=settings["weight_decay"])
+        return create_optimizer_v2(model, opt=opt, **options)
     except (ValueError, TypeError, AssertionError, ImportError) as error:
         raise ValueError(
-            f"fit: timm can't make the optimizer `opt` = {opt!r} for this model, lr and weight_decay: {error}. Try "
+            f"fit: timm can't make the optimizer `opt` = {opt!r} for this model and {', '.join(options)}: {error}. Try "
             "opt='adamw'."
         ) from error
+
+
+def _layers_of(model: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """How a self-explaining model is cut into layers: timm's of the backbone, and the explainer beside the last one."""
+    if not isinstance(model, SelfExplainingClassifier):
+        return {}
+
+    def groups(model: SelfExplainingClassifier) -> list[dict[str, Any]]:
+        backbone: Any = model.backbone
+        decay = settings["weight_decay"]
+        kept: set[str] = getattr(backbone, "no_weight_decay", set)()
+        found = param_groups_layer_decay(backbone, decay, kept, layer_decay=settings["layer_decay"])
+        return found + [group for group in param_groups_weight_decay(model.head, decay) if group["params"]]
+
+    return {"param_group_fn": groups}
 
 
 def check_kinds(model: object, objective: object, output: object) -> None:
@@ -92,12 +130,15 @@ def checked_settings(given: dict[str, Any]) -> dict[str, Any]:
     bounds["grad_accum_steps"] = (1, _MOST)
     for name, (low, high) in bounds.items():
         settings[name] = check_count("fit", name, settings[name], low, high)
-    for name in ("lr", "weight_decay", "warmup_epochs", "clip_grad"):
-        if settings[name] is None and name == "clip_grad":
+    for name in _NUMBERS:
+        if settings[name] is None and name in _OPTIONAL:
             continue
-        settings[name] = check_number("fit", name, settings[name], 0)
-        if settings[name] == 0 and name in ("lr", "clip_grad"):
-            fail("fit", name, "above 0", settings[name])
+        settings[name] = value = check_number("fit", name, settings[name], 0)
+        if value == 0 and name in _ABOVE_0:
+            fail("fit", name, "above 0", value)
+        if value >= 1 and name in _BELOW_1:
+            fail("fit", name, "below 1", value)
+    settings["opt_betas"] = _checked_betas(settings["opt_betas"])
     for name in ("opt", "sched", "mixed_precision"):
         if not isinstance(settings[name], str):
             fail("fit", name, "a name", settings[name])
@@ -106,7 +147,25 @@ def checked_settings(given: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"fit: argument `sched` must be one of {', '.join(SCHEDULES)}, but it is {settings['sched']!r}."
         )
+    if settings["layer_decay"] is not None and settings["sched"] == "none":
+        fail(
+            "fit",
+            "sched",
+            "a schedule where `layer_decay` is given, such as 'constant', which scales the rates",
+            "none",
+        )
     return settings
+
+
+def _checked_betas(betas: Any) -> tuple[float, float] | None:
+    if betas is None:
+        return None
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        fail("fit", "opt_betas", "two numbers from 0 to below 1, or None", betas)
+    first, second = (check_number("fit", "opt_betas", beta, 0) for beta in betas)
+    if max(first, second) >= 1:
+        fail("fit", "opt_betas", "two numbers from 0 to below 1, or None", betas)
+    return first, second
 
 
 def check_batch(settings: dict[str, Any]) -> None:
