@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
+import math
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -35,11 +37,16 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from .._checks import shortened
+from .agreement import of_all, of_main
 from .averaging import Average
 from .state import MODEL, RECORD, STATE, CheckpointError, decode, digest_of_file, digest_of_record, encode, read_record
 
+_log = logging.getLogger(__name__)
+
 FOLDER = "checkpoints"
 
+#: Of a batch, over each process, all of them and steps: their product is the batch.
+SPLIT = ("batch_size", "processes", "grad_accum_steps")
 LOCK = ".lock"
 PARTIAL, REMOVED = ".partial", ".removed"
 KEPT = 2
@@ -87,15 +94,15 @@ class Checkpoints:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keeps other runs out of the folder, once it is sure that it can be written to."""
-        if self.output is None or not self.accelerator.is_main_process:
+        with ExitStack() as stack:
+            of_main(lambda: self._hold(stack))
             yield
-            return
-        lock = self._lock(self.output)
-        try:
+
+    def _hold(self, stack: ExitStack) -> None:
+        """By process 0, until the stack is left."""
+        if self.output is not None:
+            stack.callback(self._lock(self.output).release)
             self._check_room(self.output)
-            yield
-        finally:
-            lock.release()
 
     def _lock(self, output: Path) -> FileLock:
         try:
@@ -136,16 +143,18 @@ class Checkpoints:
         """
         if self.output is None:
             return
-        self.accelerator.wait_for_everyone()
         folder = self.output / FOLDER / f"epoch_{len(history):04d}"
-        if self.accelerator.is_main_process:
-            with self._writing(self.output):
-                self._write(folder, history)
-                self._export(history, self.output)
-                for old in whole_checkpoints(self.output)[: -self.kept]:
-                    _remove(old)
+        of_main(lambda: self._replace(folder, history))
         self.newest = folder
-        self.accelerator.wait_for_everyone()
+
+    def _replace(self, folder: Path, history: Sequence[Mapping[str, Any]]) -> None:
+        """The newest checkpoint and what is exported, in the place of older ones."""
+        output = folder.parent.parent
+        with self._writing(output):
+            self._write(folder, history)
+            self._export(history, output)
+            for old in whole_checkpoints(output)[: -self.kept]:
+                _remove(old)
 
     def _write(self, folder: Path, history: Sequence[Mapping[str, Any]]) -> None:
         for leftover in folder.parent.glob("epoch_*.*"):  # of a run that was killed while it wrote or removed
@@ -197,11 +206,17 @@ class Checkpoints:
         """Restores the state that `resume` names and returns its history; an empty one where the run starts anew.
 
         The model and the summary in the run's folder are written again, as the run may have ended before it wrote them.
+        Process 0 chooses the checkpoint, and each must have that very one: where disks belong to nodes, their newest
+        may be others.
         """
-        folder = find_checkpoint(self.output, resume)
-        if folder is None:
+        found = of_main(lambda: self._chosen(resume))
+        if found is None:
             return []
+        folder, digest = found
+        of_all(lambda: self._check_present(folder, digest))
         record = read_record(folder)
+        if self.accelerator.is_main_process:
+            _log.info("goes on from %s", folder)
         self._check_settings(folder, record["settings"])
         try:
             load_model(self.model, folder / MODEL)
@@ -219,22 +234,47 @@ class Checkpoints:
                 "Build the model as the run did, or start another run in another folder."
             ) from error
         self.newest = folder
-        if self.output is not None and self.accelerator.is_main_process:
-            with self._writing(self.output):
-                self._export(record["history"], self.output)
+        of_main(lambda: self._export_again(record["history"]))
         return record["history"]
 
+    def _chosen(self, resume: str | Path | None) -> tuple[Path, str] | None:
+        folder = find_checkpoint(self.output, resume)
+        return None if folder is None else (folder, digest_of_record(read_record(folder)))
+
+    def _check_present(self, folder: Path, digest: str) -> None:
+        process, count = self.accelerator.process_index, self.accelerator.num_processes
+        if (folder / RECORD).is_file() and digest_of_record(read_record(folder)) == digest:
+            return
+        what = "has another checkpoint in" if folder.exists() else "has no checkpoint"
+        raise CheckpointError(
+            f"fit: process {process} of {count} {what} {str(folder)!r}, from which process 0 goes on. Let `output` be "
+            "on a disk that all processes share, or copy this folder of process 0 to the node of each."
+        )
+
+    def _export_again(self, history: Sequence[Mapping[str, Any]]) -> None:
+        if self.output is not None:
+            with self._writing(self.output):
+                self._export(history, self.output)
+
     def _check_settings(self, folder: Path, saved: Mapping[str, Any]) -> None:
+        before, now = _decisive(saved), _decisive(self.settings)
         changed = [
-            f"{name} was {saved.get(name)!r} and is {self.settings.get(name)!r}"
-            for name in sorted(saved.keys() | self.settings.keys())
-            if saved.get(name) != self.settings.get(name)
+            f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name) != now.get(name)
         ]
         if changed:
             raise CheckpointError(
                 f"fit: the checkpoint {str(folder)!r} is of a run with other settings: {'; '.join(changed)}. "
                 "Resume with the same settings, or load its model and start another run in another folder."
             )
+
+
+def _decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that make a run another one: how a batch is split over processes and steps, and who loads it, do not."""
+    found = {name: value for name, value in settings.items() if name != "workers"}
+    split = [found.pop(name, None) for name in SPLIT]
+    return found | {" × ".join(SPLIT): math.prod(split) if all(isinstance(part, int) for part in split) else split}
 
 
 def write_model(model: nn.Module, output: Path) -> None:

@@ -18,8 +18,8 @@ def as_found(model: nn.Module, objective: Any) -> Iterator[None]:
     """What a run changes beyond its arguments becomes what it was.
 
     accelerate keeps precision and gradient accumulation for the whole process: a run has its own, and the caller's
-    come back after it. So do the random generators, whether blocks checkpoint their activations, and whether the
-    objective's step is compiled.
+    come back after it; processes that have joined stay joined. So do the random generators, whether blocks checkpoint
+    their activations, and whether the objective's step is compiled.
     """
     states = (GradientState, AcceleratorState, PartialState)
     contents = [dict(state._shared_state) for state in states]
@@ -42,6 +42,8 @@ def as_found(model: nn.Module, objective: Any) -> Iterator[None]:
             part._compiled = step
         random.setstate(of_python)
         np.random.set_state(of_numpy)
+        if PartialState._shared_state.get("num_processes", 1) > 1:
+            contents[2] = dict(PartialState._shared_state)
         for state, content in zip(states, contents, strict=True):
             state._shared_state.clear()
             state._shared_state.update(content)

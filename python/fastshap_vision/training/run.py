@@ -29,6 +29,7 @@ from .._runtime.processes import processes
 from .._runtime.progress import progress_bar
 from ..data.recorded import RecordedCoalitions
 from ..models.self_explaining import SelfExplainingClassifier
+from .agreement import check_model, check_settings, share_buffers
 from .averaging import Average
 from .callbacks import RunStart, StepReport
 from .evaluate import Batch, check_data, evaluate
@@ -90,6 +91,8 @@ class TrainingRun:
         self.settings = settings | {"images": len(data), "processes": self.accelerator.num_processes}  # type: ignore[arg-type]
         self.settings |= _identity(data, objective)
         check_batch(self.settings)
+        check_settings(self.settings)
+        check_model(model, "before the first step", "Build it with the same seed and weights in each.")
         self.accumulated = settings["grad_accum_steps"]
         # Of an epoch. A batch of all processes, accumulated, is one batch: what makes no whole one is left out.
         global_batch = settings["batch_size"] * self.accelerator.num_processes * self.accumulated
@@ -189,6 +192,8 @@ class TrainingRun:
             reader.add(images, terms, grad_norm)
             if grad_norm is not None:
                 self.callbacks.on_step(StepReport(epoch + 1, update + 1, self.total, self.lr, terms, grad_norm))
+        share_buffers(self.model.buffers())
+        check_model(self.model, f"after epoch {epoch + 1}", "Let the objective change no weight by itself.")
         return {
             "epoch": epoch + 1,
             "lr": self.lr,

@@ -1,0 +1,197 @@
+"""Runs of several processes on this machine, by gloo: a scenario is a function that each of them calls.
+
+python several_processes.py FOLDER NAME=ARGUMENTS…, where a launcher set RANK and WORLD_SIZE.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils.data import TensorDataset
+
+from fastshap_vision._runtime.processes import processes
+from fastshap_vision.training.state import digest_of_record
+
+SCENARIOS = {}
+
+
+def scenario(function):
+    SCENARIOS[function.__name__] = function
+    return function
+
+
+def digits(count, size):
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(count) % 4
+    pictures = torch.randn(4, 1, size, size, generator=generator)
+    return TensorDataset(pictures[labels] + torch.randn(count, 1, size, size, generator=generator), labels)
+
+
+def model_of(kind, seed=0):
+    from fastshap_vision import SelfExplainingClassifier
+
+    torch.manual_seed(seed)
+    if kind == "vit":
+        arguments = {"patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
+        return SelfExplainingClassifier("vit_tiny_patch16_224", 4, img_size=16, model_kwargs=arguments)
+    arguments = {"in_chans": 1, "channels": (8, 8, 16, 16)}
+    return SelfExplainingClassifier("resnet10t", 4, img_size=64, model_kwargs=arguments)
+
+
+class Stopped(Exception):
+    """Ends a run in its middle, in every process."""
+
+
+def objective_of(name, stop_at=2.0, kill_at=2.0):
+    """An objective that stops at a share of the training, or kills the last process of the run."""
+    import fastshap_vision as fv
+
+    kinds = {
+        "joint": lambda: fv.JointObjective(4, masked_task_weight=0.5, regression_ramp=(0.2, 0.6)),
+        "task": fv.TaskObjective,
+        "explainer": lambda: fv.ExplainerObjective(keep_best=True),
+    }
+    objective = kinds[name]()
+    call = type(objective).__call__
+
+    class Watched(type(objective)):
+        def __call__(self, *arguments, progress=1.0):
+            if progress >= stop_at:
+                raise Stopped
+            if progress >= kill_at and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(self, *arguments, progress=progress)
+
+    objective.__class__ = Watched
+    return objective
+
+
+@scenario
+def trained(kind="vit", objective="joint", batch_size=4, seeds=False, stop_at=2.0, kill_at=2.0, **options):
+    """A run: what each process ends with; None where it was stopped."""
+    import fastshap_vision as fv
+
+    size = 16 if kind == "vit" else 64
+    images, held_out = digits(32, size), digits(13, size)
+    model = model_of(kind, seed=int(os.environ.get("RANK", 0)) if seeds else 0)
+    if objective == "explainer":
+        images, held_out = (fv.record_coalitions(model, part, 8, progress=False) for part in (images, held_out))
+    settings = {"epochs": 2, "lr": 0.01, "clip_grad": 1.0, "progress": False} | options
+    watched = objective_of(objective, stop_at, kill_at)
+    try:
+        result = fv.fit(model, images, held_out, objective=watched, batch_size=batch_size, **settings)
+    except Stopped:
+        return None
+    history = [{name: value for name, value in row.items() if name != "seconds"} for row in result.history]
+    return {"weights": model.state_dict(), "history": history}
+
+
+@scenario
+def refused(**options):
+    """The error that a run ends in."""
+    return {"error": error_of(lambda: trained(**options))}
+
+
+def error_of(work):
+    try:
+        work()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+@scenario
+def called_otherwise():
+    """The processes were given different learning rates."""
+    return {"error": error_of(lambda: trained(lr=0.01 * (1 + int(os.environ["RANK"]))))}
+
+
+@scenario
+def disks_of_nodes(folder):
+    """Each process has a disk of its own; what comes of a run that goes on, by what is on them."""
+    rank, run = int(os.environ["RANK"]), Path("run")
+    own, before = Path(folder) / f"disk{rank}", Path.cwd()
+    own.mkdir(parents=True)
+    os.chdir(own)
+    found = {
+        "begun": trained(output=run, stop_at=0.8),
+        "nothing there": error_of(lambda: trained(output=run, resume="auto")),
+    }
+    processes().wait_for_everyone()
+    if rank:
+        shutil.copytree("../disk0/run", run)
+        record = run / "checkpoints" / "epoch_0001" / "record.json"
+        content = json.loads(record.read_text())
+        content["record"]["history"][0]["lr"] = 0.5
+        content["digest"] = digest_of_record(content["record"])
+        record.write_text(json.dumps(content))
+    found["another there"] = error_of(lambda: trained(output=run, resume="auto"))
+    if rank:
+        shutil.rmtree(run)
+        shutil.copytree("../disk0/run", run)
+    found["the same there"] = trained(output=run, resume="auto")
+    os.chdir(before)
+    return found
+
+
+@scenario
+def stopped_and_resumed(folder, **options):
+    """A run that was stopped in its second epoch and goes on."""
+    assert trained(output=folder, stop_at=0.8, **options) is None
+    return trained(output=folder, resume="auto", **options)
+
+
+def start(folder, count, calls, **environment):
+    """Starts `count` processes that call the scenarios, [(name, {argument: value})]; `ended` waits for them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder.mkdir(parents=True, exist_ok=True)
+    known = {
+        "WORLD_SIZE": count,
+        "LOCAL_WORLD_SIZE": count,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": 1,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    started = []
+    for rank in range(count):
+        own = known | {"RANK": rank, "LOCAL_RANK": rank} | environment
+        variables = os.environ | {name: str(value) for name, value in own.items()}
+        with (folder / f"log{rank}").open("w") as log:
+            command = [sys.executable, __file__, str(folder), json.dumps(calls)]
+            started.append(subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.STDOUT))
+    return started
+
+
+def ended(folder, started, seconds=150):
+    """What each process found: [rank][call]."""
+    try:
+        for rank, process in enumerate(started):
+            assert process.wait(seconds) == 0, (folder / f"log{rank}").read_text()
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    return [torch.load(folder / f"found{rank}") for rank in range(len(started))]
+
+
+def main(folder, calls):
+    torch.set_num_threads(1)
+    found = []
+    for name, arguments in json.loads(calls):
+        found.append(SCENARIOS[name](**arguments))
+        print(f"{name} {arguments}: done", flush=True)
+    torch.save(found, Path(folder) / f"found{os.environ['RANK']}")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

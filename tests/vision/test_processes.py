@@ -1,0 +1,98 @@
+"""Two processes that train together, by gloo: they hold the same model, stop together and go on together."""
+
+import pytest
+import torch
+from several_processes import ended, start
+from test_training import train
+from torch import nn
+
+from fastshap_vision import CheckpointError, TaskObjective
+
+#: What the pair does, one after the other.
+CALLS = {
+    f"{kind} {objective}": ("trained", {"kind": kind, "objective": objective})
+    for kind in ("vit", "cnn")
+    for objective in ("joint", "explainer")
+}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """What each of the two found of each call: {call: (of process 0, of process 1)}."""
+    folder = tmp_path_factory.mktemp("pair")
+    calls = CALLS | {
+        "other seeds": ("refused", {"seeds": True}),
+        "other arguments": ("called_otherwise", {}),
+        "disks": ("disks_of_nodes", {"folder": str(folder / "disks")}),
+        **{
+            f"{name} resumed": ("stopped_and_resumed", {"folder": str(folder / name), **arguments})
+            for name, (_, arguments) in CALLS.items()
+        },
+    }
+    found = ended(folder, start(folder, 2, list(calls.values())))
+    return dict(zip(calls, zip(*found, strict=True), strict=True))
+
+
+def assert_same(one, other):
+    assert one["history"] == other["history"]
+    for name, weight in one["weights"].items():
+        assert torch.equal(weight, other["weights"][name]), name
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_both_hold_the_same_model(pair, call):
+    """Parameters, buffers and history, to the bit."""
+    assert_same(*pair[call])
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_stopped_run_goes_on_to_the_same_bits(pair, call):
+    for unbroken, resumed in zip(pair[call], pair[f"{call} resumed"], strict=True):
+        assert_same(unbroken, resumed)
+
+
+def test_models_that_differ_are_refused_by_both(pair):
+    for found in pair["other seeds"]:
+        assert found["error"].startswith("TrainingError: fit: all processes must hold the same model before the first")
+        assert "tensors differ between processes 0 and 1, backbone.cls_token among them" in found["error"]
+
+
+def test_calls_that_differ_are_refused_by_both(pair):
+    for rank, found in enumerate(pair["other arguments"]):
+        assert "ValueError: fit: all processes must be called with the same arguments" in found["error"]
+        assert f"lr is {(0.01, 0.02)[rank]} in process {rank} and {(0.02, 0.01)[rank]} in process" in found["error"]
+
+
+def test_all_go_on_from_the_checkpoint_of_process_0_or_none_does(pair):
+    for found in pair["disks"]:
+        assert found["begun"] is None
+        expected = "CheckpointError: fit: process 1 of 2 has {} 'run/checkpoints/epoch_0001', from which process 0"
+        assert found["nothing there"].startswith(expected.format("no checkpoint"))
+        assert found["another there"].startswith(expected.format("another checkpoint in"))
+        assert_same(found["the same there"], pair["vit joint"][0])
+
+
+class Interrupted(TaskObjective):
+    def __call__(self, model, images, labels, *, progress=1.0):
+        if progress > 0.6:
+            raise KeyboardInterrupt
+        return super().__call__(model, images, labels)
+
+
+def linear():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+
+
+def test_another_split_of_the_batch_goes_on(tmp_path):
+    """Of one process: 8 images a step, then twice 4, loaded by another number of workers."""
+    expected, unbroken = train(objective=TaskObjective(), model=linear(), batch_size=8)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, Interrupted(), model=linear(), batch_size=8)
+    options = {"objective": TaskObjective(), "batch_size": 4, "resume": "auto"}
+    with pytest.raises(CheckpointError, match="batch_size × processes × grad_accum_steps was 8 and is 12"):
+        train(tmp_path, model=linear(), grad_accum_steps=3, **options)
+    resumed, result = train(tmp_path, model=linear(), grad_accum_steps=2, workers=1, **options)
+    for one, other in zip(resumed.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+    assert result.history[-1]["loss"] == pytest.approx(unbroken.history[-1]["loss"], abs=1e-5)
