@@ -10,12 +10,15 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch.utils.data import TensorDataset
 
-from fastshap_vision._runtime.processes import processes
+from fastshap_vision._runtime.processes import processes, together
+from fastshap_vision.training.monitor import TERMS
 from fastshap_vision.training.state import digest_of_record
 
 SCENARIOS = {}
@@ -37,11 +40,13 @@ def model_of(kind, seed=0):
     from fastshap_vision import SelfExplainingClassifier
 
     torch.manual_seed(seed)
-    if kind == "vit":
-        arguments = {"patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
-        return SelfExplainingClassifier("vit_tiny_patch16_224", 4, img_size=16, model_kwargs=arguments)
-    arguments = {"in_chans": 1, "channels": (8, 8, 16, 16)}
-    return SelfExplainingClassifier("resnet10t", 4, img_size=64, model_kwargs=arguments)
+    name, size, arguments = "vit_tiny_patch16_224", 16, {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    if kind == "cnn":
+        name, size, arguments = "resnet10t", 64, {"channels": (8, 8, 16, 16)}
+    model = SelfExplainingClassifier(name, 4, img_size=size, model_kwargs=arguments | {"in_chans": 1})
+    with torch.no_grad():
+        model.backbone.get_classifier().weight *= 20  # values that differ by more than rounding
+    return model
 
 
 class Stopped(Exception):
@@ -78,7 +83,7 @@ def trained(kind="vit", objective="joint", batch_size=4, seeds=False, stop_at=2.
     import fastshap_vision as fv
 
     size = 16 if kind == "vit" else 64
-    images, held_out = digits(32, size), digits(13, size)
+    images, held_out = digits(32 if kind == "vit" else 16, size), digits(13, size)
     model = model_of(kind, seed=int(os.environ.get("RANK", 0)) if seeds else 0)
     if objective == "explainer":
         images, held_out = (fv.record_coalitions(model, part, 8, progress=False) for part in (images, held_out))
@@ -88,8 +93,58 @@ def trained(kind="vit", objective="joint", batch_size=4, seeds=False, stop_at=2.
         result = fv.fit(model, images, held_out, objective=watched, batch_size=batch_size, **settings)
     except Stopped:
         return None
-    history = [{name: value for name, value in row.items() if name != "seconds"} for row in result.history]
+    names = {"epoch", "lr", "grad_norm", "eval_loss", "eval_accuracy", "eval_value_r2", *TERMS}
+    history = [{name: value for name, value in row.items() if name in names} for row in result.history]
     return {"weights": model.state_dict(), "history": history}
+
+
+@scenario
+def evaluated(batch_size=3):
+    """Of 13 images, in five batches that two processes don't divide; and of one image."""
+    import fastshap_vision as fv
+
+    model, found = model_of("vit"), {}
+    with torch.no_grad():
+        for parameter in model.head.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) / 4)
+    processes()
+    for count in (13, 1):
+        data = digits(count, 16)
+        recorded = fv.record_coalitions(model, data, 8, progress=False)
+        found[count] = list(fv.evaluate(model, data, batch_size, accelerator=Accelerator()))
+        objective = fv.ExplainerObjective(keep_best=True)
+        with together():
+            found[count].append(objective.evaluate(model, recorded, batch_size=batch_size)["eval_value_r2"])
+        found[count].append(objective.state_dict()["best_value_r2"])
+    return found
+
+
+@scenario
+def exchanged(**options):
+    """Bytes of gradients that an update exchanges, and those of the model's parts."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+    from torch.nn.parallel import DistributedDataParallel
+
+    sent, looks, begin = [], [], DistributedDataParallel.__init__
+
+    def counting(self, *arguments, **settings):
+        begin(self, *arguments, **settings)
+        looks.append(self.find_unused_parameters)
+
+        def hook(_, bucket):
+            sent.append(bucket.buffer().numel() * bucket.buffer().element_size())
+            return allreduce_hook(torch.distributed.group.WORLD, bucket)
+
+        self.register_comm_hook(None, hook)
+
+    DistributedDataParallel.__init__ = counting
+    try:
+        trained(epochs=1, **options)
+    finally:
+        DistributedDataParallel.__init__ = begin
+    parts = {name: 4 * sum(one.numel() for one in part.parameters()) for name, part in model_of("vit").named_children()}
+    updates = 4 // options.get("grad_accum_steps", 1)
+    return {"bytes": sum(sent) / updates, "looks": looks, **parts}
 
 
 @scenario
@@ -120,7 +175,7 @@ def disks_of_nodes(folder):
     own.mkdir(parents=True)
     os.chdir(own)
     found = {
-        "begun": trained(output=run, stop_at=0.8),
+        "begun": trained(output=run, stop_at=0.7),
         "nothing there": error_of(lambda: trained(output=run, resume="auto")),
     }
     processes().wait_for_everyone()
@@ -143,7 +198,7 @@ def disks_of_nodes(folder):
 @scenario
 def stopped_and_resumed(folder, **options):
     """A run that was stopped in its second epoch and goes on."""
-    assert trained(output=folder, stop_at=0.8, **options) is None
+    assert trained(output=folder, stop_at=0.7, **options) is None
     return trained(output=folder, resume="auto", **options)
 
 
@@ -171,7 +226,7 @@ def start(folder, count, calls, **environment):
     return started
 
 
-def ended(folder, started, seconds=150):
+def ended(folder, started, seconds=400):
     """What each process found: [rank][call]."""
     try:
         for rank, process in enumerate(started):
@@ -185,10 +240,10 @@ def ended(folder, started, seconds=150):
 
 def main(folder, calls):
     torch.set_num_threads(1)
-    found = []
+    found, start = [], time.perf_counter()
     for name, arguments in json.loads(calls):
         found.append(SCENARIOS[name](**arguments))
-        print(f"{name} {arguments}: done", flush=True)
+        print(f"{time.perf_counter() - start:.1f} s: {name} {arguments}", flush=True)
     torch.save(found, Path(folder) / f"found{os.environ['RANK']}")
     torch.distributed.destroy_process_group()
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from several_processes import ended, start
+from several_processes import ended, evaluated, start, trained
 from test_training import train
 from torch import nn
 
@@ -16,6 +16,13 @@ CALLS = {
 }
 
 
+#: Steps without a division by the gradient's own size, which would make rounding large.
+AGAINST_ONE = {name: {**arguments, "opt": "sgd", "lr": 0.05} for name, (_, arguments) in CALLS.items()}
+#: Batch norm normalises by each process's own batch where the encoder trains.
+del AGAINST_ONE["cnn joint"]
+TRAFFIC = {"objective": "explainer"}, {"objective": "joint"}, {"objective": "task", "grad_accum_steps": 2}
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """What each of the two found of each call: {call: (of process 0, of process 1)}."""
@@ -23,6 +30,9 @@ def pair(tmp_path_factory):
     calls = CALLS | {
         "other seeds": ("refused", {"seeds": True}),
         "other arguments": ("called_otherwise", {}),
+        "evaluated": ("evaluated", {}),
+        **{f"against one: {name}": ("trained", arguments) for name, arguments in AGAINST_ONE.items()},
+        **{f"traffic: {options['objective']}": ("exchanged", options) for options in TRAFFIC},
         "disks": ("disks_of_nodes", {"folder": str(folder / "disks")}),
         **{
             f"{name} resumed": ("stopped_and_resumed", {"folder": str(folder / name), **arguments})
@@ -49,6 +59,38 @@ def test_both_hold_the_same_model(pair, call):
 def test_a_stopped_run_goes_on_to_the_same_bits(pair, call):
     for unbroken, resumed in zip(pair[call], pair[f"{call} resumed"], strict=True):
         assert_same(unbroken, resumed)
+
+
+@pytest.mark.parametrize("call", AGAINST_ONE)
+def test_two_processes_train_as_one_with_the_same_batch(pair, call):
+    """Coalitions, schedule and the regression's unit, too, are those of one batch of eight, not of two of four."""
+    one, two = trained(batch_size=8, **AGAINST_ONE[call]), pair[f"against one: {call}"][0]
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(
+            two["weights"][name], weight, atol=1e-5, rtol=0, msg=lambda text, name=name: name + text
+        )
+    for row, other in zip(one["history"], two["history"], strict=True):
+        # But for eval_value_r2, of batches of eight and of four.
+        known = {name: value for name, value in row.items() if value is not None and name != "eval_value_r2"}
+        found = {name: value for name, value in other.items() if value is not None and name != "eval_value_r2"}
+        assert found == pytest.approx(known, rel=1e-5, abs=1e-5)
+
+
+def test_an_evaluation_by_two_is_that_of_one(pair):
+    one = evaluated()
+    assert all(value == value for values in one.values() for value in values[:3])
+    for found in pair["evaluated"]:
+        for count, values in one.items():
+            assert found[count] == pytest.approx(values, abs=1e-6, nan_ok=True)
+
+
+def test_only_gradients_of_what_is_trained_are_exchanged(pair):
+    """The frozen encoder's were, five times as many; and unused parameters are looked for where some can be."""
+    explainer, joint, task = (pair[f"traffic: {options['objective']}"][0] for options in TRAFFIC)
+    assert explainer["bytes"] == explainer["head"] > 0
+    assert joint["bytes"] == joint["head"] + joint["backbone"]
+    assert task["bytes"] == task["backbone"]  # an update of two steps exchanges once
+    assert (explainer["looks"], joint["looks"]) == ([False], [True])
 
 
 def test_models_that_differ_are_refused_by_both(pair):

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import gather_object, parse_flag_from_env
+from torch import Tensor
+
+T = TypeVar("T")
+
+#: Whether all processes are at the same point: then what each finds may be exchanged.
+_is_together = False
 
 #: Variables by which a launcher tells each process how many it started.
 COUNTS = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -60,3 +69,36 @@ def _check_counts(found: int) -> None:
             f"fastshap_vision: torch.distributed has {distributed.get_world_size()} processes, but accelerate sees "
             f"{found}. Let accelerate begin the process group: leave out torch.distributed.init_process_group."
         )
+
+
+@contextmanager
+def together(yes: bool = True) -> Iterator[None]:
+    """All processes run what is within, each on its part of the data; or, with False, each on its own."""
+    global _is_together
+    before, _is_together = _is_together, yes and PartialState().num_processes > 1
+    try:
+        yield
+    finally:
+        _is_together = before
+
+
+def mean_of_all(mean: Tensor) -> Tensor:
+    """The mean over the processes, without gradient, where they are together; each has as many images."""
+    if not _is_together:
+        return mean
+    total = mean.detach().clone()
+    torch.distributed.all_reduce(total)
+    return total / torch.distributed.get_world_size()
+
+
+def part_of(whole: Sequence[T]) -> Sequence[T]:
+    """Every so manyth, where the processes are together: the part of this one. `whole_of` puts the parts together."""
+    return whole[PartialState().process_index :: PartialState().num_processes] if _is_together else whole
+
+
+def whole_of(found: list[Any]) -> list[Any]:
+    """What the processes found of their parts, in the order of the whole."""
+    if not _is_together:
+        return found
+    parts = gather_object([found])
+    return [part[row] for row in range(len(parts[0])) for part in parts if row < len(part)]

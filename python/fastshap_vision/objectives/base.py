@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .._runtime.processes import mean_of_all
 from ..games.coalitions import Coalitions
 
 
@@ -42,6 +44,14 @@ class Objective(Protocol):
     def check(self, model: Any, data: Any) -> None:
         """Raises a ValueError, before the first step, for a model or data that it can't learn from."""
         return None
+
+    def trained(self, model: Any) -> Iterable[nn.Parameter]:
+        """The parameters that the loss depends on; `fit` freezes the others while it trains."""
+        return model.parameters()
+
+    def leaves_some_out(self, model: Any) -> bool:
+        """Whether the loss of a step may depend on fewer of them: several processes then look for these each step."""
+        return True
 
     def label_classes(self, model: Any) -> int | None:
         """K where labels must be class numbers below K, as each batch is then checked for; else None."""
@@ -86,18 +96,20 @@ class ObjectiveTerms(NamedTuple):
 
 
 def variance_of(values: Tensor) -> Tensor:
-    """Variance of v(S), (B, M, K), over batch and coalitions, mean over classes."""
-    return _wide(values).flatten(0, 1).var(0, correction=0).mean()
+    """Variance of v(S), (B, M, K), over batch and coalitions, mean over classes; of the batches of all processes."""
+    wide = _wide(values).flatten(0, 1)
+    own, mean = wide.var(0, correction=0), wide.mean(0)
+    return mean_of_all((own + (mean - mean_of_all(mean)).square()).mean())
 
 
 def even_split_error(values: Tensor, logits: Tensor, null: Tensor, coalitions: Coalitions) -> Tensor:
-    """Mean squared error that the even split (f − v(∅))/P leaves of v(S), (B, M, K).
+    """Mean squared error that the even split (f − v(∅))/P leaves of v(S), (B, M, K); of the batches of all processes.
 
     Logits (B, K); v(∅) (K,), or of each image (B, 1, K).
     """
     share = coalitions.sizes.unsqueeze(2).to(values.dtype) / coalitions.players
     even = null + share * (logits.unsqueeze(1) - null)
-    return _wide(values - even).square().mean()
+    return mean_of_all(_wide(values - even).square().mean())
 
 
 def in_unit(residual: Tensor, unit: Tensor, values: Tensor) -> Tensor:
@@ -120,7 +132,7 @@ def _is_rounding(square: Tensor, values: Tensor) -> Tensor:
     Equal values were seen to differ by 3 eps in float32, from one way to evaluate a coalition to another.
     """
     eps = max(16 * torch.finfo(torch.float32).eps, 2 * torch.finfo(values.dtype).eps)
-    return square <= eps**2 * _wide(values).square().mean()
+    return square <= eps**2 * mean_of_all(_wide(values).square().mean())
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader
 
 from fastshap_kernels._checks import check_flag
 
 from .._modes import evaluating
+from .._runtime.processes import part_of, together, whole_of
 from ..games.coalitions import Coalitions
 from ..games.readout import values_of_features
 from ..models.head import SharesHead
@@ -93,6 +94,14 @@ class ExplainerObjective(Objective):
         explained = explained_share(residual.detach(), values)
         return ObjectiveTerms(regression, regression=regression.detach(), value_r2=explained)
 
+    def trained(self, model: Any) -> Iterable[nn.Parameter]:
+        """The shares and the blocks before them."""
+        return (model.head if isinstance(getattr(model, "head", None), SharesHead) else model).parameters()
+
+    def leaves_some_out(self, model: Any) -> bool:
+        """No: each step trains all of them."""
+        return False
+
     @torch.no_grad()
     def evaluate(self, model: Any, data: Any, *, batch_size: int, workers: int = 0) -> dict[str, float | None]:
         """eval_value_r2 of recorded coalitions that were held out; None where it is not defined.
@@ -103,13 +112,14 @@ class ExplainerObjective(Objective):
         if not hasattr(data, "stored"):
             return {}
         like, found = next(model.parameters()), []
-        loader = DataLoader(data, batch_size, num_workers=workers, generator=torch.Generator())
-        with evaluating(model):
+        batches = part_of([list(batch) for batch in BatchSampler(range(len(data)), batch_size, drop_last=False)])
+        loader = DataLoader(data, batch_sampler=batches, num_workers=workers, generator=torch.Generator())
+        with evaluating(model), together(False):
             for images, recorded in loader:
                 recorded = {name: tensor.to(like.device) for name, tensor in recorded.items() if name != "label"}
                 terms = self(model, images.to(like.device, like.dtype), recorded)
-                found.append(terms.value_r2.expand(len(images)))  # type: ignore[union-attr]
-        mean = float(torch.cat(found).nanmean())
+                found.append(terms.value_r2.expand(len(images)).cpu())  # type: ignore[union-attr]
+        mean = float(torch.cat(whole_of(found)).nanmean())
         if self.keep_best and (self._best is None or mean > self._best_value_r2):
             self._best_value_r2 = mean
             self._best = {name: tensor.detach().cpu().clone() for name, tensor in model.head.state_dict().items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ..games.coalitions import Coalitions
 from ..models.self_explaining import SelfExplainingClassifier
 from .base import ObjectiveTerms, even_split_error, explained_share, in_unit, variance_of
 from .sampling import CoalitionObjective, values_of_step
-from .task import TaskLoss, TaskObjective, label_classes_of
+from .task import TaskLoss, TaskObjective, label_classes_of, without_shares
 
 TARGETS = ("detached", "live")
 ERRORS = ("uniform", "variance", "raw")
@@ -181,6 +182,14 @@ class JointObjective(CoalitionObjective):
         """
         self._without_coalitions.compile(**options)
         super().compile(**options)
+
+    def trained(self, model: Any) -> Iterable[nn.Parameter]:
+        """All, but for the shares where λ is 0."""
+        return model.parameters() if self.regression_weight else without_shares(model)
+
+    def leaves_some_out(self, model: Any) -> bool:
+        """The shares, as long as the ramp keeps λ at 0."""
+        return self.regression_weight == 0 or self.regression_ramp[1] > 0
 
     def label_classes(self, model: Any) -> int | None:
         """K, for cross-entropy."""

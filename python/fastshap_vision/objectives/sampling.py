@@ -72,13 +72,15 @@ class CoalitionObjective(Objective):
     def draw(self, model: SelfExplainingClassifier, images: Tensor) -> Coalitions:
         """The next coalitions, on the device of `images`; no device is waited for.
 
+        Processes draw those that one would for the batches of all, which are of one size, in the processes' order.
+
         The packed batch of unpaired coalitions has as many rows as tokens are present, which only the bits say: they
         are drawn and counted on the CPU, and the batch is padded to one of few sizes.
         """
         device, batch = images.device, images.shape[0]
         is_counted = model.game.packs and not self.is_packed_in_pairs
         bits = self._sample(batch, model.players, torch.device("cpu") if is_counted else device)
-        self._drawn += batch * self.coalitions
+        self._drawn += batch * self.coalitions * _process_and_count()[1]
         # Without a device to wait for, and nothing compiled, the count can be left to the packing.
         if not is_counted or (device.type == "cpu" and self._compiled is None):
             return Coalitions(bits, model.players, self.is_packed_in_pairs)
@@ -92,7 +94,8 @@ class CoalitionObjective(Objective):
 
     def _sample(self, batch: int, players: int, device: torch.device) -> Tensor:
         def sampled(players: int, seed: int) -> Tensor:
-            offset = _first_of_process() + self._drawn
+            # Those of all processes follow one another, as their images do in one batch.
+            offset = self._drawn + _process_and_count()[0] * batch * self.coalitions
             return sample_coalitions(
                 batch,
                 self.coalitions,
@@ -133,11 +136,11 @@ def values_of_step(
         return model.game.values(images, coalitions)
 
 
-def _first_of_process() -> int:
-    """Where this process's coalitions begin: each has 2^40 of its own, so that no two processes draw the same."""
+def _process_and_count() -> tuple[int, int]:
     distributed = torch.distributed
-    rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
-    return rank << 40
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
 
 
 def _padded(present: int, coalitions: int, players: int) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._runtime.packed_sdpa import cpu_attention
+from ..models.head import SharesHead
 from .base import Objective, ObjectiveTerms, check_not_recorded
 
 TaskLoss = Callable[[Tensor, Tensor], Tensor]
@@ -17,6 +18,11 @@ TaskLoss = Callable[[Tensor, Tensor], Tensor]
 def label_classes_of(task_loss: TaskLoss, model: Any) -> int | None:
     """K of a model with `num_classes`, where cross-entropy needs labels below it."""
     return getattr(model, "num_classes", None) if task_loss is nn.functional.cross_entropy else None
+
+
+def without_shares(model: Any) -> Iterable[nn.Parameter]:
+    """The parameters that the logits depend on."""
+    return model.backbone.parameters() if isinstance(getattr(model, "head", None), SharesHead) else model.parameters()
 
 
 class TaskObjective(Objective):
@@ -54,6 +60,10 @@ class TaskObjective(Objective):
     def check(self, model: Any, data: Any) -> None:
         """Refuses recorded coalitions, which have no task."""
         check_not_recorded(self, data)
+
+    def trained(self, model: Any) -> Iterable[nn.Parameter]:
+        """All but the shares of a self-explaining model."""
+        return without_shares(model)
 
     def label_classes(self, model: Any) -> int | None:
         """K, for cross-entropy."""

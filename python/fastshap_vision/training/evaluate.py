@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -11,13 +12,14 @@ from accelerate import Accelerator
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, default_collate
 
 from fastshap_kernels._checks import check_count, describe, fail
 
 from .._modes import evaluation_mode
 from ..data.recorded import RecordedCoalitions
 from ..models.self_explaining import SelfExplainingClassifier
+from .agreement import of_all
 
 _MOST = 2**31 - 1
 
@@ -35,7 +37,6 @@ class Evaluation(NamedTuple):
     loss: float
 
 
-@torch.inference_mode()
 def evaluate(
     model: nn.Module,
     data: Dataset,
@@ -74,30 +75,43 @@ def evaluate(
     workers = check_count("evaluate", "workers", workers, 0, _MOST)
     check_data(model, data, "evaluate", "data")
     data = data.data if isinstance(data, RecordedCoalitions) else data
-    # A generator of its own: the loader draws a seed for its workers, and the process's generator stays as it was.
-    loader = DataLoader(data, batch_size, num_workers=workers, collate_fn=Batch(), generator=torch.Generator())
-    if accelerator is not None:
-        loader = accelerator.prepare_data_loader(loader)
-    like = next((weight for weight in model.parameters() if weight.is_floating_point()), torch.empty(0))
-    counts, total = torch.zeros(3, dtype=torch.int64, device=like.device), torch.zeros((), device=like.device)
-    with evaluation_mode(model):
-        for images, labels in loader:
-            with accelerator.autocast() if accelerator is not None else nullcontext():
-                logits = model(images.to(like.device, like.dtype)).float()
-            labels = labels.to(like.device)
-            if accelerator is not None:
-                logits, labels = accelerator.gather_for_metrics((logits, labels))
-            loss, *found = _scores(logits, labels)
-            total += loss
-            counts += torch.stack(found)
-    correct, impossible, count = counts.tolist()
+    batches = [list(batch) for batch in BatchSampler(range(len(data)), batch_size, drop_last=False)]  # type: ignore[arg-type]
+    if accelerator is None:
+        parts = [_summed(model, data, batches, workers, nullcontext)]
+    else:
+        own = batches[accelerator.process_index :: accelerator.num_processes]
+        parts = of_all(lambda: _summed(model, data, own, workers, accelerator.autocast))
+    loss, *counts = torch.tensor(parts, dtype=torch.float64).sum(0).tolist()
+    correct, impossible, count, logits = map(int, counts)
     if impossible:
+        classes = logits // len(data)  # type: ignore[arg-type]
         raise ValueError(
-            f"evaluate: {impossible} labels of the data are impossible for the model's {logits.shape[1]} logits. They "
-            f"must be class numbers from 0 to {logits.shape[1] - 1}, or 1 and 0 for each logit. Build the model with "
-            "as many classes as there are labels."
+            f"evaluate: {impossible} labels of the data are impossible for the model's {classes} logits. They must be "
+            f"class numbers from 0 to {classes - 1}, or 1 and 0 for each logit. Build the model with as many classes "
+            "as there are labels."
         )
-    return Evaluation(accuracy=100 * correct / count, loss=float(total) / count)
+    return Evaluation(accuracy=100 * correct / count, loss=loss / count)
+
+
+def _summed(
+    model: nn.Module, data: Any, batches: list[list[int]], workers: int, precision: Callable[[], Any]
+) -> list[float]:
+    """Over these batches: the cross-entropies; how many labels are right, impossible, and there; numbers of logits."""
+    # A generator of its own: the loader draws a seed for its workers, and the process's generator stays as it was.
+    options: dict[str, Any] = {"num_workers": workers, "collate_fn": Batch(), "generator": torch.Generator()}
+    like = next((weight for weight in model.parameters() if weight.is_floating_point()), torch.empty(0))
+    losses, counts = (
+        torch.zeros(len(batches), device=like.device),
+        torch.zeros(4, dtype=torch.int64, device=like.device),
+    )
+    with evaluation_mode(model), torch.inference_mode():
+        for row, (images, labels) in enumerate(DataLoader(data, batch_sampler=batches, **options)):
+            with precision():
+                logits = model(images.to(like.device, like.dtype)).float()
+            loss, *found = _scores(logits, labels.to(like.device))
+            losses[row] = loss
+            counts += torch.stack([*found, torch.tensor(logits.numel(), device=like.device)])
+    return [losses.cpu().double().sum().item(), *counts.tolist()]
 
 
 def _scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

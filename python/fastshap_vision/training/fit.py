@@ -95,6 +95,7 @@ def fit(
     grad_checkpointing: bool = False,
     channels_last: bool = False,
     checkpoint_hist: int = 2,
+    sync_bn: bool = False,
     output: str | Path | None = None,
     resume: str | Path | None = None,
     callbacks: Sequence[Callback] = (),
@@ -135,6 +136,8 @@ def fit(
             has `set_grad_checkpointing`. Less memory, more time, the same gradients. Off again after the run.
         channels_last: whether weights and images lie in memory channels last, as convolutions on GPUs take them best.
         checkpoint_hist: how many checkpoints are kept, the newest ones.
+        sync_bn: batch norm takes the statistics of all processes' batches (torch.nn.SyncBatchNorm, for GPUs), not those
+            of each. The model has its own modules again after the run.
         output: the run's folder: summary.csv, model.safetensors and checkpoints, written after every epoch. None
             writes nothing. One run at a time writes to a folder.
         resume: None starts anew (and refuses an output folder that holds a run); "auto" goes on from the newest
@@ -191,9 +194,11 @@ def fit(
         "compile": compile,
         "grad_checkpointing": grad_checkpointing,
         "channels_last": channels_last,
+        "sync_bn": sync_bn,
     }
     check_kinds(model, objective, output)
-    flags = {"grad_checkpointing": grad_checkpointing, "channels_last": channels_last, "progress": progress}
+    flags = {"grad_checkpointing": grad_checkpointing, "channels_last": channels_last, "sync_bn": sync_bn}
+    flags["progress"] = progress
     for name, flag in flags.items():
         check_flag("fit", name, flag)
     kept = check_count("fit", "checkpoint_hist", checkpoint_hist, 1, 2**31 - 1)

@@ -12,14 +12,16 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
 
+from .batch_norm import own_batch_norms
+
 
 @contextmanager
 def as_found(model: nn.Module, objective: Any) -> Iterator[None]:
     """What a run changes beyond its arguments becomes what it was.
 
     accelerate keeps precision and gradient accumulation for the whole process: a run has its own, and the caller's
-    come back after it; processes that have joined stay joined. So do the random generators, whether blocks checkpoint
-    their activations, and whether the objective's step is compiled.
+    come back after it; processes that have joined stay joined. So do the random generators, which parameters are
+    trained, whether blocks checkpoint their activations, and whether the objective's step is compiled.
     """
     states = (GradientState, AcceleratorState, PartialState)
     contents = [dict(state._shared_state) for state in states]
@@ -27,14 +29,17 @@ def as_found(model: nn.Module, objective: Any) -> Iterator[None]:
         state._shared_state.clear()
     of_python, of_numpy = random.getstate(), np.random.get_state()
     name = "grad_checkpointing"
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     checkpointing = [(module, getattr(module, name)) for module in model.modules() if hasattr(module, name)]
     parts = [objective, *getattr(objective, "__dict__", {}).values()]  # an objective may hold another one
     is_last = {name: _is_channels_last(parameter) for name, parameter in model.named_parameters()}
     compiled = [(part, part._compiled) for part in parts if hasattr(part, "_compiled")]
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())), own_batch_norms(model):
             yield
     finally:
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
         for module, enabled in checkpointing:
             setattr(module, name, enabled)
         _lay_out(model, is_last)

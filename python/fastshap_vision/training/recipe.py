@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, Subset
 from fastshap_kernels._checks import check_count, fail
 
 from .._modes import evaluation_mode
-from .._runtime.processes import processes
+from .._runtime.processes import processes, together
 from ..data.mirrored import WithMirrorImages
 from ..data.record import record_coalitions
 from ..data.recorded import RecordedCoalitions
@@ -180,10 +180,11 @@ def train_explainer(
         settings |= {"coalitions": coalitions, "mirror": mirror, "seed": seed, "output": output}
         recorded = record(explained, data, eval_data, **settings)
     settings = training(explained, mirror)
-    settings["batch_size"] = min(settings["batch_size"], len(recorded[0]))
+    settings["batch_size"] = max(1, min(settings["batch_size"], len(recorded[0]) // processes().num_processes))
     settings |= {"seed": seed, "workers": workers, "output": output, "resume": resume, "progress": progress} | options
     objective = ExplainerObjective(keep_best=True)
-    before = objective.evaluate(explained, recorded[1], batch_size=settings["batch_size"])["eval_value_r2"]
+    with together():
+        before = objective.evaluate(explained, recorded[1], batch_size=settings["batch_size"])["eval_value_r2"]
     result = fit(explained, recorded[0], recorded[1], objective=objective, **settings)
     best = objective.restore_best(explained)
     found = [row["eval_value_r2"] for row in result.history]

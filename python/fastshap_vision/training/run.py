@@ -18,6 +18,7 @@ from accelerate.utils import (
     ProjectConfiguration,
     set_seed,
 )
+from timm.layers import convert_sync_batchnorm
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -25,12 +26,13 @@ from tqdm import tqdm
 
 from fastshap_kernels._checks import describe
 
-from .._runtime.processes import processes
+from .._runtime.processes import processes, together
 from .._runtime.progress import progress_bar
 from ..data.recorded import RecordedCoalitions
 from ..models.self_explaining import SelfExplainingClassifier
 from .agreement import check_model, check_settings, share_buffers
 from .averaging import Average
+from .batch_norm import batch_norms, counted_once
 from .callbacks import RunStart, StepReport
 from .evaluate import Batch, check_data, evaluate
 from .loader import training_loader
@@ -51,7 +53,8 @@ class TrainingStep(nn.Module):
         self._objective = (objective,)
 
     def forward(self, images: Tensor, labels: Tensor, progress: float) -> dict[str, Tensor]:
-        terms = self._objective[0](self.model, images, labels, progress=progress)
+        with together():
+            terms = self._objective[0](self.model, images, labels, progress=progress)
         loss = getattr(terms, "loss", None)
         if not isinstance(loss, Tensor) or loss.ndim:
             raise ValueError(
@@ -82,8 +85,9 @@ class TrainingRun:
             dynamo_backend="no",
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             dataloader_config=DataLoaderConfiguration(non_blocking=True),
-            # While the regression's weight is 0 the shares take no part in the loss.
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=bool(objective.leaves_some_out(model)))
+            ],
             log_with=watched.trackers or None,
             project_config=ProjectConfiguration(logging_dir=None if output is None else str(output / "logs")),
         )
@@ -106,12 +110,16 @@ class TrainingRun:
         self.encoder = list(backbone.parameters())
         of_encoder = {id(parameter) for parameter in self.encoder}
         self.explainer = [parameter for parameter in model.parameters() if id(parameter) not in of_encoder]
+        _freeze_others(model, objective)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(
                 "fit: argument `model` has no trainable parameter: all are frozen (requires_grad is False). Unfreeze "
                 "some with requires_grad_(True)."
             )
         _prepare_step(model, objective, settings)
+        if settings["sync_bn"]:
+            self._synchronise_batch_norms()
+        self.counted_once = partial(counted_once, batch_norms(model)) if settings["grad_checkpointing"] else nullcontext
         set_seed(settings["seed"])
         optimizer = create_optimizer(model, settings)
         self.soft_labels = soft = soft_labels(model, data[0], settings)
@@ -146,6 +154,15 @@ class TrainingRun:
     def averaged(self) -> AbstractContextManager[None]:
         """The model holds the average of its weights for the while, where there is one."""
         return nullcontext() if self.average is None else self.average.in_place()
+
+    def _synchronise_batch_norms(self) -> None:
+        """Their statistics become those of the batches of all processes, until `as_found` puts the own ones back."""
+        if self.accelerator.device.type == "cpu":
+            raise ValueError(
+                "fit: argument `sync_bn` needs GPUs, as torch.nn.SyncBatchNorm does, but the run is on "
+                "the CPU. Leave it out: the statistics are then those of process 0."
+            )
+        convert_sync_batchnorm(self.model.to(self.accelerator.device))
 
     def close(self) -> None:
         """Ends the worker processes, now and not when Python finds the loader unused."""
@@ -193,6 +210,8 @@ class TrainingRun:
             if grad_norm is not None:
                 self.callbacks.on_step(StepReport(epoch + 1, update + 1, self.total, self.lr, terms, grad_norm))
         share_buffers(self.model.buffers())
+        if self.average is not None:
+            share_buffers(self.average.module.buffers())
         check_model(self.model, f"after epoch {epoch + 1}", "Let the objective change no weight by itself.")
         return {
             "epoch": epoch + 1,
@@ -236,7 +255,8 @@ class TrainingRun:
                 "that it trains (requires_grad_); or, to train the layers that explain beside a frozen backbone, "
                 "pass JointObjective(regression_ramp=(0, 0)), whose regression counts from the first step on."
             )
-        self.accelerator.backward(loss / self.accumulated)
+        with self.counted_once():
+            self.accelerator.backward(loss / self.accumulated)
 
     def _update(self) -> Tensor:
         """One step of the optimiser, by the gradient that has been gathered; returns its norm before clipping."""
@@ -260,10 +280,18 @@ class TrainingRun:
         if not isinstance(data, RecordedCoalitions):  # whose classifier stays as it is, and whose labels have no part
             accuracy, loss = evaluate(self.model, data, accelerator=self.accelerator, **options)
             found = {"eval_loss": loss, "eval_accuracy": accuracy}
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), together():
             found |= self.objective.evaluate(self.model, data, **options)
         self.callbacks.on_evaluate(found)
         return found
+
+
+def _freeze_others(model: nn.Module, objective: Any) -> None:
+    """No gradients of what the objective does not train: none are exchanged. `as_found` gives them back."""
+    trained = {id(parameter) for parameter in objective.trained(model)}
+    for parameter in model.parameters():
+        if id(parameter) not in trained:
+            parameter.requires_grad_(False)
 
 
 def _prepare_step(model: Any, objective: Any, settings: dict[str, Any]) -> None:
