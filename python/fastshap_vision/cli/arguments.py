@@ -27,6 +27,9 @@ DEFAULT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "folder": ("vit_small_patch16_224", {}),
 }
 
+#: accelerate's names of timm's, and its own.
+AMP_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "bf16": "bf16", "fp16": "fp16"}
+
 # Up to this many players all coalitions of an image are evaluated in seconds; beyond, KernelSHAP estimates.
 EXACT_PLAYERS = 16
 
@@ -89,6 +92,10 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-classes", type=_whole(1), help="outputs (default: the data's classes)")
     group.add_argument("--pretrained", action="store_true", help="start from timm's weights")
     group.add_argument(
+        "--initial-checkpoint", type=Path, metavar="FILE", help="start from a file of a timm model's weights"
+    )
+    group.add_argument("--drop-path", type=_number(0, 1), metavar="RATE", help="of blocks that are skipped in training")
+    group.add_argument(
         "--head", choices=HEADS, default="shares", help="shares: the classifier stays as it is; votes: as in the paper"
     )
     group.add_argument("--base", choices=BASES, help="what the shares head starts from (default: as the model can)")
@@ -129,6 +136,10 @@ def add_train(parser: argparse.ArgumentParser) -> None:
             help=f"where in the training (0 to 1) {weight} rises from 0 to full",
         )
     group = _add_training(parser)
+    group.add_argument("--layer-decay", type=_number(0, above=True), help="factor of the rate from layer to layer")
+    group.add_argument("--smoothing", type=_number(0, 1), default=0.0, help="of labels")
+    group.add_argument("--mixup", type=_number(0), default=0.0, help="alpha; 0 for none")
+    group.add_argument("--cutmix", type=_number(0), default=0.0, help="alpha; 0 for none")
     group.add_argument("--compile", action="store_true", help="compile the training step with torch.compile")
     group.add_argument("--grad-checkpointing", action="store_true", help="less memory, more time, the same gradients")
 
@@ -214,10 +225,20 @@ def _add_training(parser: argparse.ArgumentParser) -> Any:
     group.add_argument("--weight-decay", type=_number(0), default=0.05, help="of weights, not of biases and norms")
     group.add_argument("--sched", choices=SCHEDULES, default="cosine", help="a timm schedule")
     group.add_argument("--warmup-epochs", type=_number(0), default=0, help="epochs in which the learning rate rises")
+    group.add_argument("--min-lr", type=_number(0), default=0.0, help="lowest learning rate of the schedule")
+    group.add_argument("--warmup-lr", type=_number(0), default=1e-5, help="learning rate at the start of the warm-up")
+    group.add_argument("--opt-betas", type=_number(0), nargs=2, metavar="BETA", help="(default: the optimiser's)")
     group.add_argument("--clip-grad", type=_number(0, above=True), help="largest norm of the gradient")
+    group.add_argument("--grad-accum-steps", type=_whole(1), help="batches an update (default: accelerate's)")
+    group.add_argument("--model-ema", action="store_true", help="keep and evaluate a moving average of the weights")
+    group.add_argument("--model-ema-decay", type=_number(0, 1), default=0.9998, help="of --model-ema")
+    group.add_argument("--channels-last", action="store_true", help="weights and images channels last in memory")
     group.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0, help="of weights, data order and coalitions")
     group.add_argument("--amp", action="store_true", help="mixed precision")
-    group.add_argument("--amp-dtype", choices=("bfloat16", "float16"), default="bfloat16", help="of mixed precision")
+    group.add_argument("--amp-dtype", choices=tuple(AMP_DTYPES), default="bfloat16", help="of mixed precision")
+    group.add_argument("--checkpoint-hist", type=_whole(1), default=2, help="checkpoints that are kept")
+    group.add_argument("--log-interval", type=_whole(1), default=100, help="batches between two looks at the loss")
+    group.add_argument("--config", type=Path, metavar="FILE", help="YAML file of flags; the command line's win")
     group.add_argument("--output", type=Path, required=True, help="the run's folder")
     group.add_argument("--resume", nargs="?", const="auto", metavar="PATH", help="go on with this run, or with PATH's")
     return group

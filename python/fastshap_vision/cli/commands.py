@@ -31,7 +31,7 @@ from ..training.checkpoint import find_checkpoint, whole_checkpoints
 from ..training.evaluate import evaluate
 from ..training.fit import fit
 from ..training.run_folder import VISION_PACKAGES, Run, write_run
-from .arguments import EXACT_PLAYERS
+from .arguments import AMP_DTYPES, EXACT_PLAYERS
 from .inputs import build, choose_model, load_data, to_explain
 
 #: Who wrote a picture: `explain` replaces its own and no other.
@@ -58,7 +58,10 @@ def train(options: argparse.Namespace) -> None:
     )
     if processes().is_main_process and not whole_checkpoints(options.output):
         write_run(options, train_data)
-    more = {"compile": options.compile or None, "grad_checkpointing": options.grad_checkpointing}
+    more = {
+        name: getattr(options, name) for name in ("grad_checkpointing", "layer_decay", "smoothing", "mixup", "cutmix")
+    }
+    more["compile"] = options.compile or None
     with _epochs_logged():
         result = fit(model, train_data, test_data, objective=objective, **_settings(options), **more)
     if processes().is_main_process:
@@ -144,9 +147,17 @@ def _settings(options: Any) -> dict[str, Any]:
         "sched": options.sched,
         "warmup_epochs": options.warmup_epochs,
         "clip_grad": options.clip_grad,
+        "min_lr": options.min_lr,
+        "warmup_lr": options.warmup_lr,
+        "opt_betas": options.opt_betas,
+        "grad_accum_steps": options.grad_accum_steps,
+        "model_ema_decay": options.model_ema_decay if options.model_ema else None,
+        "channels_last": options.channels_last,
+        "checkpoint_hist": options.checkpoint_hist,
+        "log_interval": options.log_interval,
         "seed": options.seed,
         "workers": options.workers,
-        "mixed_precision": {"float16": "fp16", "bfloat16": "bf16"}[options.amp_dtype] if options.amp else None,
+        "mixed_precision": AMP_DTYPES[options.amp_dtype] if options.amp else None,
         "output": options.output,
         "resume": options.resume,
     }

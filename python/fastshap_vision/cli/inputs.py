@@ -11,6 +11,7 @@ from typing import Any
 import timm
 import torch
 
+from .._checks import shortened
 from .._runtime.processes import processes
 from ..data import datasets
 from ..images.preprocessing import Preprocessing
@@ -33,6 +34,8 @@ def choose_model(options: argparse.Namespace) -> None:
     of_flags = sorted({"num_classes", "img_size", "in_chans", "pretrained"} & options.model_kwargs.keys())
     if of_flags:
         raise ValueError(f"argument --model-kwargs: {of_flags[0]} has a flag of its own. Use it instead.")
+    if options.drop_path is not None:
+        options.model_kwargs = options.model_kwargs | {"drop_path_rate": options.drop_path}
     check_timm_name(options.model)
 
 
@@ -84,7 +87,7 @@ def _check_streams(data: Any) -> None:
 def build(options: argparse.Namespace, data: Any) -> SelfExplainingClassifier:
     channels, size, _ = data.input_size
     try:
-        return SelfExplainingClassifier(
+        model = SelfExplainingClassifier(
             options.model,
             options.num_classes or len(data.classes),
             img_size=size,
@@ -104,6 +107,20 @@ def build(options: argparse.Namespace, data: Any) -> SelfExplainingClassifier:
         raise ValueError(
             f"timm cannot build {options.model!r} for images {tuple(data.input_size)} with {options.model_kwargs}: "
             f"{error}. Check --model-kwargs and --img-size."
+        ) from error
+    if options.initial_checkpoint is not None:
+        _load_weights(model.backbone, options.initial_checkpoint)
+    return model
+
+
+def _load_weights(backbone: torch.nn.Module, path: Path) -> None:
+    """A file that timm wrote, or the safetensors of one of its models; no pickle runs code."""
+    try:
+        timm.models.load_checkpoint(backbone, str(path), weights_only=True)
+    except Exception as error:  # torch, safetensors and pickle raise errors of any kind
+        raise ValueError(
+            f"argument --initial-checkpoint: {str(path)!r} holds no weights of this model: {shortened(error)}. Pass a "
+            "file of the same timm model, with as many classes."
         ) from error
 
 

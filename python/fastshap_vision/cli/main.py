@@ -14,13 +14,15 @@ from ..training.monitor import TrainingError
 from ..training.state import CheckpointError
 from .arguments import Help, Parser, add_evaluate, add_explain, add_record, add_train, add_train_explainer
 from .commands import evaluate_run, explain, info, record, train, train_explainer
+from .config_file import with_config
 from .flags import in_flags
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns 0, 2 for a mistake in what was asked, 1 for a run that had to stop."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    commands: Any = next(action.choices for action in parser._actions if action.dest == "name")
+    options = parser.parse_args(with_config(sys.argv[1:] if arguments is None else arguments, commands))
     try:
         options.command(options)
         return 0
