@@ -45,6 +45,7 @@ from .training.fit import FitResult, fit
 from .training.monitor import TrainingError
 from .training.recipe import train_explainer
 from .training.state import CheckpointError
+from .training.stopping import TrainingStopped
 
 __all__ = [
     "Attribution",
@@ -71,6 +72,7 @@ __all__ = [
     "StepReport",
     "TaskObjective",
     "TrainingError",
+    "TrainingStopped",
     "UnsupportedModelError",
     "WithMirrorImages",
     "baselines",

@@ -19,6 +19,8 @@ _OTHER_NAMES = {
 _REMEDIES = {
     "resume='auto' takes": "--resume takes",
     "Pass resume='auto'": "Pass --resume",
+    "Go on with resume='auto'": "Go on with --resume",
+    "go on with resume='auto'": "go on with --resume",
     "Lower lr or": "Lower --lr or",
     "or resume=None to start anew": "or leave --resume out to start anew",
     "or another output folder": "or another --output folder",

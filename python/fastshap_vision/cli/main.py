@@ -12,6 +12,7 @@ import torch
 
 from ..training.monitor import TrainingError
 from ..training.state import CheckpointError
+from ..training.stopping import TrainingStopped
 from .arguments import Help, Parser, add_evaluate, add_explain, add_record, add_train, add_train_explainer
 from .commands import evaluate_run, explain, info, record, train, train_explainer
 from .config_file import with_config
@@ -28,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except (ValueError, CheckpointError, ModuleNotFoundError, OSError) as error:
         code, message = 2, str(error)
+    except TrainingStopped as error:
+        code, message = 128 + error.signal_number, str(error)
     except TrainingError as error:
         code, message = 1, str(error)
     except (torch.OutOfMemoryError, MemoryError) as error:

@@ -4,14 +4,15 @@ A run's folder holds
 
     summary.csv                   one row an epoch
     model.safetensors             the model after the last finished epoch (and config.json where the model has one)
-    checkpoints/epoch_0007/       everything that resuming needs, after 7 epochs; the last two are kept
+    checkpoints/epoch_0007/       everything that resuming needs, after 7 epochs; the last two are kept. Within the next
+                                  epoch, after 500 of its updates, epoch_0007_step_00000500/
         model.safetensors         its weights and statistics
         state.safetensors         the tensors of optimiser and objective
         record.json               all else: settings, history, numbers of optimiser, objective and loss scaling, digests
     .lock                         held by the run that writes here
 
 Nothing is pickled, so that reading a checkpoint never runs code. No state of a random generator is kept: `fit` seeds
-every epoch anew.
+every batch anew.
 """
 
 from __future__ import annotations
@@ -39,7 +40,18 @@ from torch import Tensor, nn
 from .._checks import shortened
 from .agreement import of_all, of_main
 from .averaging import Average
-from .state import MODEL, RECORD, STATE, CheckpointError, decode, digest_of_file, digest_of_record, encode, read_record
+from .state import (
+    MODEL,
+    RECORD,
+    STATE,
+    CheckpointError,
+    Within,
+    decode,
+    digest_of_file,
+    digest_of_record,
+    encode,
+    read_record,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -88,6 +100,8 @@ class Checkpoints:
         self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings)))  # tuples become lists, as in the file
         self.model, self.optimizer, self.objective = model, optimizer, objective
         self.newest: Path | None = None
+        #: Where the run goes on within an epoch; known after `resume`.
+        self.within: Within | None = None
         if output is not None:
             encode(self._state(), {})
 
@@ -133,8 +147,8 @@ class Checkpoints:
                 f"{str(output)!r} has {free / 1e6:.1f} MB left. Free some, or pass a folder on another disk."
             )
 
-    def save(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """Saves the state after len(history) epochs beside the last checkpoint, then renames it into place.
+    def save(self, history: Sequence[Mapping[str, Any]], within: Within | None = None) -> None:
+        """Saves the state after len(history) epochs, or within the next one, then renames it into place.
 
         Checkpoints of later epochs, which are there where the run went back to an earlier one, are removed.
 
@@ -143,20 +157,22 @@ class Checkpoints:
         """
         if self.output is None:
             return
-        folder = self.output / FOLDER / f"epoch_{len(history):04d}"
-        of_main(lambda: self._replace(folder, history))
+        name = f"epoch_{len(history):04d}" + ("" if within is None else f"_step_{within.updates:08d}")
+        folder = self.output / FOLDER / name
+        of_main(lambda: self._replace(folder, history, within))
         self.newest = folder
 
-    def _replace(self, folder: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    def _replace(self, folder: Path, history: Sequence[Mapping[str, Any]], within: Within | None) -> None:
         """The newest checkpoint and what is exported, in the place of older ones."""
         output = folder.parent.parent
         with self._writing(output):
-            self._write(folder, history)
-            self._export(history, output)
+            self._write(folder, history, within)
+            if within is None:
+                self._export(history, output)
             for old in whole_checkpoints(output)[: -self.kept]:
                 _remove(old)
 
-    def _write(self, folder: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    def _write(self, folder: Path, history: Sequence[Mapping[str, Any]], within: Within | None) -> None:
         for leftover in folder.parent.glob("epoch_*.*"):  # of a run that was killed while it wrote or removed
             shutil.rmtree(leftover)
         partial = folder.with_name(folder.name + PARTIAL)
@@ -167,10 +183,11 @@ class Checkpoints:
         save_file(tensors, partial / STATE)
         files = {name: digest_of_file(partial / name) for name in (MODEL, STATE)}
         record = {"settings": self.settings, "history": list(history), "files": files, "state": state}
+        record["within"] = None if within is None else within._asdict()
         text = json.dumps({"digest": digest_of_record(record), "record": record}, indent=1)
         (partial / RECORD).write_text(text)
         for later in reversed(whole_checkpoints(folder.parent.parent)):
-            if _epochs(later) >= len(history):
+            if _place(later) >= _place(folder):
                 _remove(later)
         os.replace(partial, folder)
 
@@ -234,7 +251,9 @@ class Checkpoints:
                 "Build the model as the run did, or start another run in another folder."
             ) from error
         self.newest = folder
-        of_main(lambda: self._export_again(record["history"]))
+        self.within = None if record["within"] is None else Within(**record["within"])
+        if self.within is None:
+            of_main(lambda: self._export_again(record["history"]))
         return record["history"]
 
     def _chosen(self, resume: str | Path | None) -> tuple[Path, str] | None:
@@ -340,12 +359,12 @@ def find_checkpoint(output: Path | None, resume: str | Path | None) -> Path | No
 def whole_checkpoints(output: Path) -> list[Path]:
     """Oldest first. A folder gets its name only when it is whole."""
     found = (output / FOLDER).glob("epoch_*")
-    return sorted((path for path in found if re.fullmatch(r"epoch_\d+", path.name)), key=_epochs)
+    return sorted((path for path in found if re.fullmatch(r"epoch_\d+(_step_\d+)?", path.name)), key=_place)
 
 
-def _epochs(checkpoint: Path) -> int:
-    """By number: the names of ten thousand epochs and more are longer."""
-    return int(checkpoint.name.removeprefix("epoch_"))
+def _place(checkpoint: Path) -> tuple[int, ...]:
+    """Epochs and updates by number: the names of ten thousand epochs and more are longer."""
+    return tuple(int(number) for number in re.findall(r"\d+", checkpoint.name))
 
 
 def _remove(checkpoint: Path) -> None:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from .evaluate import check_data
 from .isolation import as_found
 from .monitor import check_not_lost, epoch_line
 from .run import TrainingRun
-from .settings import check_kinds, checked_settings
+from .settings import check_kinds, checked_checkpoints, checked_settings
 from .tracking import Watched
 
 _log = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ def fit(
     sync_bn: bool = False,
     output: str | Path | None = None,
     resume: str | Path | None = None,
+    checkpoint_steps: int | None = None,
     callbacks: Sequence[Callback] = (),
     log_with: Any = None,
     log_interval: int = 100,
@@ -144,6 +146,7 @@ def fit(
             checkpoint in `output`, if there is one, and writes the model again if all epochs are done; a path names a
             run's folder or a checkpoint. From an earlier checkpoint in `output` the run goes back: the later ones are
             removed once it has trained and saved the epoch after it.
+        checkpoint_steps: updates between two checkpoints within an epoch; None writes one after each epoch alone.
         callbacks: `Callback` objects, told of steps, evaluations and epochs as they come.
         log_with: accelerate's trackers by name ("tensorboard", "wandb", "trackio", …) or as objects, one or a list:
             terms, learning rate, gradient norm, speed, memory and the time to the end. TensorBoard's files lie in
@@ -162,6 +165,8 @@ def fit(
         TypeError: the objective's state can't be written.
         CheckpointError: the checkpoint to resume from is missing, damaged, or of another run; or `output` can't be
             written to, which is tried before the first step, or another run writes to it.
+        TrainingStopped: SIGTERM or SIGUSR1 came: the update was finished and a checkpoint written. Without `output`
+            signals do what they did before.
         TrainingError: images or loss are not finite, or the game collapsed. The last checkpoint stays whole.
 
     Example:
@@ -197,6 +202,7 @@ def fit(
         "sync_bn": sync_bn,
     }
     check_kinds(model, objective, output)
+    checkpoint_steps = checked_checkpoints(checkpoint_steps, output)
     flags = {"grad_checkpointing": grad_checkpointing, "channels_last": channels_last, "sync_bn": sync_bn}
     flags["progress"] = progress
     for name, flag in flags.items():
@@ -210,7 +216,8 @@ def fit(
     with as_found(model, objective):
         if eval_data is not None:
             check_data(model, eval_data, "fit", "eval_data")
-        run = TrainingRun(model, train_data, objective, settings, watched, None if output is None else Path(output))
+        folder = None if output is None else Path(output)
+        run = TrainingRun(model, train_data, objective, settings, watched, folder, checkpoint_steps)
         for recorded in (train_data, eval_data):
             if isinstance(recorded, RecordedCoalitions) and isinstance(model, SelfExplainingClassifier):
                 recorded.check(model)
@@ -229,9 +236,11 @@ def fit(
             run.optimizer.zero_grad()  # of what the model was trained in before
             if isinstance(model, SelfExplainingClassifier):
                 model.calibration = None  # of the explainer as it was
-            with run.shown(len(history), progress) as bar:
+            within = checkpoints.within
+            with run.shown(len(history), within, progress) as bar, run.stop.listening(output is not None):
                 for epoch in range(len(history), settings["epochs"]):
-                    row = run.train_epoch(epoch, bar)
+                    row = run.train_epoch(epoch, bar, within, partial(checkpoints.save, history))
+                    within = None
                     if eval_data is not None:
                         with run.averaged():
                             row |= run.evaluate(eval_data)
@@ -241,6 +250,7 @@ def fit(
                         _log.info(epoch_line(row, settings["epochs"]))
                     check_not_lost(history, getattr(model, "num_classes", None))
                     checkpoints.save(history)
+                    run.stop_after(epoch)
         if run.average is not None:
             run.average.apply()
     model.eval()

@@ -22,22 +22,25 @@ class EpochRows(Sampler[Row]):
         rows: of the data.
         count: of an epoch, at most `rows`.
         seed: of the order.
+
+    Attributes:
+        start: rows of the epoch that are left out, as they have been trained on.
     """
 
     def __init__(self, rows: int, count: int, seed: int) -> None:
         self.rows, self.count, self.seed = rows, count, seed
-        self.epoch = 0
+        self.epoch = self.start = 0
 
     def set_epoch(self, epoch: int) -> None:
         """accelerate calls it where each pass begins."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.count
+        return self.count - self.start
 
     def __iter__(self) -> Iterator[Row]:
         generator = torch.Generator().manual_seed(_seeds(self.seed, self.epoch)[0])
-        for row in torch.randperm(self.rows, generator=generator)[: self.count].tolist():
+        for row in torch.randperm(self.rows, generator=generator)[self.start : self.count].tolist():
             yield self.epoch, row
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 TERMS = ("loss", "task", "regression", "masked_task", "value_r2", "spread")
@@ -61,12 +61,20 @@ class TermReader:
         if len(self.waiting) == self.interval:
             self._read()
 
-    def means(self, accelerator: Accelerator) -> dict[str, float | None]:
-        """The mean of each term over the epoch and the processes, None for a term the objective has not."""
+    def state(self) -> list[Any]:
+        """The sums so far, and of how many, for `restore`."""
         if self.waiting:
             self._read()
-        means = (self.sums / self.counts).float().to(accelerator.device)
-        return _by_name(accelerator.reduce(means, reduction="mean"))
+        return [self.steps, self.sums.tolist(), self.counts.tolist()]
+
+    def restore(self, state: list[Any]) -> None:
+        self.steps, sums, counts = state
+        self.sums, self.counts = torch.tensor([sums, counts], dtype=torch.float64)
+
+    def means(self) -> dict[str, float | None]:
+        """The mean of each term over the epoch and the processes, None for a term the objective has not."""
+        _, sums, counts = joined_states(gather_object([self.state()]))
+        return _by_name(torch.tensor(sums, dtype=torch.float64) / torch.tensor(counts))
 
     def _read(self) -> None:
         rows = torch.stack(self.waiting).cpu()
@@ -74,10 +82,11 @@ class TermReader:
         self._check(rows)
         self.steps += len(rows)
         values = rows[:, 1:].double()
-        sums, counts = values.nansum(0), values.isfinite().sum(0)
-        self.sums += sums
+        for row in values:  # in this order, whenever the rows are read
+            self.sums += row.nan_to_num(0.0, math.inf, -math.inf)
+        counts = (~values.isnan()).sum(0)
         self.counts += counts
-        self.logged(_by_name(sums / counts))
+        self.logged(_by_name(values.nansum(0) / counts))
 
     def _check(self, rows: Tensor) -> None:
         bad = (rows[:, 0] == 0) | ~rows[:, 1].isfinite()
@@ -94,6 +103,12 @@ class TermReader:
             f"fit: the loss is {rows[first, 1].item()} {where}. Lower lr or the objective's regression_weight, or pass "
             "clip_grad=1.0. The last checkpoint is whole."
         )
+
+
+def joined_states(states: Sequence[list[Any]]) -> list[Any]:
+    """Several states of readers as one."""
+    steps, *figures = zip(*states, strict=True)
+    return [max(steps), *([sum(column) for column in zip(*rows, strict=True)] for rows in figures)]
 
 
 def _by_name(values: Tensor) -> dict[str, float | None]:

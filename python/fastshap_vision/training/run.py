@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     ProjectConfiguration,
+    gather_object,
     set_seed,
 )
 from timm.layers import convert_sync_batchnorm
@@ -36,10 +38,12 @@ from .batch_norm import batch_norms, counted_once
 from .callbacks import RunStart, StepReport
 from .evaluate import Batch, check_data, evaluate
 from .loader import training_loader
-from .monitor import TERMS, TermReader
+from .monitor import TERMS, TermReader, joined_states
 from .settings import check_batch, create_optimizer
 from .soft_labels import soft_labels
 from .speed import Speed
+from .state import Within
+from .stopping import StopRequest
 from .tracking import Watched
 
 
@@ -75,6 +79,7 @@ class TrainingRun:
         settings: dict[str, Any],
         watched: Watched,
         output: Path | None,
+        checkpoint_steps: int | None = None,
     ) -> None:
         check_data(model, data, "fit", "train_data", settings["mixed_precision"])
         objective.check(model, data)
@@ -91,6 +96,7 @@ class TrainingRun:
             log_with=watched.trackers or None,
             project_config=ProjectConfiguration(logging_dir=None if output is None else str(output / "logs")),
         )
+        self.stop, self.checkpoint_steps = StopRequest(), checkpoint_steps
         self.callbacks, self.log_interval, self.output = watched.of(self.accelerator), watched.interval, output
         self.settings = settings | {"images": len(data), "processes": self.accelerator.num_processes}  # type: ignore[arg-type]
         self.settings |= _identity(data, objective)
@@ -133,6 +139,8 @@ class TrainingRun:
             pinned=self.accelerator.device.type == "cuda",
             collate=Batch(classes) if soft is None else Batch(soft.classes, all_count=True),
         )
+        self.rows: Any = loader.sampler
+        self.batches = 0  # of this process and epoch, done
         self.step, self.optimizer, self.loader = self.accelerator.prepare(
             TrainingStep(model, objective), optimizer, loader
         )
@@ -171,44 +179,50 @@ class TrainingRun:
             self.accelerator.free_memory()
 
     @contextmanager
-    def shown(self, epochs_done: int, progress: bool) -> Iterator[tqdm]:
+    def shown(self, epochs_done: int, within: Within | None, progress: bool) -> Iterator[tqdm]:
         """The callbacks' run begins and ends; a bar over its batches, where there is a terminal or a notebook."""
-        steps, is_main = len(self.loader), self.accelerator.is_main_process
+        steps, is_main = self.updates * self.accumulated, self.accelerator.is_main_process
         shows = None if progress and is_main else False
         try:
             self.callbacks.on_start(RunStart(self.model, self.settings, self.output, is_main))
-            with progress_bar(
-                shows, total=self.settings["epochs"] * steps, initial=epochs_done * steps, unit="step"
-            ) as bar:
+            done = epochs_done * steps + (0 if within is None else within.updates * self.accumulated)
+            with progress_bar(shows, total=self.settings["epochs"] * steps, initial=done, unit="step") as bar:
                 yield bar
         finally:
             self.callbacks.on_end()
 
-    def train_epoch(self, epoch: int, bar: tqdm) -> dict[str, Any]:
-        """One pass over the data; returns its row of the history."""
+    def train_epoch(
+        self, epoch: int, bar: tqdm, within: Within | None, save: Callable[[Within], None]
+    ) -> dict[str, Any]:
+        """One pass over the data, or what is left of it; returns its row of the history.
+
+        Args:
+            epoch: from 0.
+            bar: counts the batches.
+            within: where the pass goes on.
+            save: writes a checkpoint within the epoch.
+
+        Raises:
+            TrainingStopped: a signal came.
+        """
         speed = Speed(self.accelerator.device, self.accelerator.num_processes, self.coalitions)
-        set_seed(_epoch_seed(self.settings["seed"], epoch, self.accelerator.process_index))
-        self.loader.set_epoch(epoch)
-        self.step.train()
         reader = TermReader(epoch, self.log_interval, partial(self._log, epoch, speed, bar))
-        for index, (images, labels) in enumerate(speed.waiting(self.loader)):
-            update = epoch * self.updates + index // self.accumulated
-            if self.scheduler is not None:
-                self.scheduler.step_update(update)
-            images, labels = self._prepared(images, labels)
-            is_complete = (index + 1) % self.accumulated == 0
-            # Gradients are exchanged once an update.
-            with nullcontext() if is_complete else self.accelerator.no_sync(self.step):
-                terms = self.step(images, labels, update / self.total)
-                self._backward(terms["loss"])
-            terms = {name: term.detach() for name, term in terms.items()}
-            grad_norm = self._update() if is_complete else None
-            if is_complete and self.average is not None:
-                self.average.update(update + 1)
+        self.step.train()
+        self.loader.set_epoch(epoch)
+        self._start_at(within, reader)
+        seconds_before = 0.0 if within is None else within.seconds
+        for images, labels in speed.waiting(self.loader):
+            self._train_batch(epoch, images, labels, reader)
             bar.update()
-            reader.add(images, terms, grad_norm)
-            if grad_norm is not None:
-                self.callbacks.on_step(StepReport(epoch + 1, update + 1, self.total, self.lr, terms, grad_norm))
+            if self.batches % self.accumulated:
+                continue
+            updates = self.batches // self.accumulated
+            stop = self.stop.agreed(self.accelerator)
+            is_due = self.checkpoint_steps and (epoch * self.updates + updates) % self.checkpoint_steps == 0
+            if updates < self.updates and (stop or is_due):
+                save(Within(updates, seconds_before + speed.seconds, gather_object([reader.state()])))
+            if updates < self.updates and stop:
+                raise self.stop.error(stop, f"in epoch {epoch + 1} after {updates} of {self.updates} updates")
         share_buffers(self.model.buffers())
         if self.average is not None:
             share_buffers(self.average.module.buffers())
@@ -216,13 +230,54 @@ class TrainingRun:
         return {
             "epoch": epoch + 1,
             "lr": self.lr,
-            **reader.means(self.accelerator),
+            **reader.means(),
             "eval_loss": None,
             "eval_accuracy": None,
             "eval_value_r2": None,
             **speed.figures(),
-            "seconds": speed.seconds,
+            "seconds": seconds_before + speed.seconds,
         }
+
+    def stop_after(self, epoch: int) -> None:
+        """Ends the run between two epochs, where a signal came in the last update or since."""
+        stop = self.stop.agreed(self.accelerator)
+        if stop and epoch + 1 < self.settings["epochs"]:
+            raise self.stop.error(stop, f"after epoch {epoch + 1}")
+
+    def _start_at(self, within: Within | None, reader: TermReader) -> None:
+        """The loader leaves out what was trained on before, and the reader knows what it has read of it."""
+        updates = 0 if within is None else within.updates
+        self.batches = updates * self.accumulated
+        self.rows.start = self.batches * self.settings["batch_size"] * self.accelerator.num_processes
+        if within is not None:
+            # Those of processes that are no more go to others: their sum is what counts.
+            mine = within.sums[self.accelerator.process_index :: self.accelerator.num_processes]
+            if mine:
+                reader.restore(joined_states(mine))
+
+    def _train_batch(self, epoch: int, images: Tensor, labels: Any, reader: TermReader) -> None:
+        """One batch of this process, and where it completes one, an update.
+
+        Its dropout and whatever else it draws follow from its place alone, so that a resumed run draws the same.
+        """
+        _seed(self.accelerator.device, self.settings["seed"], epoch, self.batches, self.accelerator.process_index)
+        update = epoch * self.updates + self.batches // self.accumulated
+        if self.scheduler is not None:
+            self.scheduler.step_update(update)
+        images, labels = self._prepared(images, labels)
+        self.batches += 1
+        is_complete = self.batches % self.accumulated == 0
+        # Gradients are exchanged once an update.
+        with nullcontext() if is_complete else self.accelerator.no_sync(self.step):
+            terms = self.step(images, labels, update / self.total)
+            self._backward(terms["loss"])
+        terms = {name: term.detach() for name, term in terms.items()}
+        grad_norm = self._update() if is_complete else None
+        if is_complete and self.average is not None:
+            self.average.update(update + 1)
+        reader.add(images, terms, grad_norm)
+        if grad_norm is not None:
+            self.callbacks.on_step(StepReport(epoch + 1, update + 1, self.total, self.lr, terms, grad_norm))
 
     @property
     def lr(self) -> float:
@@ -231,9 +286,10 @@ class TrainingRun:
 
     def _log(self, epoch: int, speed: Speed, bar: tqdm, means: dict[str, float | None]) -> None:
         """Tells those who watch; the device has just been waited for."""
-        batches = epoch * len(self.loader) + speed.images // self.settings["batch_size"]
-        left = self.settings["epochs"] * len(self.loader) - batches
-        figures = {"epoch": batches / len(self.loader), "lr": self.lr} | means | speed.lap()
+        an_epoch = self.updates * self.accumulated
+        batches = epoch * an_epoch + self.batches
+        left = self.settings["epochs"] * an_epoch - batches
+        figures = {"epoch": batches / an_epoch, "lr": self.lr} | means | speed.lap()
         images_left = left * self.settings["batch_size"] * self.accelerator.num_processes
         figures["seconds_left"] = images_left / figures["images_per_second"]
         bar.set_description(f"epoch {epoch + 1}, loss {means['loss']:.3g}")
@@ -321,6 +377,12 @@ def _identity(data: Any, objective: Any) -> dict[str, Any]:
     return found | ({"recorded": data.digest} if isinstance(data, RecordedCoalitions) else {})
 
 
-def _epoch_seed(seed: int, epoch: int, process: int) -> int:
-    """Each epoch starts from a seed of its own, so that a resumed run draws what an unbroken one would have drawn."""
-    return int(np.random.SeedSequence([seed, epoch, process]).generate_state(1)[0])
+def _seed(device: torch.device, *numbers: int) -> None:
+    """Seeds Python's, numpy's and torch's generators."""
+    of_python, of_numpy, of_torch = np.random.SeedSequence(numbers).generate_state(3).tolist()
+    random.seed(of_python)
+    np.random.seed(of_numpy)
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(of_torch)  # the other devices' alone take a millisecond
+    else:
+        torch.manual_seed(of_torch)

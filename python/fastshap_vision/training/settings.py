@@ -121,6 +121,15 @@ def _of_accelerate() -> dict[str, Any]:
     return {"grad_accum_steps": int(steps), "mixed_precision": precision, "compile": backend == "inductor"}
 
 
+def checked_checkpoints(steps: Any, output: Any) -> int | None:
+    """Updates between two checkpoints."""
+    if steps is None:
+        return None
+    if output is None:
+        raise ValueError("fit: argument `checkpoint_steps` needs a folder to write to, but `output` is None. Pass one.")
+    return check_count("fit", "checkpoint_steps", steps, 1, _MOST)
+
+
 def checked_settings(given: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run as plain numbers and words; numpy's become Python's, and None accelerate's own."""
     of_accelerate = _of_accelerate()

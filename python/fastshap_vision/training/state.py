@@ -6,13 +6,21 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 MODEL, STATE, RECORD = "model.safetensors", "state.safetensors", "record.json"
+
+
+class Within(NamedTuple):
+    """How far an epoch is: updates done, the seconds that they took, and the sums of what was read in each process."""
+
+    updates: int
+    seconds: float
+    sums: list[Any]
 
 
 class CheckpointError(RuntimeError):
@@ -51,6 +59,8 @@ def _check_record(record: dict[str, Any]) -> None:
     """The types that a record has, for one that was changed together with its digest."""
     if not isinstance(record["settings"], dict) or set(record["files"]) != {MODEL, STATE}:
         raise ValueError(f"settings must be named, and the files must be {MODEL} and {STATE}")
+    if record["within"] is not None:
+        Within(**record["within"])
     for row in record["history"]:
         columns = {"epoch", "seconds", "spread", "eval_accuracy"}
         values = row.values() if isinstance(row, dict) and columns <= row.keys() else ["none"]
