@@ -13,7 +13,7 @@ namespace {
 // order.
 template <typename Sum>
 FASTSHAP_INLINE Sum subtract_target(const Sum* sums, const Sum* target, int64_t count, Sum* residual) {
-  constexpr int64_t lanes = 4 * Strip<Sum>::lanes;
+  constexpr int64_t lanes = strip_width<Sum>;
   Sum squares[lanes] = {};
   for (int64_t start = 0; start < count; start += lanes) {
     const int64_t values = std::min(lanes, count - start);

@@ -25,27 +25,26 @@ struct alignas(64) CacheLine {
   char bytes[64];
 };
 
-// A strip is what one pass over the players adds up in registers.
-template <typename Sum>
+// A strip is what one pass over the players adds up in registers: 256 bytes, in vectors of the clone's width.
+template <typename Sum, int64_t kBytes>
 struct Strip {
-  typedef Sum Vector __attribute__((vector_size(64), aligned(alignof(Sum)), may_alias));
-  static constexpr int64_t lanes = 64 / sizeof(Sum);
-  static constexpr int64_t width = 4 * lanes;
-  Vector a{}, b{}, c{}, d{};
+  typedef Sum Vector __attribute__((vector_size(kBytes), aligned(alignof(Sum)), may_alias));
+  static constexpr int64_t lanes = kBytes / sizeof(Sum);
+  static constexpr int64_t vectors = 256 / kBytes;
+  Vector sums[vectors]{};
 
   FASTSHAP_INLINE void add(const Sum* row) {
-    a += *reinterpret_cast<const Vector*>(row);
-    b += *reinterpret_cast<const Vector*>(row + lanes);
-    c += *reinterpret_cast<const Vector*>(row + 2 * lanes);
-    d += *reinterpret_cast<const Vector*>(row + 3 * lanes);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < vectors; ++i) sums[i] += *reinterpret_cast<const Vector*>(row + i * lanes);
   }
   FASTSHAP_INLINE void store(Sum* to) const {
-    *reinterpret_cast<Vector*>(to) = a;
-    *reinterpret_cast<Vector*>(to + lanes) = b;
-    *reinterpret_cast<Vector*>(to + 2 * lanes) = c;
-    *reinterpret_cast<Vector*>(to + 3 * lanes) = d;
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < vectors; ++i) *reinterpret_cast<Vector*>(to + i * lanes) = sums[i];
   }
 };
+
+template <typename Sum>
+constexpr int64_t strip_width = 256 / sizeof(Sum);
 
 struct Layout {
   int64_t images;      // B
@@ -56,7 +55,7 @@ struct Layout {
 };
 
 inline Layout make_layout(int64_t images, int64_t players, int64_t coalitions, int64_t features) {
-  constexpr int64_t width = Strip<float>::width, most = 16 * width;
+  constexpr int64_t width = strip_width<float>, most = 16 * width;
   const int64_t fitting = 8 * most / std::max<int64_t>(coalitions, 1) / width * width;
   const int64_t whole = (features + width - 1) / width * width;
   const int64_t tile = std::clamp(std::min(fitting, whole), width, most);
@@ -73,21 +72,21 @@ FASTSHAP_INLINE void prefetch(const void* row, int64_t bytes) {
 }
 
 // sum += Σ rows[i] over the set bits i, for one strip.
-template <typename Sum>
+template <int64_t kBytes, typename Sum>
 FASTSHAP_INLINE void add_present(const Sum* rows, int64_t step, uint32_t present, Sum* sum) {
   // The word's sum comes before the sum of all words: the rounding error grows with P / 32, not with P.
-  Strip<Sum> strip;
+  Strip<Sum, kBytes> strip;
   for (; present != 0; present &= present - 1) strip.add(rows + std::countr_zero(present) * step);
   strip.add(sum);
   strip.store(sum);
 }
 
 // One tile of an image: sums[m] += Σ_p features[p] where player p is in coalition m; `sums` is (M, tile).
-template <typename From>
+template <int64_t kBytes, typename From>
 FASTSHAP_INLINE void pool_tile(const Layout& layout, const From* features, int64_t player_step,
                                const int32_t* bits, int64_t count, accumulate_t<From>* sums) {
   using Sum = accumulate_t<From>;
-  constexpr int64_t width = Strip<Sum>::width;
+  constexpr int64_t width = strip_width<Sum>;
   const int64_t bit_words = words(layout.players);
   const int64_t share = (word + layout.coalitions - 1) / layout.coalitions;  // players to fetch per coalition
   Sum copies[word * width];
@@ -112,7 +111,7 @@ FASTSHAP_INLINE void pool_tile(const Layout& layout, const From* features, int64
           prefetch(block + p * player_step + start, width * sizeof(From));
         }
         const uint32_t present = valid & static_cast<uint32_t>(bits[m * bit_words + w]);
-        add_present(rows, step, present, sums + m * layout.tile + start);
+        add_present<kBytes>(rows, step, present, sums + m * layout.tile + start);
       }
     }
   }
@@ -144,8 +143,9 @@ void pool_images(const Layout& layout, const Tensor& features, const Tensor& bit
   const int32_t* bit_data = bits.const_data_ptr<int32_t>();
   const int64_t image_step = features.stride(0), player_step = features.stride(1);
   for_each_tile<Sum>(layout, layout.coalitions, [&](int64_t image, int64_t start, int64_t count, Sum* sums) {
-    FASTSHAP_CLONED(pool_tile(layout, feature_data + image * image_step + start, player_step,
-                              bit_data + image * layout.coalitions * words(layout.players), count, sums));
+    FASTSHAP_CLONED(pool_tile<kBytes>(layout, feature_data + image * image_step + start, player_step,
+                                      bit_data + image * layout.coalitions * words(layout.players), count,
+                                      sums));
     finish(image, start, count, sums);
   });
 }
@@ -163,11 +163,11 @@ inline int64_t count_groups(const Layout& layout) { return (layout.coalitions + 
 
 // One tile of an image: out[p] = Σ_m scale[m] grad[m] where player p is in coalition m. `kind` is (groups,
 // P), `sums` (groups, kinds, tile), zero.
-template <typename From, typename To>
+template <int64_t kBytes, typename From, typename To>
 FASTSHAP_INLINE void scatter_tile(const Layout& layout, const From* grad, const accumulate_t<From>* scale,
                                   const uint8_t* kind, int64_t count, To* out, accumulate_t<From>* sums) {
   using Sum = accumulate_t<From>;
-  constexpr int64_t width = Strip<Sum>::width;
+  constexpr int64_t width = strip_width<Sum>;
   const int64_t groups = count_groups(layout);
   std::vector<Sum> row(count);
   for (int64_t m = 0; m < layout.coalitions; ++m) {
@@ -183,7 +183,7 @@ FASTSHAP_INLINE void scatter_tile(const Layout& layout, const From* grad, const 
   }
   for (int64_t player = 0; player < layout.players; ++player) {
     for (int64_t start = 0; start < count; start += width) {
-      Strip<Sum> strip;
+      Strip<Sum, kBytes> strip;
       for (int64_t g = 0; g < groups; ++g) {
         strip.add(sums + (g * kinds + kind[g * layout.players + player]) * layout.tile + start);
       }
@@ -231,10 +231,11 @@ void scatter_images(const Layout& layout, const Tensor& grad, const accumulate_t
   std::vector<uint8_t> kind(layout.images * groups * layout.players);
   FASTSHAP_CLONED(find_kinds(layout, bits.const_data_ptr<int32_t>(), kind.data()));
   for_each_tile<Sum>(layout, groups * kinds, [&](int64_t image, int64_t start, int64_t count, Sum* sums) {
-    FASTSHAP_CLONED(scatter_tile(layout, grad_data + image * layout.coalitions * layout.features + start,
-                                 scale == nullptr ? nullptr : scale + image * layout.coalitions,
-                                 kind.data() + image * groups * layout.players, count,
-                                 out_data + image * layout.players * layout.features + start, sums));
+    FASTSHAP_CLONED(scatter_tile<kBytes>(layout,
+                                         grad_data + image * layout.coalitions * layout.features + start,
+                                         scale == nullptr ? nullptr : scale + image * layout.coalitions,
+                                         kind.data() + image * groups * layout.players, count,
+                                         out_data + image * layout.players * layout.features + start, sums));
   });
 }
 
