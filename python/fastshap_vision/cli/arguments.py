@@ -136,6 +136,9 @@ def add_train(parser: argparse.ArgumentParser) -> None:
             help=f"where in the training (0 to 1) {weight} rises from 0 to full",
         )
     group = _add_training(parser)
+    group.add_argument(
+        "--keep-best", choices=("eval_accuracy", "eval_loss"), help="keep the model of the best epoch in best/ too"
+    )
     group.add_argument("--layer-decay", type=_number(0, above=True), help="factor of the rate from layer to layer")
     group.add_argument("--smoothing", type=_number(0, 1), default=0.0, help="of labels")
     group.add_argument("--mixup", type=_number(0), default=0.0, help="alpha; 0 for none")
@@ -237,6 +240,10 @@ def _add_training(parser: argparse.ArgumentParser) -> Any:
     group.add_argument("--amp", action="store_true", help="mixed precision")
     group.add_argument("--amp-dtype", choices=tuple(AMP_DTYPES), default="bfloat16", help="of mixed precision")
     group.add_argument("--checkpoint-hist", type=_whole(1), default=2, help="checkpoints that are kept")
+    group.add_argument("--checkpoint-steps", type=_whole(1), help="updates between checkpoints within an epoch")
+    group.add_argument(
+        "--log-with", nargs="+", metavar="TRACKER", help="tensorboard, wandb, trackio or others that accelerate knows"
+    )
     group.add_argument("--log-interval", type=_whole(1), default=100, help="batches between two looks at the loss")
     group.add_argument("--config", type=Path, metavar="FILE", help="YAML file of flags; the command line's win")
     group.add_argument("--output", type=Path, required=True, help="the run's folder")

@@ -61,7 +61,7 @@ def train(options: argparse.Namespace) -> None:
     more = {
         name: getattr(options, name) for name in ("grad_checkpointing", "layer_decay", "smoothing", "mixup", "cutmix")
     }
-    more["compile"] = options.compile or None
+    more |= {"compile": options.compile or None, "keep_best": options.keep_best}
     with _epochs_logged():
         result = fit(model, train_data, test_data, objective=objective, **_settings(options), **more)
     if processes().is_main_process:
@@ -154,6 +154,8 @@ def _settings(options: Any) -> dict[str, Any]:
         "model_ema_decay": options.model_ema_decay if options.model_ema else None,
         "channels_last": options.channels_last,
         "checkpoint_hist": options.checkpoint_hist,
+        "checkpoint_steps": options.checkpoint_steps,
+        "log_with": options.log_with,
         "log_interval": options.log_interval,
         "seed": options.seed,
         "workers": options.workers,

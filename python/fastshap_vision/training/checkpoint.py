@@ -4,6 +4,7 @@ A run's folder holds
 
     summary.csv                   one row an epoch
     model.safetensors             the model after the last finished epoch (and config.json where the model has one)
+    best/                         the same after the best epoch, where `keep_best` says what that is
     checkpoints/epoch_0007/       everything that resuming needs, after 7 epochs; the last two are kept. Within the next
                                   epoch, after 500 of its updates, epoch_0007_step_00000500/
         model.safetensors         its weights and statistics
@@ -17,7 +18,6 @@ every batch anew.
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import math
@@ -25,7 +25,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from .._checks import shortened
 from .agreement import of_all, of_main
 from .averaging import Average
+from .export import PARTIAL, BestModel, write_model, write_summary
 from .state import (
     MODEL,
     RECORD,
@@ -60,7 +61,7 @@ FOLDER = "checkpoints"
 #: Of a batch, over each process, all of them and steps: their product is the batch.
 SPLIT = ("batch_size", "processes", "grad_accum_steps")
 LOCK = ".lock"
-PARTIAL, REMOVED = ".partial", ".removed"
+REMOVED = ".removed"
 KEPT = 2
 #: The workers of a killed run notice within five seconds that it is gone, and hold its lock until then.
 SECONDS_TO_WAIT = 10.0
@@ -75,6 +76,7 @@ class Checkpoints:
         settings: what must be the same for a resumed run to be the same run; JSON-able.
         average: of the model's weights, which is what users read.
         kept: checkpoints that stay, the newest ones.
+        best: keeps the model of the best epoch.
         model, optimizer, objective: what is saved and restored. The states of optimizer and objective are made of
             tensors, numbers, words, None, lists, tuples and dicts.
 
@@ -93,8 +95,9 @@ class Checkpoints:
         objective: Any,
         average: Average | None = None,
         kept: int = KEPT,
+        best: BestModel | None = None,
     ) -> None:
-        self.average, self.kept = average, kept
+        self.average, self.kept, self.best = average, kept, best
         self.output = None if output is None else Path(output)
         self.accelerator = accelerator
         self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings)))  # tuples become lists, as in the file
@@ -195,7 +198,9 @@ class Checkpoints:
         """Writes what users read: the model, or its average, and the history."""
         with nullcontext() if self.average is None else self.average.in_place():
             write_model(self.model, output)
-        _write_summary(history, output)
+            if self.best is not None:
+                self.best.write(self.model, history[-1])
+        write_summary(history, output)
 
     def _state(self) -> dict[str, Any]:
         """What changes in training, beside the model."""
@@ -294,32 +299,6 @@ def _decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: value for name, value in settings.items() if name != "workers"}
     split = [found.pop(name, None) for name in SPLIT]
     return found | {" × ".join(SPLIT): math.prod(split) if all(isinstance(part, int) for part in split) else split}
-
-
-def write_model(model: nn.Module, output: Path) -> None:
-    """Writes the model into the run's folder, each file whole or not at all."""
-    partial = output / f"model{PARTIAL}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_pretrained: Callable[[Path], Any] | None = getattr(model, "save_pretrained", None)
-    if save_pretrained is not None:
-        save_pretrained(partial)
-        (partial / "README.md").unlink(missing_ok=True)  # the Hub's model card says the model was pushed there
-    else:
-        save_model(model, str(partial / MODEL))
-    for path in partial.iterdir():
-        os.replace(path, output / path.name)
-    partial.rmdir()
-
-
-def _write_summary(history: Sequence[Mapping[str, Any]], output: Path) -> None:
-    """Writes the whole history as summary.csv, so that a resumed run leaves no row twice."""
-    partial = output / f"summary.csv{PARTIAL}"
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(history[-1]))
-        writer.writeheader()
-        writer.writerows(history)
-    os.replace(partial, output / "summary.csv")
 
 
 def find_checkpoint(output: Path | None, resume: str | Path | None) -> Path | None:

@@ -26,6 +26,7 @@ from ..models.self_explaining import SelfExplainingClassifier
 from .callbacks import Callback
 from .checkpoint import Checkpoints
 from .evaluate import check_data
+from .export import BestModel
 from .isolation import as_found
 from .monitor import check_not_lost, epoch_line
 from .run import TrainingRun
@@ -100,6 +101,7 @@ def fit(
     output: str | Path | None = None,
     resume: str | Path | None = None,
     checkpoint_steps: int | None = None,
+    keep_best: str | None = None,
     callbacks: Sequence[Callback] = (),
     log_with: Any = None,
     log_interval: int = 100,
@@ -147,6 +149,8 @@ def fit(
             run's folder or a checkpoint. From an earlier checkpoint in `output` the run goes back: the later ones are
             removed once it has trained and saved the epoch after it.
         checkpoint_steps: updates between two checkpoints within an epoch; None writes one after each epoch alone.
+        keep_best: "eval_accuracy", "eval_loss" or, of recorded eval_data, "eval_value_r2": the model of the epoch that
+            is best by it is kept in `output`/best. None keeps that of the last epoch alone.
         callbacks: `Callback` objects, told of steps, evaluations and epochs as they come.
         log_with: accelerate's trackers by name ("tensorboard", "wandb", "trackio", …) or as objects, one or a list:
             terms, learning rate, gradient norm, speed, memory and the time to the end. TensorBoard's files lie in
@@ -212,6 +216,8 @@ def fit(
     if isinstance(model, SelfExplainingClassifier):
         _prepare_file(model, train_data, output)
     settings = checked_settings(given)
+    is_recorded = None if eval_data is None else isinstance(eval_data, RecordedCoalitions)
+    best = BestModel.checked(keep_best, output, is_recorded)
     watched = Watched.checked(callbacks, log_with, log_interval, output)
     with as_found(model, objective):
         if eval_data is not None:
@@ -230,6 +236,7 @@ def fit(
             objective=objective,
             average=run.average,
             kept=kept,
+            best=best,
         )
         with checkpoints.held(), closing(run):
             history = checkpoints.resume(resume)

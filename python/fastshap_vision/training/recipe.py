@@ -30,7 +30,7 @@ from ..models.head import SharesHead
 from ..models.refine import calibrated
 from ..models.self_explaining import SelfExplainingClassifier
 from ..objectives.explainer import ExplainerObjective, values_of
-from .checkpoint import write_model
+from .export import write_model
 from .fit import FitResult, fit
 
 _log = logging.getLogger(__name__)
