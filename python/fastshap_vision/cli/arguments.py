@@ -162,6 +162,9 @@ def _add_data(group: Any, dataset: str | None) -> None:
     group.add_argument("--class-map", type=Path, metavar="FILE", help="text file with one label a line, in their order")
     group.add_argument("--input-key", metavar="COLUMN", help="of the images (hfds; default: image)")
     group.add_argument("--target-key", metavar="COLUMN", help="of the labels (hfds; default: label)")
+    group.add_argument(
+        "--resize", choices=datasets.RESIZES, help="torch is faster, a few pixels differ (default: pillow)"
+    )
     group.add_argument("--dataset-download", dest="download", action="store_true", help="fetch the data (torch)")
 
 

@@ -21,7 +21,7 @@ from ..training.run_folder import RUN, Run, dataset_of
 from .arguments import DEFAULT_MODELS
 
 #: What names the data, beside the folder.
-DATA = ("dataset", "train_split", "val_split", "class_map", "input_key", "target_key", "download")
+DATA = ("dataset", "train_split", "val_split", "class_map", "input_key", "target_key", "download", "resize")
 
 
 def choose_model(options: argparse.Namespace) -> None:

@@ -27,6 +27,8 @@ DATASETS = ("digits", "folder")
 SPLITS = ("train", "test")
 #: Splits whose images are never changed at random.
 UNCHANGED = ("test", "val", "valid", "validation", "eval", "evaluation")
+RESIZES = ("pillow", "torch")
+TORCH_INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 #: Height and width of the images where nothing else is asked for.
 SIZE, DIGITS_SIZE = 224, 8
 
@@ -110,6 +112,7 @@ def load_dataset(
     preprocessing: Preprocessing | None = None,
     augment: bool | Mapping[str, Any] | None = None,
     class_map: str | Path | Mapping[Any, int] | None = None,
+    resize: str = "pillow",
     **options: Any,
 ) -> ArrayImages | FolderImages | TimmImages | IterableImageDataset:
     """One split of a dataset, with `.classes`, `.input_size` (C, H, W), `.mean`, `.std` and `.preprocessing`.
@@ -131,6 +134,8 @@ def load_dataset(
             {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25}. Never of a test or validation split.
         class_map: which label has which number, from 0 on: a dict, or a text file with one label a line. Of a folder or
             tar file, other folders are left out. For streams and labels without names.
+        resize: by "pillow", as timm does, to the bit; or, of images that are not augmented, by "torch": faster, and a
+            few pixels differ by up to two of 255 levels.
         options: of `timm.data.create_dataset`, for what timm names, such as download, input_key and target_key.
 
     Files are read as a viewer shows them: turned as their EXIF data say, transparency white, 16 bits as 8, floats from
@@ -157,18 +162,23 @@ def load_dataset(
         check_choice("split", split, SPLITS)
     elif not isinstance(split, str) or not split:
         fail("load_dataset", "split", "the name of a split, such as 'train' or 'test'", split)
+    check_choice("resize", resize, RESIZES)
     augment = _checked_augment(augment, name, split)
     kept = None if class_map is None else _checked_class_map(class_map)
     found = checked_preprocessing(name, preprocessing, image_size, in_chans, mean, std)
+    is_known = found.interpolation in TORCH_INTERPOLATIONS and found.crop_mode != "border"
+    if resize == "torch" and not is_known:
+        expected = f"'pillow' for {found.interpolation!r} interpolation and crop mode {found.crop_mode!r}"
+        fail("load_dataset", "resize", expected, resize)
     if name == "digits":
         if kept is not None:
             raise ValueError("load_dataset: argument `class_map`: the digits have their own classes. Leave it out.")
         return _load_digits(split, found, bool(augment))
     if of_timm:
-        return timm_datasets.load(name, split, data_dir, found, augment, kept, options)
+        return timm_datasets.load(name, split, data_dir, found, augment, kept, resize, options)
     if not isinstance(data_dir, (str, Path)):
         raise ValueError(f"load_dataset: dataset {name!r} needs the folder that holds it. Pass data_dir.")
-    return load_folder(Path(data_dir), split, found, augment, kept)
+    return load_folder(Path(data_dir), split, found, augment, kept, resize)
 
 
 def is_known(name: object) -> bool:

@@ -32,6 +32,7 @@ class FolderImages(ImageFolder):
         classes: their names; an image's label is the place of its class among them.
         preprocessing: the size and normalisation of what comes out.
         augment: whether timm's training transform changes the images at random; or its arguments.
+        resize: "pillow" or "torch"; see `load_dataset`.
 
     Raises:
         ValueError: for a class folder without an image; on reading, for a file that is no whole image.
@@ -43,6 +44,7 @@ class FolderImages(ImageFolder):
         classes: Sequence[str],
         preprocessing: Preprocessing,
         augment: bool | Mapping[str, Any] = False,
+        resize: str = "pillow",
     ) -> None:
         self._names = classes
         images, self._left_out = suffixes(), list[str]()
@@ -57,7 +59,7 @@ class FolderImages(ImageFolder):
 
         super().__init__(
             str(root),
-            transform=preprocessing.transform(augment),
+            transform=preprocessing.transform(augment, resize),
             loader=partial(read_image, mode=preprocessing.mode),
             is_valid_file=is_image,
             allow_empty=True,
@@ -105,6 +107,7 @@ def load_folder(
     preprocessing: Preprocessing,
     augment: bool | Mapping[str, Any],
     class_map: dict[Any, int] | None,
+    resize: str,
 ) -> FolderImages:
     root = _split_folder(data_dir, split)
     # Both splits number the classes of the training folder, so that a class without a test image shifts no label.
@@ -128,7 +131,7 @@ def load_folder(
             f"load_dataset: the folder {str(root)!r} has the class {unknown[0]!r}, which the training folder has not "
             f"({len(classes)} classes there). Make the class folders of both splits agree."
         )
-    return FolderImages(root, classes, preprocessing, augment)
+    return FolderImages(root, classes, preprocessing, augment, resize)
 
 
 def _split_folder(data_dir: Path, split: str) -> Path:

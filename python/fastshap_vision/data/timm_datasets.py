@@ -39,19 +39,22 @@ class TimmImages(Dataset):
         images: what `timm.data.create_dataset` returned, other than a stream.
         preprocessing: the size and normalisation of what comes out.
         augment: of timm's training transform, or False; see `Preprocessing.transform`.
+        resize: "pillow" or "torch"; see `load_dataset`.
 
     Raises:
         ValueError: where the data name no classes; on reading, for what is no whole image.
     """
 
-    def __init__(self, images: Any, preprocessing: Preprocessing, augment: bool | Mapping[str, Any]) -> None:
+    def __init__(
+        self, images: Any, preprocessing: Preprocessing, augment: bool | Mapping[str, Any], resize: str = "pillow"
+    ) -> None:
         self.images = images
         self.reader = getattr(images, "reader", None)
         if isinstance(images, DatasetFolder):
             images.loader = partial(read_image, mode=preprocessing.mode)
         self.classes = _class_names(images)
         self.preprocessing = preprocessing
-        self.transform = preprocessing.transform(augment)
+        self.transform = preprocessing.transform(augment, resize)
         self.input_size, self.mean, self.std = preprocessing.input_size, preprocessing.mean, preprocessing.std
 
     def __len__(self) -> int:
@@ -104,6 +107,7 @@ def load(
     preprocessing: Preprocessing,
     augment: bool | Mapping[str, Any],
     class_map: Mapping[Any, int] | None,
+    resize: str,
     options: dict[str, Any],
 ) -> TimmImages | IterableImageDataset:
     """What `timm.data.create_dataset` makes of the name, with our decoding and the transform."""
@@ -133,8 +137,8 @@ def load(
             f"{type(error).__name__}: {shortened(error).rstrip('.')}. {_remedy(prefix, error)}"
         ) from error
     if not isinstance(found, IterableImageDataset):
-        return TimmImages(found, preprocessing, augment)
-    found.transform = _Viewed(preprocessing.transform(augment), preprocessing.mode)
+        return TimmImages(found, preprocessing, augment, resize)
+    found.transform = _Viewed(preprocessing.transform(augment, resize), preprocessing.mode)
     found.preprocessing = preprocessing
     if found.reader.class_to_idx:
         found.classes = _class_names(found)

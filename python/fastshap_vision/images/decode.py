@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 #: Formats whose whole numbers of more than 8 bits, Pillow's mode "I", always range from 0 to 65535.
 _SIXTEEN_BITS = ("PNG", "PPM")
@@ -52,17 +52,19 @@ def decode(source: str | Path | IO[bytes], mode: str) -> Image.Image:
 
 
 def as_viewed(image: Image.Image, mode: str) -> Image.Image:
-    """An open image as `decode` reads it.
+    """An open image as `decode` reads it; the image itself where nothing has to change.
 
     Raises:
         ValueError: for pixels of an unknown range.
     """
-    return _without_transparency(_eight_bits(_upright(image), image.format)).convert(mode)
+    viewed = _without_transparency(_eight_bits(_upright(image), image.format))
+    return viewed if viewed.mode == mode else viewed.convert(mode)
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(image)
+        is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if is_turned else image  # which would copy it
     except Exception:  # damaged EXIF data, which say nothing, on an image that is whole
         return image
 

@@ -87,7 +87,7 @@ def dataset_of(
     """The "train" or "test" split of the data that a command's arguments name, by whatever name these have for it."""
     flag = {"train": "train_split", "test": "val_split"}[split]
     default = {"train": "train", "test": "validation" if is_by_timm(arguments["dataset"]) else "test"}[split]
-    more = {name: arguments.get(name) for name in ("input_key", "target_key", "download")}
+    more = {name: arguments.get(name) for name in ("input_key", "target_key", "download", "resize")}
     return datasets.load_dataset(
         arguments["dataset"],
         arguments.get(flag) or default,
