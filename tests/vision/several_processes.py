@@ -11,10 +11,12 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch.utils.data import TensorDataset
 
 from fastshap_vision._runtime.processes import processes, together
@@ -202,6 +204,22 @@ def stopped_and_resumed(folder, **options):
     return trained(output=folder, resume="auto", **options)
 
 
+@scenario
+def command_line(folder):
+    """What the commands print; they end the process group."""
+    from fastshap_vision.cli.main import main as command
+
+    network = ("--model-kwargs", "patch_size=4", "embed_dim=16", "depth=1", "num_heads=2")
+    training = ("train", "--epochs", "1", "--batch-size", "256", "--coalitions", "2", *network, "--output", folder)
+    found = []
+    for arguments in (training, ("evaluate", "--checkpoint", folder, "--num-images", "2", "--json")):
+        with redirect_stdout(StringIO()) as printed:
+            assert command(arguments) == 0
+        PartialState._reset_state()
+        found.append(printed.getvalue())
+    return found
+
+
 def start(folder, count, calls, **environment):
     """Starts `count` processes that call the scenarios, [(name, {argument: value})]; `ended` waits for them."""
     with socket.socket() as free:
@@ -245,7 +263,8 @@ def main(folder, calls):
         found.append(SCENARIOS[name](**arguments))
         print(f"{time.perf_counter() - start:.1f} s: {name} {arguments}", flush=True)
     torch.save(found, Path(folder) / f"found{os.environ['RANK']}")
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """Two processes that train together, by gloo: they hold the same model, stop together and go on together."""
 
+import json
+import signal
+
 import pytest
 import torch
 from several_processes import ended, evaluated, start, trained
@@ -7,6 +10,7 @@ from test_training import train
 from torch import nn
 
 from fastshap_vision import CheckpointError, TaskObjective
+from fastshap_vision.training.checkpoint import whole_checkpoints
 
 #: What the pair does, one after the other.
 CALLS = {
@@ -39,6 +43,7 @@ def pair(tmp_path_factory):
             for name, (_, arguments) in CALLS.items()
         },
     }
+    calls["commands"] = ("command_line", {"folder": str(folder / "digits")})  # last: they end the process group
     found = ended(folder, start(folder, 2, list(calls.values())))
     return dict(zip(calls, zip(*found, strict=True), strict=True))
 
@@ -47,6 +52,18 @@ def assert_same(one, other):
     assert one["history"] == other["history"]
     for name, weight in one["weights"].items():
         assert torch.equal(weight, other["weights"][name]), name
+
+
+def assert_close(two, one):
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(
+            two["weights"][name], weight, atol=1e-5, rtol=0, msg=lambda text, name=name: name + text
+        )
+    for row, other in zip(one["history"], two["history"], strict=True):
+        # But for eval_value_r2, of batches of eight and of four.
+        known = {name: value for name, value in row.items() if value is not None and name != "eval_value_r2"}
+        found = {name: value for name, value in other.items() if value is not None and name != "eval_value_r2"}
+        assert found == pytest.approx(known, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -64,16 +81,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(pair, call):
 @pytest.mark.parametrize("call", AGAINST_ONE)
 def test_two_processes_train_as_one_with_the_same_batch(pair, call):
     """Coalitions, schedule and the regression's unit, too, are those of one batch of eight, not of two of four."""
-    one, two = trained(batch_size=8, **AGAINST_ONE[call]), pair[f"against one: {call}"][0]
-    for name, weight in one["weights"].items():
-        torch.testing.assert_close(
-            two["weights"][name], weight, atol=1e-5, rtol=0, msg=lambda text, name=name: name + text
-        )
-    for row, other in zip(one["history"], two["history"], strict=True):
-        # But for eval_value_r2, of batches of eight and of four.
-        known = {name: value for name, value in row.items() if value is not None and name != "eval_value_r2"}
-        found = {name: value for name, value in other.items() if value is not None and name != "eval_value_r2"}
-        assert found == pytest.approx(known, rel=1e-5, abs=1e-5)
+    assert_close(pair[f"against one: {call}"][0], trained(batch_size=8, **AGAINST_ONE[call]))
 
 
 def test_an_evaluation_by_two_is_that_of_one(pair):
@@ -112,6 +120,42 @@ def test_all_go_on_from_the_checkpoint_of_process_0_or_none_does(pair):
         assert found["nothing there"].startswith(expected.format("no checkpoint"))
         assert found["another there"].startswith(expected.format("another checkpoint in"))
         assert_same(found["the same there"], pair["vit joint"][0])
+
+
+def test_commands_print_once(pair):
+    """And `evaluate` by two gives what it gives by one."""
+    (trained_by_0, evaluated_by_0), others = pair["commands"]
+    assert others == ["", ""]
+    assert trained_by_0.startswith("accuracy ")
+    by_two = json.loads(evaluated_by_0)
+    assert by_two["test_images"] == 360
+    assert f"accuracy {by_two['accuracy']:.2f} %" in trained_by_0
+
+
+@pytest.mark.slow
+def test_four_processes_of_which_one_is_killed(tmp_path):
+    """They train as one, hold the same model, and go on to the same bits."""
+    known = {name: arguments | {"batch_size": 2} for name, (_, arguments) in CALLS.items()}
+    against = {name: arguments | {"batch_size": 2} for name, arguments in AGAINST_ONE.items()}
+    calls = [("trained", arguments) for arguments in (*known.values(), *against.values())]
+    unbroken = ended(tmp_path / "unbroken", start(tmp_path / "unbroken", 4, calls))
+    for name, arguments in known.items():
+        arguments["output"] = str(tmp_path / name)
+        folder = tmp_path / f"{name} killed"
+        started = start(folder, 4, [("trained", arguments | {"kill_at": 0.7})])
+        assert started[3].wait(600) == -signal.SIGKILL, (folder / "log3").read_text()
+        for process in started:  # as torchrun does
+            process.kill()
+            process.wait()
+        assert [path.name for path in whole_checkpoints(tmp_path / name)] == ["epoch_0001"]
+    again = [("trained", arguments | {"resume": "auto"}) for arguments in known.values()]
+    resumed = ended(tmp_path / "resumed", start(tmp_path / "resumed", 4, again))
+    for row in range(len(known)):
+        for rank in range(4):
+            assert_same(unbroken[rank][row], unbroken[0][row])
+            assert_same(resumed[rank][row], unbroken[rank][row])
+    for row, arguments in enumerate(AGAINST_ONE.values(), len(known)):
+        assert_close(unbroken[0][row], trained(batch_size=8, **arguments))
 
 
 class Interrupted(TaskObjective):

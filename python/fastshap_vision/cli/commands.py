@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -128,7 +129,7 @@ def train_explainer(options: argparse.Namespace) -> None:
         result = recipe.train_explainer(
             model, train_data, coalitions=options.coalitions, mirror=options.mirror, **_settings(options)
         )
-    accuracy, _ = evaluate(model, test_data, options.batch_size, workers=options.workers)
+    accuracy, _ = evaluate(model, test_data, options.batch_size, workers=options.workers, accelerator=_accelerator())
     if processes().is_main_process:
         print(
             f"accuracy {accuracy:.2f} %, as before; explained in {options.epochs} epochs and {result.seconds:.0f} s; "
@@ -220,9 +221,15 @@ def _explain_many(options: argparse.Namespace) -> None:
 
 def evaluate_run(options: argparse.Namespace) -> None:
     """Prints accuracy, and how close the model's Shapley values are to exact or estimated ones."""
-    run = Run.read(options.checkpoint, options.device)
+    accelerator = _accelerator()
+    of_process = accelerator.device if accelerator.num_processes > 1 else None
+    run = Run.read(options.checkpoint, options.device or of_process)
     test_data = run.dataset("test", options.data_dir)
-    accuracy, loss = evaluate(run.model, test_data, options.batch_size, workers=options.workers)
+    accuracy, loss = evaluate(
+        run.model, test_data, options.batch_size, workers=options.workers, accelerator=accelerator
+    )
+    if not accelerator.is_main_process:
+        return
     _, images, _ = _examples(test_data, options.num_images)
     reference = options.reference or ("exact" if run.model.players <= EXACT_PLAYERS else "kernel_shap")
     found = fidelity(
@@ -238,6 +245,12 @@ def evaluate_run(options: argparse.Namespace) -> None:
         print(json.dumps(record, indent=2))
     else:
         print(f"accuracy {accuracy:.2f} %, cross-entropy {loss:.4f} on {len(test_data)} test images\n\n{found}")
+
+
+def _accelerator() -> Accelerator:
+    """Of an evaluation by all processes, in the model's own precision."""
+    processes()
+    return Accelerator(mixed_precision="no", dynamo_backend="no")
 
 
 def info(options: argparse.Namespace) -> None:
