@@ -23,6 +23,7 @@ OF_FIT = [
     (["--model-ema"], {"model_ema_decay": 0.9998}),
     (["--model-ema", "--model-ema-decay", "0.99"], {"model_ema_decay": 0.99}),
     (["--model-ema-decay", "0.99"], {"model_ema_decay": None}),
+    (["--sync-bn"], {"sync_bn": True}),
     (["--channels-last"], {"channels_last": True}),
     (["--grad-accum-steps", "4"], {"grad_accum_steps": 4}),
     (["--checkpoint-hist", "5"], {"checkpoint_hist": 5}),

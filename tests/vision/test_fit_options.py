@@ -224,6 +224,16 @@ def test_a_stopped_run_ends_in_the_same_bits(tmp_path, options):
     assert_same_weights(again, expected)
 
 
+def test_a_run_stopped_within_an_epoch_ends_in_the_same_bits(tmp_path):
+    options = {"model_ema_decay": 0.9, "mixup": 0.8, "smoothing": 0.1, "checkpoint_hist": 1}
+    expected, unbroken = train(**options)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, CountingObjective(at=13, event=interrupt), checkpoint_steps=3, **options)
+    resumed, result = train(tmp_path, resume="auto", checkpoint_steps=3, **options)
+    assert [row["loss"] for row in result.history] == pytest.approx([row["loss"] for row in unbroken.history])
+    assert_same_weights(resumed, expected)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -112,7 +112,7 @@ def test_a_batch_is_read_at_once_where_the_data_can():
     assert [label for _, label in found] == [2, 2]
 
 
-@pytest.mark.parametrize(("before", "after"), [(0, 0), (2, 2)])
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (2, 2), (2, 0)])
 def test_a_resumed_run_with_augmentation_ends_in_the_same_bits(tmp_path, before, after):
     expected, unbroken = train(data=Noisy())
     with pytest.raises(KeyboardInterrupt):

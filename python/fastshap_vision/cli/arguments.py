@@ -143,6 +143,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--smoothing", type=_number(0, 1), default=0.0, help="of labels")
     group.add_argument("--mixup", type=_number(0), default=0.0, help="alpha; 0 for none")
     group.add_argument("--cutmix", type=_number(0), default=0.0, help="alpha; 0 for none")
+    group.add_argument("--sync-bn", action="store_true", help="batch norm's statistics are of all processes (GPUs)")
     group.add_argument("--compile", action="store_true", help="compile the training step with torch.compile")
     group.add_argument("--grad-checkpointing", action="store_true", help="less memory, more time, the same gradients")
 

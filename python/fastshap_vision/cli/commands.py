@@ -59,10 +59,8 @@ def train(options: argparse.Namespace) -> None:
     )
     if processes().is_main_process and not whole_checkpoints(options.output):
         write_run(options, train_data)
-    more = {
-        name: getattr(options, name) for name in ("grad_checkpointing", "layer_decay", "smoothing", "mixup", "cutmix")
-    }
-    more |= {"compile": options.compile or None, "keep_best": options.keep_best}
+    names = ("grad_checkpointing", "layer_decay", "smoothing", "mixup", "cutmix", "sync_bn", "keep_best")
+    more = {name: getattr(options, name) for name in names} | {"compile": options.compile or None}
     with _epochs_logged():
         result = fit(model, train_data, test_data, objective=objective, **_settings(options), **more)
     if processes().is_main_process:
