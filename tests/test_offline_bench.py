@@ -8,7 +8,7 @@ from bench import offline
 
 def test_rows_are_measured_and_written(tmp_path, monkeypatch):
     path = tmp_path / "offline.json"
-    small = ["--networks", "test_vit", "--images", "6", "--batch-size", "4", "--workers", "0", "--turns", "1"]
+    small = ["--networks", "test_vit", "--images", "6", "--batch-size", "4", "--turns", "1"]
     monkeypatch.setattr(sys, "argv", ["offline", *small, "--output", str(path)])
     offline.main()
     results = json.loads(path.read_text())

@@ -14,7 +14,6 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from tqdm import tqdm
 
 from fastshap_kernels import sample_coalitions
 from fastshap_kernels._checks import check_count, check_flag, fail
@@ -23,6 +22,7 @@ from .._checks import check_choice
 from .._modes import evaluating
 from .._runtime.precision import PRECISIONS
 from .._runtime.processes import processes
+from .._runtime.progress import progress_bar
 from ..games.coalitions import Coalitions
 from ..games.readout import features_as_values, is_plain_classifier
 from ..models.self_explaining import SelfExplainingClassifier
@@ -156,7 +156,7 @@ class _Recorder:
     ) -> None:
         self.model, self.data, self.manifest = model, data, manifest
         self.batch_size, self.workers = batch_size, workers
-        self.hidden = None if progress and processes().is_main_process else True
+        self.shows = None if progress and processes().is_main_process else False
 
     def shards(self, indices: Sequence[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """The tensors of each."""
@@ -175,7 +175,7 @@ class _Recorder:
         with (
             evaluating(self.model),
             features_as_values(self.model.backbone) if features else nullcontext(),
-            tqdm(total=total, desc="recording", unit=" images", disable=self.hidden, leave=False) as bar,
+            progress_bar(self.shows, total=total, desc="recording", unit=" images", leave=False) as bar,
         ):
             for rows, images in zip(batches, loader, strict=True):
                 parts.append(self._evaluated(rows, as_weights(self.model, images)))

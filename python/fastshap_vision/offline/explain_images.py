@@ -109,7 +109,7 @@ def explain_images(
     facts = {
         "images": len(images),
         "images_digest": digest_of(images),
-        "model_digest": _digest_of_model(model),
+        "model_digest": digest_of_model(model),
         "preprocessing": model.preprocessing.as_dict(),
         "batch_size": batch_size,
         "top_k": "all" if count is None else count,
@@ -216,7 +216,7 @@ def _checked_names(classes: Any, count: int) -> list[str] | None:
     return list(classes)
 
 
-def _digest_of_model(model: SelfExplainingClassifier) -> str:
+def digest_of_model(model: SelfExplainingClassifier) -> str:
     """Of its weights, and of all else that decides its explanations."""
     found = hashlib.sha256(repr((model.config, model.calibration)).encode())
     for name, tensor in model.state_dict().items():
