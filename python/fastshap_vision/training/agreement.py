@@ -91,7 +91,9 @@ def fingerprints(model: nn.Module) -> dict[str, str]:
 
 def _digest(tensor: Tensor) -> str:
     content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + content.tobytes()).hexdigest()
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(content.data)
+    return digest.hexdigest()
 
 
 def share_buffers(buffers: Iterable[Tensor]) -> None:
