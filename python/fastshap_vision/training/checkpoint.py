@@ -237,9 +237,9 @@ class Checkpoints:
         folder, digest = found
         of_all(lambda: self._check_present(folder, digest))
         record = read_record(folder)
+        self._check_settings(folder, record["settings"])
         if self.accelerator.is_main_process:
             _log.info("goes on from %s", folder)
-        self._check_settings(folder, record["settings"])
         try:
             load_model(self.model, folder / MODEL)
             state = decode(record["state"], load_file(folder / STATE))
