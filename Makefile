@@ -15,6 +15,7 @@
 # make bench-step  a whole training step beside dense ones, and how it grows, written to bench/results/ and docs/
 # make build  recompile in place what has changed of the CPU library, with ninja: MAX_JOBS files at a time
 # make bench-explanation  what an explanation costs beside the prediction, written to bench/results/
+# make bench-offline  what explaining many images costs beside predicting them, written to bench/results/
 # make bench-precision  what lower precision of v(S) changes, on digits, written to bench/results/
 # make gpu-step  after make gpu: the training step on that device, under nine minutes; again, it goes on
 # make gpu    on a machine with a CUDA device: build, check and measure everything, in PYTHON as it is, no .venv
@@ -33,7 +34,7 @@ EMULATE := FASTSHAP_BACKEND=cuda FASTSHAP_EMULATE_CUDA=$(EMULATED)
 # Where there is no device, compiling for it is left to `make gate`.
 export FASTSHAP_SKIP_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,1)
 
-.PHONY: env build demo test test-main test-triton test-cuda test-slow sanitize fuzz test-processors test-matrix matrix-oldest matrix-newest gate lint format bench bench-short bench-digits bench-step bench-precision bench-explanation bench-fidelity gpu gpu-step clean
+.PHONY: env build demo test test-main test-triton test-cuda test-slow sanitize fuzz test-processors test-matrix matrix-oldest matrix-newest gate lint format bench bench-short bench-digits bench-step bench-precision bench-explanation bench-offline bench-fidelity gpu gpu-step clean
 
 env: $(INSTALLED)
 
@@ -165,6 +166,9 @@ bench-refinement: $(INSTALLED)
 bench-explanation: $(INSTALLED)
 	$(BIN)/python -m bench.explanation
 	$(BIN)/python -m bench.tables
+
+bench-offline: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.offline
 
 bench-precision: $(INSTALLED)
 	$(BIN)/python -m bench.precision
