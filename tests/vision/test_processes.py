@@ -93,12 +93,11 @@ def test_an_evaluation_by_two_is_that_of_one(pair):
 
 
 def test_only_gradients_of_what_is_trained_are_exchanged(pair):
-    """The frozen encoder's were, five times as many; and unused parameters are looked for where some can be."""
+    """The frozen encoder's were, five times as many."""
     explainer, joint, task = (pair[f"traffic: {options['objective']}"][0] for options in TRAFFIC)
     assert explainer["bytes"] == explainer["head"] > 0
     assert joint["bytes"] == joint["head"] + joint["backbone"]
     assert task["bytes"] == task["backbone"]  # an update of two steps exchanges once
-    assert (explainer["looks"], joint["looks"]) == ([False], [True])
 
 
 def test_models_that_differ_are_refused_by_both(pair):

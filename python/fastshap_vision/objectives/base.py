@@ -49,10 +49,6 @@ class Objective(Protocol):
         """The parameters that the loss depends on; `fit` freezes the others while it trains."""
         return model.parameters()
 
-    def leaves_some_out(self, model: Any) -> bool:
-        """Whether the loss of a step may depend on fewer of them: several processes then look for these each step."""
-        return True
-
     def label_classes(self, model: Any) -> int | None:
         """K where labels must be class numbers below K, as each batch is then checked for; else None."""
         return None

@@ -98,10 +98,6 @@ class ExplainerObjective(Objective):
         """The shares and the blocks before them."""
         return (model.head if isinstance(getattr(model, "head", None), SharesHead) else model).parameters()
 
-    def leaves_some_out(self, model: Any) -> bool:
-        """No: each step trains all of them."""
-        return False
-
     @torch.no_grad()
     def evaluate(self, model: Any, data: Any, *, batch_size: int, workers: int = 0) -> dict[str, float | None]:
         """eval_value_r2 of recorded coalitions that were held out; None where it is not defined.

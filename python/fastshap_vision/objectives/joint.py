@@ -187,10 +187,6 @@ class JointObjective(CoalitionObjective):
         """All, but for the shares where λ is 0."""
         return model.parameters() if self.regression_weight else without_shares(model)
 
-    def leaves_some_out(self, model: Any) -> bool:
-        """The shares, as long as the ramp keeps λ at 0."""
-        return self.regression_weight == 0 or self.regression_ramp[1] > 0
-
     def label_classes(self, model: Any) -> int | None:
         """K, for cross-entropy."""
         return label_classes_of(self.task_loss, model)

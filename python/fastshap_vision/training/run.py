@@ -90,9 +90,10 @@ class TrainingRun:
             dynamo_backend="no",
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             dataloader_config=DataLoaderConfiguration(non_blocking=True),
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(find_unused_parameters=bool(objective.leaves_some_out(model)))
-            ],
+            # While the regression's weight is 0 the shares take no part in the loss. Where all parameters do, it keeps
+            # the buckets of gradients: others after the first step would be summed in another order, and a resumed run
+            # of more than two processes would end in other bits.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
             log_with=watched.trackers or None,
             project_config=ProjectConfiguration(logging_dir=None if output is None else str(output / "logs")),
         )

@@ -38,7 +38,7 @@ _OPTIONAL = ("clip_grad", "layer_decay", "model_ema_decay")
 _ABOVE_0 = ("lr", "clip_grad", "layer_decay")
 _BELOW_1 = ("model_ema_decay", "smoothing")
 
-_OF_OBJECTIVES = ("trained", "leaves_some_out", "state_dict", "load_state_dict", "check", "label_classes", "evaluate")
+_OF_OBJECTIVES = ("trained", "state_dict", "load_state_dict", "check", "label_classes", "evaluate")
 
 
 def create_optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimizer:
