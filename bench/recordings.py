@@ -42,12 +42,16 @@ KEPT: dict[str, dict[str, Any]] = {
     "5 likeliest classes, float16": {"dtype": "float16", "classes": 5},
     "3 likeliest classes, float16": {"dtype": "float16", "classes": 3},
 }
+#: Test images whose values the explanations are set beside.
+TESTED = 24
 #: Of the classifier of CIFAR-10: as accurate as two cores allow in minutes.
 CIFAR = {"images": 4000, "epochs": 6, "batch_size": 64, "lr": 2e-3, "weight_decay": 0.05, "warmup_epochs": 1}
 #: Of the simulated recording.
 SIMULATED = {"coalitions": 64, "classes": 1000}
 #: Images of it that are trained on, from disk and from memory, batches that are timed, and images in each.
 TRAINED, BATCHES, BATCH = 8192, 20, 64
+#: Seconds in which steps are timed.
+SECONDS = 30.0
 #: Of the recording by processes, and images in a shard.
 DIVIDED, SHARD = 128, 16
 
@@ -78,7 +82,7 @@ def _of_digits(network: str) -> tuple[Any, Dataset, Tensor, Any]:
     train, test = (fv.load_dataset("digits", split) for split in ("train", "test"))
     model = fv.SelfExplainingClassifier(num_classes=10, **digits.MODELS[network], **fv.recipe.MODEL)
     fv.fit(model.backbone, train, objective=fv.TaskObjective(), progress=False, **digits.TRAINING)
-    images = torch.stack([test[row][0] for row in range(20)])
+    images = torch.stack([test[row][0] for row in range(TESTED)])
     return model, train, images, fv.exact_values(model, images)
 
 
@@ -89,7 +93,7 @@ def _of_cifar(network: str, options: argparse.Namespace) -> tuple[Any, Dataset, 
     train = Subset(train, range(settings.pop("images")))
     model = fv.SelfExplainingClassifier(num_classes=10, **BUDGETS["small"].networks[network] | fv.recipe.MODEL)
     fv.fit(model.backbone, train, objective=fv.TaskObjective(), progress=False, **settings)
-    images = torch.stack([test[row][0] for row in range(24)])
+    images = torch.stack([test[row][0] for row in range(TESTED)])
     return model, train, images, fv.kernel_shap_values(model, images, 4096)
 
 
@@ -172,10 +176,12 @@ def _trained(folder: str, images: int) -> Row:
         "disk": lambda: list(_steps(model, on_disk, BATCHES)),
         "memory": lambda: list(_steps(model, in_memory, BATCHES)),
     }
-    times = Timer(torch.device("cpu"), 30.0, least=5, by="wall").measure(calls)
+    times = Timer(torch.device("cpu"), SECONDS, least=5, by="wall").measure(calls)
     speeds = {name: BATCHES * BATCH / each.median * 1e3 for name, each in times.items()}
     shuffled = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1))[:1024].tolist()
-    reading = Timer(torch.device("cpu"), 5.0, least=5, by="wall").measure({"read": lambda: recorded.rows(shuffled)})
+    reading = Timer(torch.device("cpu"), SECONDS / 6, least=5, by="wall").measure(
+        {"read": lambda: recorded.rows(shuffled)}
+    )
     return {
         "grown_mb": round(resident),
         "images_a_second": round(speeds["disk"]),

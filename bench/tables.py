@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from bench.fidelity.report import judge as judge_fidelity
 from bench.lib.machine import ROOT
 from bench.lib.results import PAIRS, RESULTS, STEPS, Row, newest, read
 from bench.lib.targets import shown
+from bench.scale import disk_table, imagenet_table, kept_table, table
 from fastshap_kernels import testing
 
 README = ROOT / "README.md"
@@ -20,12 +21,7 @@ FIDELITY = ROOT / "docs" / "fidelity.md"
 KERNELS = ROOT / "docs" / "kernels.md"
 MODELS = ROOT / "docs" / "models.md"
 FIGURES = ROOT / "docs" / "results.md"
-
-
-def table(header: str, rows: Iterable[str]) -> str:
-    """Columns are told apart by " | "."""
-    lines = [header, " | ".join(["---"] * (header.count(" | ") + 1)), *rows]
-    return "\n".join(f"| {line} |" for line in lines)
+SCALE = ROOT / "docs" / "scale.md"
 
 
 def targets_table(name: str, bars: list[dict[str, Any]]) -> str:
@@ -361,7 +357,20 @@ def tables_of() -> dict[Path, dict[str, str]]:
         "refinement": refinement_table(load("refinement")),
     }
     families = {"families": families_table(load("families"))}
-    return {README: readme, KERNELS: kernels, FIGURES: figures, FIDELITY: fidelity, MODELS: families}
+    recordings = load("recordings")
+    scale = {
+        "kept": kept_table(recordings),
+        "disk": disk_table(recordings),
+        "imagenet": imagenet_table([read(path) for path in sorted(STEPS.glob("*.json"))], recordings),
+    }
+    return {
+        README: readme,
+        KERNELS: kernels,
+        FIGURES: figures,
+        FIDELITY: fidelity,
+        MODELS: families,
+        SCALE: scale,
+    }
 
 
 def render(page: Path, tables: dict[str, str]) -> str:
