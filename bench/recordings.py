@@ -33,6 +33,7 @@ from bench.fidelity.runs import BUDGETS
 from bench.lib import machine
 from bench.lib.results import RESULTS, Results, Row
 from bench.lib.timer import Timer
+from fastshap_vision._runtime.processes import processes as joined
 
 #: What is kept, as arguments of `record_coalitions`; the first is what the others are set beside.
 KEPT: dict[str, dict[str, Any]] = {
@@ -244,6 +245,7 @@ def divide(folder: str) -> None:
     warm = fv.Coalitions(torch.zeros(2, 2, 7, dtype=torch.int32), model.players)
     with torch.no_grad():
         model.eval().coalition_values(images[:2], warm)
+    joined().wait_for_everyone()  # the start of a process is no part of it
     started = time.perf_counter()
     found = fv.record_coalitions(model, data, 8, output=folder, shard=SHARD, batch_size=SHARD, progress=False)
     print(found.digest, time.perf_counter() - started)
