@@ -86,9 +86,13 @@ def _fit(**arguments: Any) -> Any:
 
 _FIT = {"epochs": 1, "batch_size": 4, "opt": "adamw", "lr": 1e-3, "weight_decay": 0.05, "sched": "cosine"}
 _FIT |= {"warmup_epochs": 0, "clip_grad": None, "seed": 0, "workers": 0, "mixed_precision": "no"}
-_FIT |= {"compile": False, "grad_checkpointing": False, "progress": False}
+_FIT |= {"compile": False, "grad_checkpointing": False, "progress": False, "channels_last": False, "sync_bn": False}
+_FIT |= {"layer_decay": None, "opt_betas": None, "min_lr": 0.0, "warmup_lr": 1e-5, "smoothing": 0.0, "mixup": 0.0}
+_FIT |= {"cutmix": 0.0, "model_ema_decay": None, "grad_accum_steps": 1, "checkpoint_hist": 2, "checkpoint_steps": None}
+_FIT |= {"keep_best": None, "callbacks": (), "log_with": None, "log_interval": 100}
 _EXPLAIN = {"target": 1, "evaluations": 4, "seed": 0}
-_RECORD = {"seed": 0, "batch_size": 4, "precision": "same", "workers": 0}
+_RECORD = {"seed": 0, "batch_size": 4, "precision": "same", "workers": 0, "shard": 2, "dtype": None, "store": "values"}
+_RECORD |= {"classes": None}
 _OBJECTIVE = {"coalitions": 2, "regression_weight": 1.0, "masked_task_weight": 0.0, "error": "uniform", "seed": 0}
 _OBJECTIVE |= {"target": "detached", "paired": True, "sizes": "shapley", "top_classes": None}
 _OBJECTIVE |= {"regression_ramp": (0.0, 0.5), "masked_task_ramp": (0.0, 0.0), "target_precision": "auto"}

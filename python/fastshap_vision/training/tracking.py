@@ -26,7 +26,7 @@ def checked_trackers(log_with: Any, output: Any) -> list[Any]:
     for tracker in found:
         if isinstance(tracker, GeneralTracker):
             continue
-        if tracker not in names:
+        if not isinstance(tracker, str) or tracker not in names:
             fail("fit", "log_with", f"{', '.join(names)} or a tracker of accelerate's, or a list of them", tracker)
         if tracker not in [str(kind) for kind in get_available_trackers()]:
             raise ModuleNotFoundError(
