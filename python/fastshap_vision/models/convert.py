@@ -50,6 +50,7 @@ def convert(
         True
     """
     if isinstance(model, str):
+        model = model if len(model) <= 100 else f"{model[:100]}…"
         raise UnsupportedModelError(
             f"Argument `model` must be a model, but it is the name {model!r}.",
             f"Use fv.SelfExplainingClassifier({model!r}), or pass timm.create_model({model!r}).",
