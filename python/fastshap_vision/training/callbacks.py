@@ -158,7 +158,9 @@ class ProfilerCallback(Callback):
         if start.output is None:
             raise ValueError("fit: ProfilerCallback writes into the run's folder, but `output` is None. Pass a folder.")
         handler = torch.profiler.tensorboard_trace_handler(str(start.output / "profile"))
-        self._profiler = torch.profiler.profile(schedule=self.schedule, on_trace_ready=handler, record_shapes=True)
+        # Of the one cycle all events count; without acc_events, torch before 2.12 warns that others do not.
+        options = {"schedule": self.schedule, "on_trace_ready": handler, "record_shapes": True, "acc_events": True}
+        self._profiler = torch.profiler.profile(**options)
         self._profiler.start()
 
     def on_step(self, report: StepReport) -> None:
