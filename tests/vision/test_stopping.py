@@ -1,7 +1,9 @@
 """A run goes on within an epoch to the same bits, wherever it was stopped, by a crash or by a signal."""
 
+import multiprocessing
 import os
 import signal
+import subprocess
 
 import pytest
 import torch
@@ -58,6 +60,19 @@ def names(folder):
 @pytest.fixture(scope="module")
 def unbroken():
     return run(None)
+
+
+@pytest.mark.parametrize("name", ["TERM", "USR1"])
+def test_workers_leave_signals_to_the_main_process(unbroken, tmp_path, name):
+    """torchrun and schedulers signal whole groups of processes, and a worker that ends so ends the run."""
+
+    def signal_workers():
+        workers = multiprocessing.active_children()
+        assert workers
+        subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
+
+    model, _ = run(tmp_path, stop=(2, signal_workers), workers=1)
+    assert_same_weights(unbroken[0], model)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -11,8 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-#: What schedulers send before they end a job.
-SIGNALS = (signal.SIGTERM, *((signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()))
+from .._runtime.signals import SIGNALS
 
 
 class TrainingStopped(RuntimeError):
