@@ -1,6 +1,7 @@
 """The model of the best epoch is kept beside that of the last."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.utils.data import TensorDataset
 
 import fastshap_vision as fv
 from fastshap_vision.cli.main import main
+from fastshap_vision.training.export import BestModel
 from fastshap_vision.training.run import TrainingRun
 
 
@@ -53,6 +55,17 @@ def test_the_best_epochs_model_is_kept(tmp_path, monkeypatch, metric, values, ep
     last = load_file(tmp_path / "model.safetensors")
     kept = load_file(tmp_path / "best" / "model.safetensors")
     assert all(torch.equal(last[name], kept[name]) for name in last) == (epoch == 4)
+
+
+def test_a_best_model_of_another_run_or_metric_is_replaced(tmp_path, monkeypatch):
+    train(tmp_path, monkeypatch, "eval_accuracy", [90.0], epochs=1)
+    shutil.rmtree(tmp_path / "checkpoints")
+    train(tmp_path, monkeypatch, "eval_accuracy", [50.0, 40.0], epochs=2)
+    assert best_of(tmp_path) == {"epoch": 1, "eval_accuracy": 50.0}
+    assert_model_of_epoch(tmp_path, 1)
+    row = {"epoch": 3, "eval_accuracy": 10.0, "eval_loss": 2.0}
+    BestModel(tmp_path, "eval_loss").write(torch.nn.Linear(1, 1), [row])
+    assert best_of(tmp_path) == {"epoch": 3, "eval_loss": 2.0}
 
 
 def test_a_resumed_run_remembers_the_best(tmp_path, monkeypatch):

@@ -199,7 +199,7 @@ class Checkpoints:
         with nullcontext() if self.average is None else self.average.in_place():
             write_model(self.model, output)
             if self.best is not None:
-                self.best.write(self.model, history[-1])
+                self.best.write(self.model, history)
         write_summary(history, output)
 
     def _state(self) -> dict[str, Any]:

@@ -73,23 +73,29 @@ class BestModel:
         check_choice("keep_best", metric, (*known, None))
         return cls(Path(output), metric)
 
-    def write(self, model: nn.Module, row: Mapping[str, Any]) -> None:
-        """Writes the model where its row of the history is better than that of the model which is there."""
-        value, found = row[self.metric], self._found()
-        # Of a later epoch is one that the run has gone back behind.
-        if value is None or (found and found["epoch"] <= row["epoch"] and not self._is_better(value, found)):
+    def write(self, model: nn.Module, history: Sequence[Mapping[str, Any]]) -> None:
+        """Writes the model where the last row of the history is better than that of the model which is there."""
+        row, before = history[-1], self._before(history)
+        value = row[self.metric]
+        if value is None or (before is not None and not self._is_better(value, before)):
             return
         self.folder.mkdir(exist_ok=True)
         write_model(model, self.folder)
         text = json.dumps({"epoch": row["epoch"], self.metric: value})
         write_whole(self.folder / EPOCH, text.encode())
 
-    def _found(self) -> dict[str, Any]:
-        try:
-            return json.loads((self.folder / EPOCH).read_text())
-        except FileNotFoundError:
-            return {}
+    def _before(self, history: Sequence[Mapping[str, Any]]) -> float | None:
+        """The metric of the model that is there; None for one that is of no epoch of this history by this metric.
 
-    def _is_better(self, value: float, found: Mapping[str, Any]) -> bool:
-        before = found[self.metric]
+        Such a one is of another run or metric, or of an epoch that the run has gone back behind.
+        """
+        try:
+            found = json.loads((self.folder / EPOCH).read_text())
+            epoch, value = found["epoch"], found[self.metric]
+            is_own = any(row["epoch"] == epoch and row[self.metric] == value for row in history)
+            return value if is_own else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _is_better(self, value: float, before: float) -> bool:
         return value > before if METRICS[self.metric] else value < before
