@@ -1,5 +1,7 @@
 """timm's options of a run: each has the effect that timm gives it, and a stopped run ends in the same bits."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import timm
@@ -13,7 +15,7 @@ from torch.utils.data import TensorDataset
 import fastshap_vision as fv
 from fastshap_vision.training.checkpoint import whole_checkpoints
 from fastshap_vision.training.settings import checked_settings, create_optimizer
-from fastshap_vision.training.soft_labels import SoftLabels
+from fastshap_vision.training.soft_labels import SoftLabels, soft_labels
 
 TINY = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 8, "depth": 3, "num_heads": 1}
 
@@ -259,6 +261,9 @@ def test_labels_that_are_no_class_numbers_are_not_mixed():
     shares = TensorDataset(torch.randn(8, 1, 4, 4), torch.rand(8, 3))
     with pytest.raises(ValueError, match=r"`mixup` must be 0 for labels that are no class numbers"):
         train(data=shares, mixup=0.8)
+    for label in ({"bits": 1}, "one", None, torch.tensor(torch.nan)):  # a dict, as of recorded coalitions
+        with pytest.raises(ValueError, match=r"`smoothing` must be 0 for labels that are no class numbers"):
+            soft_labels(SimpleNamespace(num_classes=3), (None, label), {"smoothing": 0.1, "mixup": 0.0, "cutmix": 0.0})
     left_out = TensorDataset(torch.randn(8, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1, 2, 0, -100]))
     train(data=left_out, epochs=1)
     with pytest.raises(ValueError, match=r"`train_data` has the label -100"):

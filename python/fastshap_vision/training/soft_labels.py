@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
+import numpy as np
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from torch import Tensor
@@ -53,10 +55,14 @@ def soft_labels(model: Any, item: Any, settings: dict[str, Any]) -> SoftLabels |
     name = next(iter(asked))
     classes = getattr(model, "num_classes", None)
     label = item[1]
-    is_number = not isinstance(label, (tuple, list)) and getattr(label, "ndim", 0) == 0
-    if classes is None or classes < 2 or not is_number or float(label) != int(label):
+    if classes is None or classes < 2 or not _is_class_number(label):
         remedy = "Leave it out."
         fail("fit", name, "0 for labels that are no class numbers of a model with num_classes", asked[name], remedy)
     if settings["batch_size"] % 2 and ("mixup" in asked or "cutmix" in asked):
         fail("fit", "batch_size", "even, as mixup and cutmix take images in pairs", settings["batch_size"])
     return SoftLabels(classes, *(settings[name] for name in NAMES))
+
+
+def _is_class_number(label: Any) -> bool:
+    is_scalar = getattr(label, "ndim", 0) == 0 and isinstance(label, (numbers.Real, Tensor, np.ndarray))
+    return is_scalar and float(label).is_integer()
