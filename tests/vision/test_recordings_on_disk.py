@@ -108,6 +108,16 @@ def test_another_recording_is_not_mixed_in(tmp_path, change, words):
         record(tmp_path, **change)
 
 
+def test_other_images_are_refused_before_any_is_recorded(tmp_path):
+    whole = record(tmp_path)
+    (tmp_path / SHARDS[1]).unlink()
+    others = [(image + 3, label) for image, label in dataset("class token")]
+    with pytest.raises(ValueError, match="holds another recording: the images are others"):
+        fv.record_coalitions(converted("class token"), others, 4, output=tmp_path, shard=4, batch_size=3)
+    assert SHARDS[1] not in names(tmp_path)
+    assert torch.equal(record(tmp_path).values, whole.values)
+
+
 def test_a_folder_of_other_things_is_left_alone(tmp_path):
     (tmp_path / "photograph.jpg").write_bytes(b"")
     with pytest.raises(ValueError, match=r"`output` must be a folder for this recording alone.*photograph\.jpg"):

@@ -26,7 +26,7 @@ from .._runtime.progress import progress_bar
 from ..games.coalitions import Coalitions
 from ..games.readout import features_as_values, is_plain_classifier
 from ..models.self_explaining import SelfExplainingClassifier
-from .recorded import READ_TWICE, RecordedCoalitions, as_weights, images_of, pictures_of
+from .recorded import READ_TWICE, RecordedCoalitions, as_weights, images_of, is_near, pictures_of
 from .shards import MANIFEST, InMemory, Manifest, Shards, path_of, write_shard
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -253,7 +253,10 @@ def _check_begun(folder: Path, manifest: Manifest) -> None:
     if not (folder / MANIFEST).exists():
         found = f"{str(folder)!r}, which another process sees alone"
         fail("record_coalitions", "output", "a folder that all processes share", found)
-    others = Manifest.read(folder).other_settings(manifest)
+    begun = Manifest.read(folder)
+    others = begun.other_settings(manifest)
+    if not is_near(manifest.pictures, begun.pictures):
+        others.append("the images are others")
     if others:
         raise ValueError(
             f"record_coalitions: argument `output`, {str(folder)!r}, holds another recording: {'; '.join(others)}. "

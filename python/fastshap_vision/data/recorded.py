@@ -143,7 +143,7 @@ class RecordedCoalitions(Dataset):
             )
         if len(data) != manifest.images:
             fail("RecordedCoalitions", "data", f"the {manifest.images} recorded images", f"{len(data)} images")
-        if not _is_near(pictures_of(data), manifest.pictures):
+        if not is_near(pictures_of(data), manifest.pictures):
             raise ValueError(
                 f"RecordedCoalitions.load: argument `data` must hold the images that {str(path)!r} was recorded from, "
                 "in their order, but these are others. Pass that dataset, or call fv.record_coalitions(model, data) "
@@ -270,7 +270,8 @@ def pictures_of(data: Any) -> list[list[float]]:
     return [[float(image.mean()), float(image.std(correction=0))] for image in images]
 
 
-def _is_near(found: list[list[float]], expected: list[list[float]]) -> bool:
+def is_near(found: list[list[float]], expected: list[list[float]]) -> bool:
+    """Whether both are `pictures_of` the same images, decoded by whatever version of a library."""
     pair = (torch.tensor(found), torch.tensor(expected))
     return pair[0].shape == pair[1].shape and torch.allclose(*pair, rtol=_OF_PIXELS, atol=_OF_PIXELS)
 
