@@ -9,6 +9,7 @@ import yaml
 from safetensors.torch import save_file
 from test_cli import fails
 
+from fastshap_vision.cli.config_file import with_config
 from fastshap_vision.cli.main import _parser, main
 
 #: A flag, its value, and what `fit` is given.
@@ -115,6 +116,17 @@ def test_a_file_of_flags_is_as_good_as_the_flags(asked, tmp_path):
     assert len(asked["model"].backbone.blocks) == 2
     record = json.loads((tmp_path / "run" / "run.json").read_text())["arguments"]
     assert (record["epochs"], record["aug"], record["config"]) == (9, False, str(tmp_path / "flags.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("no-aug: true", False), ("no_aug: false", True), ("aug: true", True), ("aug: false", False)]
+)
+def test_a_file_may_name_the_opposite_of_a_flag(text, expected, tmp_path):
+    (tmp_path / "flags.yaml").write_text(text)
+    parser = _parser()
+    commands = next(action.choices for action in parser._actions if action.dest == "name")
+    arguments = with_config(["train", "--output", "run", "--config", str(tmp_path / "flags.yaml")], commands)
+    assert parser.parse_args(arguments).aug is expected
 
 
 @pytest.mark.parametrize(

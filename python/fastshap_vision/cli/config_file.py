@@ -35,12 +35,14 @@ def _flags(path: Path, command: argparse.ArgumentParser) -> list[str]:
     actions = {name: action for action in command._actions for name in _names(action)}
     flags = []
     for name, value in read.items():
-        action = actions.get(str(name).replace("-", "_"))
+        key = str(name).replace("-", "_")
+        action = actions.get(key)
         if action is None:
             close = difflib.get_close_matches(str(name), actions, 1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             command.error(f"argument --config: {str(path)!r} names {name!r}, which is no flag of this command.{hint}")
-        flags += _as_flag(action, value)
+        is_opposite = isinstance(value, bool) and key not in _positive_names(action)
+        flags += _as_flag(action, not value if is_opposite else value)
     return flags
 
 
@@ -49,6 +51,12 @@ def _names(action: argparse.Action) -> list[str]:
     if not action.option_strings or action.dest in ("help", "config"):
         return []
     return [action.dest, *(flag[2:].replace("-", "_") for flag in action.option_strings if flag.startswith("--"))]
+
+
+def _positive_names(action: argparse.Action) -> list[str]:
+    """Those that say what the flag says: of --aug and --no-aug, the first."""
+    without = {f"no_{name}" for name in _names(action)}
+    return [name for name in _names(action) if name not in without]
 
 
 def _as_flag(action: argparse.Action, value: Any) -> list[str]:
