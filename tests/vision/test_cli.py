@@ -160,7 +160,7 @@ def test_the_explainers_coalitions_are_recorded_once(run, tmp_path, capsys, monk
 def test_recordings_are_made_for_train_explainer(run, tmp_path, capsys, monkeypatch):
     output = tmp_path / "explained"
     common = ["--checkpoint", str(run), "--coalitions", "6", "--output", str(output)]
-    features = [*common, "--store", "features", "--shard", "3", "--batch-size", "2"]
+    features = [*common, "--store", "features", "--shard", "3", "--batch-size", "2", "--precision", "same"]
     assert main(["record", *features]) == 0
     assert "recorded 6 coalitions of" in capsys.readouterr().out
     assert "features" in load_file(output / "coalitions" / "000000.safetensors")

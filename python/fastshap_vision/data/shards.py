@@ -251,11 +251,12 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def kept_as(folder: Path) -> dict[str, Any]:
-    """How a recording that was begun is kept, as arguments of `record_coalitions`; nothing where there is none."""
+    """What a recording that was begun was made with, as arguments of `record_coalitions`; {} where there is none."""
     if not (folder / MANIFEST).exists():
         return {}
     manifest = Manifest.read(folder)
-    return {name: getattr(manifest, name) for name in ("dtype", "store", "classes", "shard")}
+    kept = {name: getattr(manifest, name) for name in ("dtype", "store", "classes", "shard")}
+    return kept | ({} if manifest.precision is None else {"precision": manifest.precision})
 
 
 def path_of(folder: Path, index: int) -> Path:

@@ -121,7 +121,7 @@ def train_explainer(
     *,
     coalitions: int = COALITIONS,
     mirror: bool | None = None,
-    precision: str = "auto",
+    precision: str | None = None,
     seed: int = 0,
     workers: int = 0,
     output: str | Path | None = None,
@@ -143,7 +143,7 @@ def train_explainer(
         coalitions: M, even, of each image and of its mirror image.
         mirror: whether mirror images are explained too, which helps wherever they could be seen. None: for colour
             images, which are photographs, and not for greyscale ones, which may be writing.
-        precision: of the coalitions' values; see `record_coalitions`.
+        precision: of the coalitions' values; see `record_coalitions`. None: as in what is recorded, else "auto".
         seed: of the coalitions, of what is held out, of new layers and of the training.
         workers: processes that load data.
         output: the run's folder, as in `fit`, with the recorded coalitions in it: what is there is not recorded again,
@@ -176,8 +176,9 @@ def train_explainer(
         recorded, mirror = _as_recorded(data, eval_data), True
     else:
         mirror = explained.game.input_size[0] == 3 if mirror is None else mirror
-        settings: dict[str, Any] = {"precision": precision, "workers": workers, "progress": progress}
+        settings: dict[str, Any] = {"workers": workers, "progress": progress}
         settings |= {"coalitions": coalitions, "mirror": mirror, "seed": seed, "output": output}
+        settings |= {} if precision is None else {"precision": precision}
         recorded = record(explained, data, eval_data, **settings)
     settings = training(explained, mirror)
     settings["batch_size"] = max(1, min(settings["batch_size"], len(recorded[0]) // processes().num_processes))
