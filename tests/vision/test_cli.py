@@ -175,11 +175,12 @@ def test_recordings_are_made_for_train_explainer(run, tmp_path, capsys, monkeypa
     assert load_file(tmp_path / "top" / "coalitions" / "000000.safetensors")["classes"].shape[1] == 2
 
 
-def test_votes_need_no_explainer(run, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("command", ["record", "train-explainer"])
+def test_votes_need_no_explainer(command, run, tmp_path, capsys, monkeypatch):
     model = SimpleNamespace(head=torch.nn.Identity())
     voting = SimpleNamespace(model=model, arguments={"dataset": "digits"}, data_dir=None, dataset=lambda *_: None)
     monkeypatch.setattr("fastshap_vision.cli.commands.Run.read", lambda *_: voting)
-    arguments = ["train-explainer", "--checkpoint", run, "--output", tmp_path / "none"]
+    arguments = [command, "--checkpoint", run, "--output", tmp_path / "none"]
     assert "votes are its explanation already" in fails(capsys, arguments)
     assert not (tmp_path / "none").exists()
 

@@ -74,6 +74,7 @@ def record(options: argparse.Namespace) -> None:
     """Records the coalitions of a trained model, in the folder in which its explainer is trained later."""
     _check_output(options.output)
     model, train_data, _, kept = to_explain(options)
+    _check_shares(model)  # which train-explainer would refuse
     mirror = kept["dataset"] != "digits" if options.mirror is None else options.mirror
     recorded = recipe.record(
         model.to(processes().device),
@@ -105,8 +106,7 @@ def train_explainer(options: argparse.Namespace) -> None:
     _check_output(options.output)
     find_checkpoint(options.output, options.resume)  # before the coalitions, which take longest
     explained, train_data, test_data, kept = to_explain(options)
-    if not isinstance(explained.head, SharesHead):
-        raise ValueError("argument --checkpoint: the model's votes are its explanation already. Train --head shares.")
+    _check_shares(explained)
     if options.mirror is None:
         options.mirror = kept["dataset"] != "digits"
     torch.manual_seed(options.seed)
@@ -133,6 +133,11 @@ def train_explainer(options: argparse.Namespace) -> None:
             f"accuracy {accuracy:.2f} %, as before; explained in {options.epochs} epochs and {result.seconds:.0f} s; "
             f"the run is in {options.output}"
         )
+
+
+def _check_shares(model: Any) -> None:
+    if not isinstance(model.head, SharesHead):
+        raise ValueError("argument --checkpoint: the model's votes are its explanation already. Train --head shares.")
 
 
 def _settings(options: Any) -> dict[str, Any]:
