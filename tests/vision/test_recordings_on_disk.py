@@ -260,6 +260,17 @@ def test_a_record_is_saved_and_loaded(tmp_path):
         recorded.save(tmp_path / "file")
 
 
+def test_a_part_of_a_record_is_saved(tmp_path):
+    record(tmp_path / "recorded")
+    (tmp_path / "recorded" / SHARDS[0]).unlink()
+    part = fv.RecordedCoalitions.load(tmp_path / "recorded", dataset("class token"), partial=True)
+    part.save(tmp_path / "part")
+    found = fv.RecordedCoalitions.load(tmp_path / "part", part.data)
+    assert len(found) == 6
+    assert found.digest == part.digest
+    assert torch.equal(found.values, part.values)
+
+
 def test_images_are_those_that_were_recorded(tmp_path):
     """In that order, though another library may decode them a little differently."""
     data = dataset("class token")

@@ -221,7 +221,10 @@ class RecordedCoalitions(Dataset):
     def _described(self) -> Manifest:
         """What is known of them, with the digests."""
         if self.manifest is not None:
-            return replace(self.manifest, digests=self.stored.digests())
+            described = replace(self.manifest, digests=self.stored.digests())
+            # What was taken of a recording that is not finished is saved as one of these images.
+            is_whole = len(self) == described.images
+            return described if is_whole else replace(described, images=len(self), pictures=pictures_of(self.data))
         found = self.rows([0])
         return Manifest(
             images=len(self),
