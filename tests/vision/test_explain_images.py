@@ -230,6 +230,15 @@ def test_only_missing_parts_are_written_again(model, pictures, tmp_path, monkeyp
     assert written == []
 
 
+def test_a_run_that_was_killed_at_once_goes_on(model, pictures, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / ".lock").touch()
+    (folder / ".settings.json.77").write_bytes(b"half")
+    explain(model, pictures, folder, top_k="all")
+    assert not (folder / ".settings.json.77").exists()
+
+
 def test_another_task_is_refused(model, pictures, tmp_path, monkeypatch):
     output = tmp_path / "out.parquet"
     explain(model, pictures, output)

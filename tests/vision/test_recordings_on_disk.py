@@ -88,6 +88,10 @@ def test_unfinished_files_are_removed(tmp_path):
     (tmp_path / "000001.safetensors.77.unfinished").write_bytes(b"half")
     record(tmp_path)
     assert names(tmp_path) == SHARDS
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / ".manifest.json.77").write_bytes(b"half")
+    record(tmp_path / "new")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir() if path.name != ".lock") == SHARDS
 
 
 @pytest.mark.parametrize(

@@ -238,10 +238,10 @@ def _held(folder: Path, manifest: Manifest) -> Iterator[None]:
 
 
 def _begin(folder: Path, manifest: Manifest) -> None:
+    for path in folder.iterdir():  # of a run that was killed while it wrote
+        if path.name.endswith(".unfinished") or path.name.startswith(f".{MANIFEST}."):
+            path.unlink()
     strangers = sorted(path.name for path in folder.iterdir() if path.name != LOCK)
-    for name in strangers:
-        if name.endswith(".unfinished"):  # of a run that was killed while it wrote
-            (folder / name).unlink()
     if strangers and MANIFEST not in strangers:
         found, remedy = f"one with {strangers[0]!r}", "Pass an empty or a new folder."
         fail("record_coalitions", "output", "a folder for this recording alone", found, remedy)

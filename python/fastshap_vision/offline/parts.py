@@ -85,8 +85,9 @@ class Parts:
         try:
             self._check_folder()
             write_whole(self.folder / SETTINGS, json.dumps(self.facts, indent=1).encode())
-            for leftover in self.folder.glob(".0*"):  # of a process that was killed while it wrote
-                leftover.unlink()
+            for start in ("0", f"{SETTINGS}."):
+                for leftover in self.folder.glob(f".{start}*"):  # of a process that was killed while it wrote
+                    leftover.unlink()
             return lock, [part for part, path in enumerate(self.paths) if not path.exists()]
         except BaseException:
             lock.release()
@@ -101,8 +102,11 @@ class Parts:
             except ValueError:
                 found = None
             self._check_same(found, self.folder)
-        elif self.folder.is_dir() and any(inner.name != LOCK for inner in self.folder.iterdir()):
-            self._check_same(None, self.folder)
+        elif self.folder.is_dir():
+            # A run that was killed at once leaves its lock, and settings that it had not finished.
+            names = {inner.name for inner in self.folder.iterdir() if not inner.name.startswith(f".{SETTINGS}.")}
+            if names - {LOCK}:
+                self._check_same(None, self.folder)
 
     def _check_same(self, found: Any, path: Path) -> None:
         if not isinstance(found, dict):
