@@ -27,6 +27,7 @@ from fastshap_vision._runtime.processes import processes
 from fastshap_vision.offline import explain_images as loop
 from fastshap_vision.offline import parts as parts_of
 from fastshap_vision.offline.rows import KEY
+from fastshap_vision.offline.stored import find_images
 
 parquet = pytest.importorskip("pyarrow.parquet")
 
@@ -191,6 +192,31 @@ def test_tar_shards_are_read_as_folders(model, pictures, tmp_path):
     assert {row["image"] for row in rows} == {
         f"{tmp_path}/shards/{number}.tar/{path.name}" for number in range(2) for path in images[number::2]
     }
+
+
+def test_a_folder_that_leads_back_is_read_once(pictures, tmp_path):
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(tmp_path / "in" / "deep" / "a.png")
+    (tmp_path / "in" / "deep" / "back").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "more").symlink_to(pictures)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "forth").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "round").symlink_to(tmp_path / "other")
+    found = [image.name for image in find_images(tmp_path / "in")]
+    assert len(found) == len(set(found)) == 1 + len(find_images(pictures))
+
+
+def test_a_folder_that_cannot_be_read_is_named(pictures, monkeypatch):
+    scandir = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(ValueError, match=r"the folder '.*deep' can't be read: Permission denied"):
+        find_images(pictures)
 
 
 def test_left_out_files_are_counted(model, pictures, tmp_path, caplog):

@@ -63,8 +63,10 @@ def find_images(source: str | Path | Sequence[str | Path]) -> list[StoredImage]:
 def _below(path: Path, name: str, endings: frozenset[str], left_out: list[str]) -> Iterable[StoredImage]:
     """The images of a folder and the folders and tar files in it, by name; of a tar file, in its order."""
     if path.is_dir():
-        for folder, folders, files in os.walk(path, followlinks=True):
-            folders[:] = sorted(inner for inner in folders if not inner.startswith("."))
+        for folder, folders, files in os.walk(path, onerror=_refuse, followlinks=True):
+            folders[:] = sorted(
+                inner for inner in folders if not inner.startswith(".") and not _leads_back(os.path.join(folder, inner))
+            )
             within = os.path.relpath(folder, path)
             for file in sorted(files):
                 inner = os.path.normpath(os.path.join(name, within, file))
@@ -85,6 +87,22 @@ def _below(path: Path, name: str, endings: frozenset[str], left_out: list[str]) 
         yield from _members(str(path), name, endings)
     else:  # whatever its name: it was asked for
         yield StoredImage(name or path.name, str(path))
+
+
+def _refuse(error: OSError) -> None:
+    """Without the images of a folder that can't be read, the rest would pass for all."""
+    raise ValueError(
+        f"explain_images: argument `source`: the folder {error.filename!r} can't be read: {error.strerror}. Let it be "
+        "read, or take it out of the images."
+    ) from error
+
+
+def _leads_back(folder: str) -> bool:
+    """Whether it is a link to a folder that it lies in, whose images would be found again without end."""
+    if not os.path.islink(folder):
+        return False
+    target = Path(folder).resolve()
+    return any(parent.resolve().is_relative_to(target) for parent in Path(folder).parents)
 
 
 def _members(path: str, name: str, endings: frozenset[str]) -> Iterable[StoredImage]:
