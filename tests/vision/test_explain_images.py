@@ -194,6 +194,19 @@ def test_tar_shards_are_read_as_folders(model, pictures, tmp_path):
     }
 
 
+def test_names_that_are_no_utf8_are_written(model, tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "in" / "a.png")
+    try:
+        (tmp_path / "in" / "a.png").rename(tmp_path / "in" / os.fsdecode(b"caf\xe9.png"))
+    except OSError:
+        pytest.skip("names of files are UTF-8 here")
+    explain(model, tmp_path / "in", tmp_path / "out.parquet")
+    row = parquet.read_table(tmp_path / "out.parquet").to_pylist()[0]
+    assert row["image"] == "caf\\xe9.png"
+    assert row["error"] is None
+
+
 def test_a_folder_that_leads_back_is_read_once(pictures, tmp_path):
     (tmp_path / "in" / "deep").mkdir(parents=True)
     Image.new("RGB", (32, 32)).save(tmp_path / "in" / "deep" / "a.png")

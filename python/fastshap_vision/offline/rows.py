@@ -97,7 +97,7 @@ class ParquetFile:
     def _table(self, rows: Rows) -> Any:
         a, tensors = self.arrow, rows.tensors
         good = np.array([reason is None for reason in rows.reasons])
-        columns = {"image": a.array(rows.names, a.string()), "error": a.array(rows.reasons, a.string())}
+        columns = {"image": a.array(map(_as_text, rows.names), a.string()), "error": a.array(rows.reasons, a.string())}
         known: dict[str, Any] = {}
         if tensors:
             values = tensors["values"].mT.contiguous().numpy()  # (n, k, P)
@@ -140,6 +140,11 @@ def facts_of(path: Path) -> Any:
         return json.loads((parquet.read_schema(path).metadata or {})[KEY.encode()])
     except (arrow.ArrowException, OSError, KeyError, ValueError):
         return None
+
+
+def _as_text(name: str) -> str:
+    """The name of a file; its bytes that are no UTF-8 as in caf\\xe9.png."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _lists(arrow: Any, present: np.ndarray, content: Any) -> Any:
