@@ -50,10 +50,10 @@ def convert(
         True
     """
     if isinstance(model, str):
-        model = model if len(model) <= 100 else f"{model[:100]}…"
+        shown = model if len(model) <= 100 else f"{model[:100]}…"
         raise UnsupportedModelError(
-            f"Argument `model` must be a model, but it is the name {model!r}.",
-            f"Use fv.SelfExplainingClassifier({model!r}), or pass timm.create_model({model!r}).",
+            f"Argument `model` must be a model, but it is the name {shown!r}.",
+            f"Use fv.SelfExplainingClassifier({shown!r}), or pass timm.create_model({shown!r}).",
         )
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     if not name:
