@@ -207,6 +207,14 @@ def test_names_that_are_no_utf8_are_written(model, tmp_path):
     assert row["error"] is None
 
 
+def test_names_in_a_tar_are_those_of_a_folder(tmp_path):
+    with tarfile.open(tmp_path / "shard.tar", "w") as shard:
+        for name in ("./a.png", "/b.png", "deep/c.png", "._a.png", "deep/.hidden/d.png"):
+            shard.addfile(tarfile.TarInfo(name))
+    found = [image.name for image in find_images(tmp_path)]
+    assert found == ["shard.tar/a.png", "shard.tar/b.png", "shard.tar/deep/c.png"]
+
+
 def test_a_folder_that_leads_back_is_read_once(pictures, tmp_path):
     (tmp_path / "in" / "deep").mkdir(parents=True)
     Image.new("RGB", (32, 32)).save(tmp_path / "in" / "deep" / "a.png")

@@ -110,8 +110,10 @@ def _members(path: str, name: str, endings: frozenset[str]) -> Iterable[StoredIm
     try:
         with tarfile.open(path, "r:") as shard:
             for member in shard:
-                if member.isfile() and os.path.splitext(member.name)[1].lower() in endings:
-                    yield StoredImage(os.path.join(name, member.name), path, member.offset_data, member.size)
+                inner = os.path.normpath(member.name.lstrip("/"))  # ./0001.jpg, as tar writes a folder's
+                is_hidden = any(part.startswith(".") and part != ".." for part in inner.split(os.sep))
+                if member.isfile() and not is_hidden and os.path.splitext(inner)[1].lower() in endings:
+                    yield StoredImage(os.path.join(name, inner), path, member.offset_data, member.size)
     except (tarfile.TarError, OSError) as error:
         raise ValueError(
             f"explain_images: argument `source`: {path!r} is no whole tar file: {error}. Write it again, without "
