@@ -173,6 +173,7 @@ def test_recordings_are_made_for_train_explainer(run, tmp_path, capsys, monkeypa
     assert "--top-classes must be a whole number from 1 to 3" in fails(capsys, [*values, "--top-classes", "4"])
     assert main([*values, "--top-classes", "2"]) == 0
     assert load_file(tmp_path / "top" / "coalitions" / "000000.safetensors")["classes"].shape[1] == 2
+    assert "classes" not in load_file(tmp_path / "top" / "held_out" / "000000.safetensors")
 
 
 @pytest.mark.parametrize("command", ["record", "train-explainer"])

@@ -127,6 +127,10 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match=r"`output` must be a folder for this recording alone.*photograph\.jpg"):
         record(tmp_path)
     assert names(tmp_path) == ["photograph.jpg"]
+    (tmp_path / "mine.unfinished").write_bytes(b"")
+    with pytest.raises(ValueError, match="for this recording alone"):
+        record(tmp_path)
+    assert names(tmp_path) == ["mine.unfinished", "photograph.jpg"]
     with pytest.raises(OSError, match=r"`output`, .*photograph\.jpg', can't be written"):
         record(tmp_path / "photograph.jpg")
 

@@ -57,7 +57,8 @@ def load_data(options: argparse.Namespace) -> tuple[Any, Any]:
     if options.crop_pct is not None:
         preprocessing = replace(preprocessing, crop_pct=options.crop_pct)
     augment = _augmentation(options)
-    train, test = (dataset_of(vars(options), split, preprocessing, augment) for split in ("train", "test"))
+    train = dataset_of(vars(options), "train", preprocessing, augment)
+    test = dataset_of(vars(options), "test", preprocessing, augment=False)  # whatever its split is called
     _check_streams(train)
     if train.classes != test.classes:
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -238,13 +239,17 @@ def _held(folder: Path, manifest: Manifest) -> Iterator[None]:
 
 
 def _begin(folder: Path, manifest: Manifest) -> None:
-    for path in folder.iterdir():  # of a run that was killed while it wrote
-        if path.name.endswith(".unfinished") or path.name.startswith(f".{MANIFEST}."):
-            path.unlink()
-    strangers = sorted(path.name for path in folder.iterdir() if path.name != LOCK)
+    found = sorted(folder.iterdir())
+    # Of a run that was killed while it wrote its first file, or another one.
+    unfinished = [
+        path for path in found if re.match(rf"\.{MANIFEST}\.|\d{{6,}}\.safetensors\.\d+\.unfinished", path.name)
+    ]
+    strangers = [path.name for path in found if path.name != LOCK and path not in unfinished]
     if strangers and MANIFEST not in strangers:
-        found, remedy = f"one with {strangers[0]!r}", "Pass an empty or a new folder."
-        fail("record_coalitions", "output", "a folder for this recording alone", found, remedy)
+        got, remedy = f"one with {strangers[0]!r}", "Pass an empty or a new folder."
+        fail("record_coalitions", "output", "a folder for this recording alone", got, remedy)
+    for path in unfinished:
+        path.unlink()
     if not strangers:
         manifest.write(folder)
 

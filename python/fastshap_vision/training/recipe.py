@@ -96,7 +96,8 @@ def record(
         model: as `convert` returns.
         data, eval_data, coalitions, mirror, seed: as in `train_explainer`.
         output: the run's folder, or None to keep all in memory.
-        options: of `record_coalitions`.
+        options: of `record_coalitions`. With `classes`, the images that are held out keep all of theirs all the same:
+            error bars need them.
 
     Returns:
         the coalitions of `data`, and those of the images that are held out.
@@ -110,7 +111,8 @@ def record(
     for part, name in zip((WithMirrorImages(trained) if mirror else trained, held_out), RECORDED, strict=True):
         folder = None if output is None else Path(output) / name
         kept = {} if folder is None else kept_as(folder)  # how it is kept is decided where it is recorded first
-        found.append(record_coalitions(model, part, coalitions, seed=seed, output=folder, **kept | options))
+        more = options | ({"classes": None} if part is held_out else {})
+        found.append(record_coalitions(model, part, coalitions, seed=seed, output=folder, **kept | more))
     return found[0], found[1]
 
 
