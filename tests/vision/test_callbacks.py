@@ -119,6 +119,16 @@ def test_a_run_that_fails_ends_its_callbacks():
     assert [kind for kind, *_ in recorder.heard][-1] == "end"
 
 
+def test_a_callback_that_fails_after_an_epoch_loses_none(tmp_path):
+    class Failing(fv.Callback):
+        def on_epoch(self, row):
+            raise OSError("the tracker's server is gone")
+
+    with pytest.raises(OSError, match="server is gone"):
+        fit(output=tmp_path, callbacks=[Failing()])
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["epoch_0001"]
+
+
 def test_coalitions_a_second_and_the_summary(tmp_path):
     torch.manual_seed(0)
     arguments = {"patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 2}

@@ -245,7 +245,7 @@ def test_what_can_not_be_read_is_named(arguments, options, message):
 
 
 def test_options_are_of_timms_datasets_alone():
-    with pytest.raises(TypeError, match=r"there is no argument `download` for 'digits'"):
+    with pytest.raises(ValueError, match=r"there is no argument `download` for 'digits'"):
         load_dataset("digits", "train", download=True)
 
 

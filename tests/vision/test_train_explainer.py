@@ -137,3 +137,13 @@ def test_labels_have_no_part_in_it(label):
     expected = fv.train_explainer(vit(), photographs(), coalitions=4, **QUICK)
     assert torch.equal(found.model.head.shares.weight, expected.model.head.shares.weight)
     assert found.accuracy is None
+
+
+def test_a_finished_run_is_not_written_with_another_explainers_calibration(tmp_path):
+    options = {"objective": fv.ExplainerObjective(), "epochs": 1, "batch_size": 4, "progress": False}
+    model = fv.convert(vit())
+    recorded = fv.record_coalitions(model, photographs(), 4)
+    fv.fit(model, recorded, output=tmp_path, **options)
+    model.calibrate(photographs().tensors[0], coalitions=4)
+    fv.fit(model, recorded, output=tmp_path, resume="auto", **options)
+    assert fv.SelfExplainingClassifier.from_pretrained(tmp_path).calibration is None

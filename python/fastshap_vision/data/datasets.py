@@ -157,7 +157,7 @@ def load_dataset(
     if not of_timm:
         check_name(name)
         if options:
-            raise TypeError(f"load_dataset: there is no argument `{next(iter(options))}` for {name!r}. Leave it out.")
+            raise ValueError(f"load_dataset: there is no argument `{next(iter(options))}` for {name!r}. Leave it out.")
     if name == "digits":
         check_choice("split", split, SPLITS)
     elif not isinstance(split, str) or not split:

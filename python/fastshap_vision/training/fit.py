@@ -239,10 +239,10 @@ def fit(
             best=best,
         )
         with checkpoints.held(), closing(run):
+            if isinstance(model, SelfExplainingClassifier):
+                model.calibration = None  # of the explainer as it was; resuming may write the model
             history = checkpoints.resume(resume)
             run.optimizer.zero_grad()  # of what the model was trained in before
-            if isinstance(model, SelfExplainingClassifier):
-                model.calibration = None  # of the explainer as it was
             within = checkpoints.within
             with run.shown(len(history), within, progress) as bar, run.stop.listening(output is not None):
                 for epoch in range(len(history), settings["epochs"]):
@@ -252,11 +252,11 @@ def fit(
                         with run.averaged():
                             row |= run.evaluate(eval_data)
                     history.append(row)
-                    run.callbacks.on_epoch(row)
                     if run.accelerator.is_main_process:
                         _log.info(epoch_line(row, settings["epochs"]))
                     check_not_lost(history, getattr(model, "num_classes", None))
                     checkpoints.save(history)
+                    run.callbacks.on_epoch(row)  # one that raises loses no epoch
                     run.stop_after(epoch)
         if run.average is not None:
             run.average.apply()
