@@ -156,3 +156,14 @@ except ValueError as error:
 """
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "torch.distributed has 3 processes, but accelerate sees 1" in ran.stdout
+
+
+@pytest.mark.parametrize("name", ["eval_data", "checkpoint_steps", "keep_best"])
+def test_processes_wait_for_each_other_at_the_same_places(name, monkeypatch):
+    """Else one would wait for ever."""
+    monkeypatch.setattr("fastshap_vision.training.agreement.of_all", lambda work: [work(), work() | {name: 7}])
+    monkeypatch.setattr("fastshap_vision.training.run.check_model", lambda *_: None)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    data = torch.utils.data.TensorDataset(torch.randn(4, 3, 2, 2), torch.arange(4) % 3)
+    with pytest.raises(ValueError, match=f"but {name} is None in process 0 and 7 in process 1"):
+        fit(model, data, objective=TaskObjective(), epochs=1, batch_size=4, progress=False)

@@ -23,6 +23,7 @@ from .._runtime.allocator import keep_freed_memory
 from ..data.recorded import RecordedCoalitions
 from ..images.preprocessing import Preprocessing
 from ..models.self_explaining import SelfExplainingClassifier
+from .agreement import check_settings
 from .callbacks import Callback
 from .checkpoint import Checkpoints
 from .evaluate import check_data
@@ -224,6 +225,9 @@ def fit(
             check_data(model, eval_data, "fit", "eval_data")
         folder = None if output is None else Path(output)
         run = TrainingRun(model, train_data, objective, settings, watched, folder, checkpoint_steps)
+        # What decides when the processes wait for each other: one that never came would leave the others waiting.
+        evaluated = None if eval_data is None else len(eval_data)  # type: ignore[arg-type]
+        check_settings({"eval_data": evaluated, "checkpoint_steps": checkpoint_steps, "keep_best": keep_best})
         for recorded in (train_data, eval_data):
             if isinstance(recorded, RecordedCoalitions) and isinstance(model, SelfExplainingClassifier):
                 recorded.check(model)
