@@ -209,3 +209,19 @@ def test_timms_weights_are_explained(pictures, tmp_path, capsys, monkeypatch):
     assert "one of the arguments --checkpoint --model is required" in fails(
         capsys, ["train-explainer", "--output", tmp_path / "two"]
     )
+
+
+def test_the_test_split_is_not_augmented_whatever_its_name(pictures, tmp_path, monkeypatch):
+    seen = {}
+
+    def fit(model, train_data, test_data, **_):
+        seen["train"], seen["test"] = train_data, test_data
+        raise ValueError("seen")
+
+    shutil.copytree(pictures / "train", tmp_path / "data" / "train")
+    shutil.copytree(pictures / "val", tmp_path / "data" / "holdout")
+    monkeypatch.setattr("fastshap_vision.cli.commands.fit", fit)
+    arguments = ["--dataset", "folder", "--data-dir", tmp_path / "data", "--val-split", "holdout"]
+    assert main([str(part) for part in [*TRAIN, *arguments, "--output", tmp_path / "run"]]) == 2
+    changes = {name: not torch.equal(data[0][0], data[0][0]) for name, data in seen.items()}
+    assert changes == {"train": True, "test": False}
