@@ -164,6 +164,10 @@ def test_a_batch_without_a_readable_image(model, tmp_path):
     assert len(rows) == 5
     assert all(row["error"] and row["values"] is None for row in rows)
     assert explain(model, tmp_path / "bad", tmp_path / "out", top_k="all").unreadable == 5
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        tensors = load_file(path)
+        assert tensors["values"].shape == (0, model.players, model.num_classes)
+        assert tensors["logits"].shape == (0, model.num_classes)
 
 
 def write_shard(path, pictures):

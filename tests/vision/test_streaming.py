@@ -10,6 +10,7 @@ from vision_transformers import converted, create, images
 import fastshap_kernels as fk
 import fastshap_vision as fv
 from fastshap_vision import _log
+from fastshap_vision._runtime import progress
 from fastshap_vision.streaming import chunks as cutting
 from fastshap_vision.streaming import memory, stream
 from fastshap_vision.streaming.chunks import Limits
@@ -229,7 +230,7 @@ def test_small_coalitions_count_as_half_of_a_pair():
 def test_progress_bar(capsys, monkeypatch):
     model, x = model_and_images("class token")
     bits = unpaired(model)
-    monkeypatch.setattr(stream, "tqdm", partial(tqdm, mininterval=0, miniters=1))
+    monkeypatch.setattr(progress, "tqdm", partial(tqdm, mininterval=0, miniters=1))
     for max_rows in (60, "auto"):
         model.coalition_values(x, bits, max_rows=max_rows)
         assert capsys.readouterr().err == ""

@@ -118,7 +118,11 @@ def explain_images(
         "seen": model.seen,
         "untrained": model._warn_if_untrained(),
     }
-    form = ShardFiles(facts) if count is None else ParquetFile(facts, names)
+    form: ParquetFile | ShardFiles
+    if count is None:
+        form = ShardFiles(facts, model.players, model.num_classes, model.calibration is not None)
+    else:
+        form = ParquetFile(facts, names)
     size = _images_of_part(model.players * (count or model.num_classes), batch_size)
     pieces = [images[start : start + size] for start in range(0, len(images), size)]
     parts = Parts(path, form, facts, len(pieces))

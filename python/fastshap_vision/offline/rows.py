@@ -38,12 +38,26 @@ class Rows:
 
 
 class ShardFiles:
-    """Every class: safetensors files of `logits` (n, K), `values` (n, P, K) in float16 and `expected_error` (n, K)."""
+    """Every class: safetensors files of `logits` (n, K), `values` (n, P, K) in float16 and `expected_error` (n, K).
+
+    Args:
+        facts: of the metadata.
+        players: P.
+        classes: K.
+        calibrated: whether there are expected errors.
+    """
 
     suffix = ".safetensors"
 
-    def __init__(self, facts: Mapping[str, Any]) -> None:
+    def __init__(self, facts: Mapping[str, Any], players: int, classes: int, calibrated: bool) -> None:
         self.facts = {KEY: json.dumps(facts)}
+        # Where no image of a file can be read: not every version of safetensors reads a file of no tensors.
+        self.no_rows = {
+            "logits": torch.empty(0, classes),
+            "values": torch.empty(0, players, classes, dtype=torch.float16),
+        }
+        if calibrated:
+            self.no_rows["expected_error"] = torch.empty(0, classes)
 
     def write(self, path: Path, rows: Rows) -> None:
         both = list(zip(rows.names, rows.reasons, strict=True))
@@ -51,7 +65,7 @@ class ShardFiles:
             "images": json.dumps([name for name, reason in both if reason is None]),
             "unreadable": json.dumps([[name, reason] for name, reason in both if reason is not None]),
         }
-        write_whole(path, safetensors.torch.save(rows.tensors, self.facts | about))
+        write_whole(path, safetensors.torch.save(rows.tensors or self.no_rows, self.facts | about))
 
     def count(self, paths: Sequence[Path]) -> tuple[int, int]:
         """Images, and how many of them can't be read."""

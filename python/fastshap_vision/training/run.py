@@ -210,6 +210,7 @@ class TrainingRun:
         reader = TermReader(epoch, self.log_interval, partial(self._log, epoch, speed, bar))
         self.step.train()
         self.loader.set_epoch(epoch)
+        self.rows.set_epoch(epoch)  # accelerate 1.0 does so for one process alone
         self._start_at(within, reader)
         seconds_before = 0.0 if within is None else within.seconds
         for images, labels in speed.waiting(self.loader):
