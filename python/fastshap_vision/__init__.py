@@ -31,6 +31,7 @@ from .games.masked_image import MaskedImageGame
 from .images.preprocessing import Preprocessing
 from .metrics.fidelity import Fidelity, fidelity
 from .models.convert import convert
+from .models.image_text import EmbeddingExplanation, ImageTextClassifier
 from .models.refine import Calibration
 from .models.self_explaining import SelfExplainingClassifier
 from .objectives.base import Objective, ObjectiveTerms
@@ -53,12 +54,14 @@ __all__ = [
     "Callback",
     "CheckpointError",
     "Coalitions",
+    "EmbeddingExplanation",
     "Evaluation",
     "ExplainedImages",
     "ExplainerObjective",
     "Explanation",
     "Fidelity",
     "FitResult",
+    "ImageTextClassifier",
     "JointObjective",
     "MaskedImageGame",
     "Objective",

@@ -27,6 +27,7 @@ from ..explanations.explanation import Explanation, LogProbabilityExplanation, P
 from ..explanations.link import LINKS, log_distribution
 from ..games.coalitions import Coalitions
 from ..models.convert import convert
+from ..models.input import chosen_classes
 from ..models.self_explaining import SelfExplainingClassifier
 from ..objectives.base import ObjectiveTerms, explained_share, variance_of
 from ..objectives.sampling import SIZES, CoalitionObjective, values_of_step
@@ -233,7 +234,7 @@ class FastSHAPExplainer(nn.Module):
         images = self.preprocess(images)
         with evaluation_mode(self):
             phi, grand, null = self._explained(images)
-        chosen = self.surrogate._target(target, grand)
+        chosen = chosen_classes("explain", target, grand)
         if chosen is not None:
             phi = phi.gather(2, chosen[:, None, None].expand(-1, self.players, 1))[..., 0]
         seen, untrained = self.surrogate.seen, self.network._warn_if_untrained()

@@ -26,6 +26,7 @@ from .._runtime.processes import processes
 from .._runtime.progress import progress_bar
 from ..games.coalitions import Coalitions
 from ..games.readout import features_as_values, is_plain_classifier
+from ..models.image_text import ImageTextClassifier
 from ..models.self_explaining import SelfExplainingClassifier
 from .recorded import READ_TWICE, RecordedCoalitions, as_weights, images_of, is_near, pictures_of
 from .shards import MANIFEST, InMemory, Manifest, Shards, path_of, write_shard
@@ -116,8 +117,9 @@ def record_coalitions(
         classes = check_count("record_coalitions", "classes", classes, 1, model.num_classes)
         if store == "features":
             fail("record_coalitions", "classes", "None with store='features', which holds every class", classes)
-    if store == "features" and not is_plain_classifier(model.backbone):
-        expected = "'values' for this model, which has no single linear classifier"
+    scores_texts = isinstance(model, ImageTextClassifier)
+    if store == "features" and (scores_texts or not is_plain_classifier(model.backbone)):
+        expected = "'values' for this model, which has no single linear classifier before its outputs"
         fail("record_coalitions", "store", expected, store)
     manifest = Manifest(
         images=len(data),  # type: ignore[arg-type]
@@ -287,6 +289,9 @@ def _fingerprint(model: SelfExplainingClassifier, store: str) -> str:
         if id(tensor) not in left_out:
             found.update(name.encode())
             found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    if isinstance(model, ImageTextClassifier):
+        found.update(json.dumps([model.scores.logit_scale, model.scores.logit_bias]).encode())
+        found.update(model.texts.cpu().contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()[:32]
 
 

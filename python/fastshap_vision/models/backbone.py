@@ -60,6 +60,21 @@ def _layer_name(layer: Any) -> str | None:
     return None
 
 
+@torch.no_grad()
+def project_by_identity(backbone: Any) -> None:
+    """Gives a tower whose output is its pooled features, without a projection, the identity as its projection.
+
+    Its output does not change, and a game finds what it knows: a linear layer behind the pool.
+    """
+    if getattr(backbone, "num_classes", None) != 0 or not hasattr(backbone, "reset_classifier"):
+        return
+    like = next(backbone.parameters())
+    backbone.reset_classifier(backbone.num_features)
+    projection = backbone.get_classifier().to(like)
+    torch.nn.init.eye_(projection.weight)
+    torch.nn.init.zeros_(projection.bias)
+
+
 def timm_arguments(
     name: str, num_classes: int, size: Sequence[int] | None, arguments: Mapping[str, Any]
 ) -> dict[str, Any]:

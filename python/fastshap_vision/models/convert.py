@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from .._checks import check_choice
 from ..games.base import UnsupportedModelError
 from ..images.preprocessing import Preprocessing
-from .backbone import describe_model
+from .backbone import describe_model, project_by_identity
+from .image_text import ImageTextClassifier
 from .self_explaining import SelfExplainingClassifier
 
 
@@ -24,6 +26,9 @@ def convert(
     backbone_gradient: float | None = None,
     removal: str | None = None,
     preprocessing: dict[str, Any] | Preprocessing | None = None,
+    texts: Tensor | None = None,
+    logit_scale: float | Tensor = 0.0,
+    logit_bias: float | Tensor = 0.0,
 ) -> SelfExplainingClassifier:
     """Makes a timm model, trained or not, self-explaining. The model itself becomes the backbone: no copy is made.
 
@@ -35,6 +40,9 @@ def convert(
             the size that they were created for.
         head, base, head_depth, head_width, intermediates, backbone_gradient, removal, preprocessing: as in
             `SelfExplainingClassifier`.
+        texts, logit_scale, logit_bias: of an image tower, such as CLIP's, whose outputs are an embedding: what it
+            explains are its scores of these texts, (K, D); as in `ImageTextClassifier`, which is then returned. A
+            tower without a projection (num_classes=0, as SigLIP's) gets the identity as one.
 
     Returns:
         the self-explaining model; `model` is its `backbone`.
@@ -61,19 +69,24 @@ def convert(
             f"Argument `model` must be made by timm.create_model, but it is a {type(model).__name__} without timm's "
             "configuration."
         )
+    if texts is not None:
+        check_choice("head", head, ("shares",))
+        check_choice("base", base, (None, "even"))
+        project_by_identity(model)
     arguments = describe_model(model)
-    return SelfExplainingClassifier(
-        name,
-        arguments.pop("num_classes", 1000),
-        img_size=img_size,
-        head=head,
-        base=base,
-        head_depth=head_depth,
-        head_width=head_width,
-        intermediates=intermediates,
-        backbone_gradient=backbone_gradient,
-        removal=removal,
-        model_kwargs=arguments,
-        preprocessing=preprocessing,
-        backbone=model,
-    )
+    outputs = arguments.pop("num_classes", 1000)
+    options: dict[str, Any] = {
+        "img_size": img_size,
+        "head_depth": head_depth,
+        "head_width": head_width,
+        "intermediates": intermediates,
+        "backbone_gradient": backbone_gradient,
+        "removal": removal,
+        "model_kwargs": arguments,
+        "preprocessing": preprocessing,
+        "backbone": model,
+    }
+    if texts is None:
+        return SelfExplainingClassifier(name, outputs, head=head, base=base, **options)
+    of_texts: dict[str, Any] = {"texts": texts, "logit_scale": logit_scale, "logit_bias": logit_bias}
+    return ImageTextClassifier(name, outputs, **of_texts, **options)

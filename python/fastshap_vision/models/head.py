@@ -122,7 +122,7 @@ class SharesHead(_Head):
     def _shares_of(self, explained: Tensor, target: Tensor | None) -> Tensor:
         """(B, P, K), or (B, P) or (B, P, k) of some classes of each image."""
         if target is not None and is_plain(self.shares, nn.Linear):
-            return _linear(explained, self.shares.weight, None, target)
+            return linear_of(explained, self.shares.weight, None, target)
         found = self.shares(explained)
         if target is None:
             return found
@@ -204,10 +204,10 @@ def width_of(game: Game, classes: int, depth: int) -> int:
 
 def votes_of_patches(game: Game, features: Tensor, target: Tensor | None = None) -> Tensor:
     """(W e_p + b)/P of features (B, P, L): (B, P, K), or of the classes in `target`, as `VotesHead.forward` says."""
-    return _linear(features, *game.vote_weight(), target) / game.players
+    return linear_of(features, *game.vote_weight(), target) / game.players
 
 
-def _linear(features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None) -> Tensor:
+def linear_of(features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None) -> Tensor:
     """W e_p + b for every class, or for some of each image: then the others cost nothing."""
     if target is None:
         return nn.functional.linear(features, weight, bias)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from fastshap_kernels._checks import check_dense
+
+from .._checks import check_choice, check_classes
 
 _HALF_OR_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -36,3 +40,14 @@ def check_images(model: nn.Module, expected: tuple[int, int, int], images: Tenso
             f"Argument `images` must be {weight.dtype} like the model's weights, but it is {images.dtype}. Pass "
             f"images.to({weight.dtype})."
         )
+
+
+def chosen_classes(op: str, target: int | Sequence[int] | Tensor | str | None, logits: Tensor) -> Tensor | None:
+    """The class of each image that is explained, int64 (B,), of logits (B, K); None for all."""
+    batch, classes = logits.shape
+    if target is None:
+        return logits.argmax(1)
+    if isinstance(target, str):
+        check_choice("target", target, ("all",))
+        return None
+    return check_classes(op, "target", target, batch, classes, "None, 'all', ").to(logits.device).clone()

@@ -92,8 +92,9 @@ class Pretrained(nn.Module, PyTorchModelHubMixin):
             ValueError: where the backbone is not what its arguments describe, such as one with replaced layers.
         """
         check_unchanged(self)
-        name, size, kwargs = (self._hub_mixin_config[key] for key in ("model_name", "img_size", "model_kwargs"))
-        arguments = timm_arguments(name, self.num_classes, size, kwargs)
+        described = ("model_name", "num_classes", "img_size", "model_kwargs")
+        name, outputs, size, kwargs = (self._hub_mixin_config[key] for key in described)
+        arguments = timm_arguments(name, outputs, size, kwargs)
         check_description(self.backbone, name, arguments, probe_images(self.backbone, self.game.input_size))
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:

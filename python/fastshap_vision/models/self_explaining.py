@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import all_finite, check_choice, check_classes
+from .._checks import all_finite
 from .._modes import evaluation_mode
 from .._runtime.precision import at_least_float32, lowered
 from ..explanations.explanation import Explanation
@@ -32,7 +32,7 @@ from .backbone import (
     settings_of,
 )
 from .head import SharesHead, VotesHead
-from .input import check_images
+from .input import check_images, chosen_classes
 from .null import KeptNull
 from .pretrained import Pretrained
 from .refine import Calibration, calibrate, calibration_of, checked_evaluations, with_errors
@@ -236,12 +236,12 @@ class SelfExplainingClassifier(Pretrained):
         null = self.null_value()
         if not len(images):  # which not every model takes
             logits = null.new_zeros(0, self.num_classes)
-            chosen = self._target(target, logits)
+            chosen = chosen_classes("explain", target, logits)
             values = at_least_float32(null.new_zeros(0, self.players, self.num_classes))
             return values if chosen is None else values[..., 0], logits, chosen, null
         features, logits = self.game.features_and_logits(images)
         check_classes_unchanged(self, logits)
-        chosen = self._target(target, logits)
+        chosen = chosen_classes("explain", target, logits)
         return self.head(features, logits, null, chosen), logits, chosen, null
 
     def preprocess(self, images: Any) -> Tensor:
@@ -385,12 +385,3 @@ class SelfExplainingClassifier(Pretrained):
     def _check_images(self, images: Tensor) -> None:
         check_unchanged(self)
         check_images(self, self.game.input_size, images)
-
-    def _target(self, target: int | Sequence[int] | Tensor | str | None, logits: Tensor) -> Tensor | None:
-        batch, classes = logits.shape
-        if target is None:
-            return logits.argmax(1)
-        if isinstance(target, str):
-            check_choice("target", target, ("all",))
-            return None
-        return check_classes("explain", "target", target, batch, classes, "None, 'all', ").to(logits.device).clone()

@@ -67,7 +67,7 @@ def training(model: SelfExplainingClassifier, mirrored: bool = True) -> dict[str
         >>> fv.recipe.training(model)["epochs"], fv.recipe.training(model, mirrored=False)["epochs"]
         (12, 24)
     """
-    found = TRAINING | (CONVOLUTIONAL if isinstance(model.game, CellRemoval) else {})
+    found = TRAINING | (CONVOLUTIONAL if isinstance(getattr(model.game, "embedding", model.game), CellRemoval) else {})
     return found if mirrored else found | {"epochs": 2 * found["epochs"]}
 
 
