@@ -28,6 +28,8 @@ from .explanations.explanation import Explanation
 from .games.base import UnsupportedModelError
 from .games.coalitions import Coalitions
 from .games.masked_image import MaskedImageGame
+from .image_text.explanation import PairExplanation
+from .image_text.model import ImageTextModel
 from .images.preprocessing import Preprocessing
 from .metrics.fidelity import Fidelity, fidelity
 from .models.convert import convert
@@ -62,10 +64,12 @@ __all__ = [
     "Fidelity",
     "FitResult",
     "ImageTextClassifier",
+    "ImageTextModel",
     "JointObjective",
     "MaskedImageGame",
     "Objective",
     "ObjectiveTerms",
+    "PairExplanation",
     "Preprocessing",
     "ProfilerCallback",
     "RecordedCoalitions",

@@ -35,12 +35,7 @@ def draw_heatmap(ax: Axes, heat: Tensor, picture: Any, limit: float) -> Any:
     A photograph darkens the colours where it is dark. Of a small drawing (a digit) only the outline is drawn: its few
     large pixels would break the patches up, and its background would hide the colours.
     """
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LinearSegmentedColormap, Normalize
-
-    # An odd number of steps gives 0 a step of its own.
-    steps = LinearSegmentedColormap.from_list("shapley", _COLOURS, N=257)
-    colours = ScalarMappable(Normalize(-limit, limit), steps)
+    colours = colour_scale(limit)
     painted = colours.to_rgba(heat.detach().float().cpu().numpy())[..., :3]
     is_drawing = picture is not None and picture.ndim == 2 and max(heat.shape) <= _DRAWING
     if picture is not None and not is_drawing:
@@ -51,6 +46,16 @@ def draw_heatmap(ax: Axes, heat: Tensor, picture: Any, limit: float) -> Any:
         _draw_outline(ax, picture)
     _frame(ax)
     return colours
+
+
+def colour_scale(limit: float) -> Any:
+    """From blue at −limit over white at 0 to red at limit, which a colour bar can show."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+
+    # An odd number of steps gives 0 a step of its own.
+    steps = LinearSegmentedColormap.from_list("shapley", _COLOURS, N=257)
+    return ScalarMappable(Normalize(-limit, limit), steps)
 
 
 def _draw_outline(ax: Axes, picture: Any) -> None:
