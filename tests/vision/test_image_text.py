@@ -200,6 +200,34 @@ def test_an_explainer_trained_on_the_dimensions_explains_texts_that_it_never_saw
     assert refined.expected_error.shape == (4, 4)
 
 
+def test_texts_are_classes_of_a_training(pictures, pair):
+    model = copy.deepcopy(pair[1])
+    before = [parameter.clone() for parameter in model.backbone.parameters()]
+    data = torch.utils.data.TensorDataset(pictures, torch.tensor([2, 0]))
+    result = fv.fit(
+        model, data, objective=fv.JointObjective(coalitions=2), epochs=1, batch_size=2, lr=1e-3, progress=False
+    )
+    assert math.isfinite(result.history[0]["loss"])
+    assert not all(map(torch.equal, before, model.backbone.parameters()))
+    assert model.explain(pictures).efficiency_gap() < 1e-5
+
+
+def test_the_pass_of_nothing_runs_once_for_all_texts(monkeypatch):
+    model = fv.convert(tower("CLIP"), texts=texts(3, WIDTH)).eval()
+    model.explain(images(1, 24))
+    monkeypatch.setattr(model.game.embedding, "null", lambda: pytest.fail("it ran again"))
+    model.explain(images(1, 24), texts=texts(2, WIDTH, seed=1))
+    model.texts = texts(4, WIDTH, seed=2)
+    model.explain_embedding(images(1, 24))
+
+
+@pytest.mark.slow
+def test_a_forward_pass_compiles_whole():
+    model = fv.convert(tower("CLIP"), texts=texts(3, WIDTH), logit_scale=SCALE)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images(2, 24)), model(images(2, 24)))
+
+
 @pytest.mark.parametrize("kind", ["CLIP", "SigLIP"])
 def test_a_saved_model_has_its_texts(kind, tmp_path):
     backbone = tower(kind)

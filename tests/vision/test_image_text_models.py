@@ -148,10 +148,10 @@ def test_known_towers_become_timms_and_drop_tokens(made):
 def embeddings_of_patches(wrapped, picture):
     """{patches: unit embedding}, one coalition at a time."""
     players = wrapped.grid[0] * wrapped.grid[1]
+    game = fv.convert(wrapped.tower, texts=torch.eye(wrapped.encode_texts(TEXTS).shape[1]))
     found = {}
     for present in itertools.product((False, True), repeat=players):
         bits = fk.pack_bits(torch.tensor(present)[None, None])
-        game = fv.convert(wrapped.tower, texts=torch.eye(wrapped.encode_texts(TEXTS).shape[1]))
         found[present] = game.coalition_values(picture, bits)[0, 0]
     return found
 
@@ -366,7 +366,7 @@ def test_a_picture_has_the_words_coloured():
         assert abs(value) < 0.02 * limit or (red > blue) == (value > 0)
     assert above.images
     for players in ("image", "text"):
-        wrapped.explain_pair(pictures, TEXTS, players).plot(pictures)[0].canvas.draw()
+        wrapped.explain_pair(pictures, TEXTS, players).plot(pictures)
     with pytest.raises(ValueError, match="index"):
         found.plot(pictures, index=2)
     matplotlib.pyplot.close("all")

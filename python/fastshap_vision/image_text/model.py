@@ -253,12 +253,10 @@ def _values_of(game: PairGame, image: Tensor, coalitions: int, seed: int, progre
 
 def _input_size(model: Any) -> tuple[int, int, int]:
     """(C, H, W)."""
-    if hasattr(model, "vision_model"):
-        config = model.config.vision_config
-        return (config.num_channels, config.image_size, config.image_size)
-    size = model.visual.image_size
+    config = model.config.vision_config if hasattr(model, "vision_model") else None
+    size = model.visual.image_size if config is None else config.image_size
     height, width = size if isinstance(size, tuple | list) else (size, size)
-    return (3, height, width)
+    return (3 if config is None else config.num_channels, height, width)
 
 
 def _cells(input_size: tuple[int, int, int]) -> tuple[int, int]:

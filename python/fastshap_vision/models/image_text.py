@@ -110,6 +110,7 @@ class ImageTextClassifier(SelfExplainingClassifier):
         self.game = TextGame(embedding, self.scores)
         width = made.explainer.width
         self.head = TextShares(self.game, self.num_classes, "even", head_depth, width, made.backbone_gradient)
+        self._null = KeptNull(embedding)  # the embedding of nothing, whatever the texts
         self.texts = texts
         self.calibration = calibration_of(calibration)
 
@@ -122,7 +123,6 @@ class ImageTextClassifier(SelfExplainingClassifier):
         self.scores.texts = self._checked(texts, "texts")
         self.num_classes = len(self.scores.texts)
         self.calibration = None
-        self._null = KeptNull(self.game)  # which knows other texts' scores
 
     def _checked(self, texts: object, op: str) -> Tensor:
         """Texts of norm 1, as wide as the embedding, where the model is and of its precision (float32 at least)."""
@@ -140,16 +140,22 @@ class ImageTextClassifier(SelfExplainingClassifier):
 
     @contextmanager
     def _replaced(self, texts: Tensor, logit_scale: float, logit_bias: float) -> Iterator[None]:
-        before = self.num_classes, self._calibration, self._null
-        self.num_classes, self._calibration, self._null = len(texts), None, KeptNull(self.game)
+        before = self.num_classes, self._calibration
+        self.num_classes, self._calibration = len(texts), None
         try:
             with self.scores.replaced(texts, logit_scale, logit_bias):
                 yield
         finally:
-            self.num_classes, self._calibration, self._null = before
+            self.num_classes, self._calibration = before
+
+    def null_value(self) -> Tensor:
+        """score(∅): (K,). In evaluation the embedding of nothing is kept from one call to the next."""
+        return self.scores(self._null())
 
     def forward(self, images: Tensor, texts: Tensor | None = None) -> Tensor:
         """Scores (B, K) of images (B, C, H, W)."""
+        if texts is None:
+            return self.scores(super().forward(images))
         with self._scoring("forward", texts):
             return self.scores(super().forward(images))
 
