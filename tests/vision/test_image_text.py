@@ -240,6 +240,8 @@ def test_a_saved_model_has_its_texts(kind, tmp_path):
     torch.testing.assert_close(found.logits, expected.logits)
     with pytest.raises(ValueError, match=r"set `model.texts`"):
         fv.ImageTextClassifier.from_pretrained(tmp_path, texts=texts(2, width))
+    with pytest.raises(ValueError, match=r"load it with fastshap_vision.ImageTextClassifier"):
+        fv.SelfExplainingClassifier.from_pretrained(tmp_path)
 
 
 def test_a_recording_is_of_its_texts(tmp_path):
@@ -280,6 +282,8 @@ def test_a_copy_has_scores_of_its_own():
         ({"texts": texts(3, WIDTH), "logit_scale": 100.0}, r"math.log\(100\)"),
         ({"texts": texts(3, WIDTH), "logit_bias": math.inf}, "finite number"),
         ({"texts": texts(3, WIDTH), "head": "votes"}, "head"),
+        ({"logit_scale": SCALE}, "`logit_scale` must be given with `texts`"),
+        ({"logit_bias": torch.tensor(BIAS)}, "`logit_bias` must be given with `texts`"),
     ],
 )
 def test_bad_arguments_are_named(options, message):

@@ -1,5 +1,6 @@
 """Models of transformers and open_clip with random weights: their own scores, and brute force over both sides."""
 
+import copy
 import itertools
 import logging
 import math
@@ -349,6 +350,22 @@ def test_bad_arguments_are_named():
     assert wrapped.explain_pair(picture, [""], "both").text[0].shape == (0,)
     with pytest.raises(ValueError, match="tensor"):
         wrapped.explain_pair(images(1, 24), ["a dog"])
+
+
+def test_a_model_of_images_of_any_size_is_refused():
+    vision = {key: value for key, value in VISION.items() if key != "image_size"} | {"num_patches": 4}
+    config = transformers.Siglip2Config(vision_config=vision, text_config=TEXT | {"projection_size": 32})
+    with pytest.raises(fv.UnsupportedModelError, match="any size"):
+        fv.ImageTextModel(transformers.Siglip2Model(config), tokenizer(begins=False))
+
+
+def test_a_copy_is_a_model_of_its_own():
+    wrapped = fv.ImageTextModel(*of_open_clip())
+    twin = copy.deepcopy(wrapped)
+    assert twin.text_tower.model is twin.model
+    torch.nn.init.zeros_(twin.model.text_projection)
+    assert twin.encode_texts(TEXTS).abs().max() == 0
+    assert wrapped.encode_texts(TEXTS).abs().max() > 0
 
 
 def test_a_picture_has_the_words_coloured():

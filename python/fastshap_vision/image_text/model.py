@@ -254,7 +254,9 @@ def _values_of(game: PairGame, image: Tensor, coalitions: int, seed: int, progre
 def _input_size(model: Any) -> tuple[int, int, int]:
     """(C, H, W)."""
     config = model.config.vision_config if hasattr(model, "vision_model") else None
-    size = model.visual.image_size if config is None else config.image_size
+    size = getattr(model.visual if config is None else config, "image_size", None)
+    if size is None:
+        raise UnsupportedModelError(f"This {type(model).__name__} takes images of any size, of which no grid is known.")
     height, width = size if isinstance(size, tuple | list) else (size, size)
     return (3 if config is None else config.num_channels, height, width)
 

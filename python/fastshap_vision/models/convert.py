@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastshap_kernels._checks import fail
+
 from .._checks import check_choice
 from ..games.base import UnsupportedModelError
 from ..images.preprocessing import Preprocessing
@@ -27,8 +29,8 @@ def convert(
     removal: str | None = None,
     preprocessing: dict[str, Any] | Preprocessing | None = None,
     texts: Tensor | None = None,
-    logit_scale: float | Tensor = 0.0,
-    logit_bias: float | Tensor = 0.0,
+    logit_scale: float | Tensor | None = None,
+    logit_bias: float | Tensor | None = None,
 ) -> SelfExplainingClassifier:
     """Makes a timm model, trained or not, self-explaining. The model itself becomes the backbone: no copy is made.
 
@@ -69,6 +71,9 @@ def convert(
             f"Argument `model` must be made by timm.create_model, but it is a {type(model).__name__} without timm's "
             "configuration."
         )
+    if texts is None and (logit_scale is not None or logit_bias is not None):
+        given = "logit_bias" if logit_scale is None else "logit_scale"
+        fail("convert", given, "given with `texts`, whose scores it belongs to", logit_scale or logit_bias)
     if texts is not None:
         check_choice("head", head, ("shares",))
         check_choice("base", base, (None, "even"))
@@ -89,4 +94,5 @@ def convert(
     if texts is None:
         return SelfExplainingClassifier(name, outputs, head=head, base=base, **options)
     of_texts: dict[str, Any] = {"texts": texts, "logit_scale": logit_scale, "logit_bias": logit_bias}
+    of_texts = {key: value for key, value in of_texts.items() if value is not None}
     return ImageTextClassifier(name, outputs, **of_texts, **options)

@@ -185,6 +185,8 @@ class Pretrained(nn.Module, PyTorchModelHubMixin):
     @classmethod
     def _build(cls, arguments: dict[str, Any], header: Header) -> Self:
         """The model of a configuration that comes from elsewhere: its types and size are checked first."""
+        if "scores.texts" in header.shapes and "texts" not in cls._hub_mixin_init_parameters:
+            raise ValueError("it scores texts: load it with fastshap_vision.ImageTextClassifier.from_pretrained")
         if "model_name" not in arguments:
             raise ValueError(f"{CONFIG} has no `model_name`")
         try:
