@@ -1,3 +1,5 @@
+import gc
+import multiprocessing
 import os
 
 import pytest
@@ -25,6 +27,14 @@ def _poisoned_memory():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_is_left():
+    yield
+    if multiprocessing.active_children():
+        gc.collect()
+        assert not multiprocessing.active_children()
 
 
 @pytest.fixture

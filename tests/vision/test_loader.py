@@ -2,6 +2,9 @@
 
 import multiprocessing
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,6 +71,28 @@ def test_workers_live_as_long_as_the_loader():
 def test_a_run_ends_its_workers():
     train(workers=2, epochs=2, data=Noisy())
     assert not multiprocessing.active_children()
+
+
+FAILS = """
+import sys, torch
+sys.path[:0] = [{tests!r}]
+from test_loader import Noisy, train
+
+class Broken(Noisy):
+    def __getitem__(self, row):
+        raise OSError("no such row")
+
+if __name__ == "__main__":
+    train(workers=1, epochs=1, data=Broken())
+"""
+
+
+def test_a_run_that_fails_ends_its_workers():
+    """They ignore SIGTERM, by which multiprocessing ends what an error has kept: the exit waited for ever."""
+    script = FAILS.format(tests=str(Path(__file__).parent))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 1
+    assert "OSError: no such row" in done.stderr
 
 
 def test_reading_leaves_the_runs_own_generators_alone():

@@ -14,7 +14,7 @@ from fastshap_kernels._checks import check_flag
 
 from .._modes import evaluating
 from .._runtime.processes import part_of, together, whole_of
-from .._runtime.signals import leave_to_main
+from .._runtime.signals import leaving_to_main
 from ..games.coalitions import Coalitions
 from ..games.readout import values_of_features
 from ..models.head import SharesHead
@@ -110,7 +110,7 @@ class ExplainerObjective(Objective):
             return {}
         like, found = next(model.parameters()), []
         batches = part_of([list(batch) for batch in BatchSampler(range(len(data)), batch_size, drop_last=False)])
-        options: dict[str, Any] = {"num_workers": workers, "worker_init_fn": leave_to_main}
+        options: dict[str, Any] = {"num_workers": workers, "worker_init_fn": leaving_to_main()}
         loader = DataLoader(data, batch_sampler=batches, generator=torch.Generator(), **options)
         with evaluating(model), together(False):
             for images, recorded in loader:

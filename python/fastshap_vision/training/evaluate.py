@@ -17,7 +17,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from fastshap_kernels._checks import check_count, describe, fail
 
 from .._modes import evaluation_mode
-from .._runtime.signals import leave_to_main
+from .._runtime.signals import leaving_to_main
 from ..data.recorded import RecordedCoalitions
 from ..models.self_explaining import SelfExplainingClassifier
 from .agreement import of_all
@@ -100,7 +100,7 @@ def _summed(
     """Over these batches: the cross-entropies; how many labels are right, impossible, and there; numbers of logits."""
     # A generator of its own: the loader draws a seed for its workers, and the process's generator stays as it was.
     options: dict[str, Any] = {"num_workers": workers, "collate_fn": Batch(), "generator": torch.Generator()}
-    options["worker_init_fn"] = leave_to_main
+    options["worker_init_fn"] = leaving_to_main()
     like = next((weight for weight in model.parameters() if weight.is_floating_point()), torch.empty(0))
     losses, counts = (
         torch.zeros(len(batches), device=like.device),

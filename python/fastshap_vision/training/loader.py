@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from .._runtime.signals import leave_to_main
+from .._runtime.signals import leaving_to_main
 
 #: A row of the data in an epoch.
 Row = tuple[int, int]
@@ -93,7 +93,7 @@ def training_loader(
         drop_last=True,
         num_workers=workers,
         persistent_workers=workers > 0,
-        worker_init_fn=leave_to_main,
+        worker_init_fn=leaving_to_main(),
         pin_memory=pinned,
         collate_fn=collate,
         # The loader draws a seed for its workers when they start: not from the generator that dropout draws from.
