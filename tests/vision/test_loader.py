@@ -74,7 +74,7 @@ def test_a_run_ends_its_workers():
 
 
 FAILS = """
-import sys, torch
+import multiprocessing, sys
 sys.path[:0] = [{tests!r}]
 from test_loader import Noisy, train
 
@@ -83,14 +83,17 @@ class Broken(Noisy):
         raise OSError("no such row")
 
 if __name__ == "__main__":
+    multiprocessing.set_start_method({method!r})
     train(workers=1, epochs=1, data=Broken())
 """
 
 
-def test_a_run_that_fails_ends_its_workers():
-    """They ignore SIGTERM, by which multiprocessing ends what an error has kept: the exit waited for ever."""
-    script = FAILS.format(tests=str(Path(__file__).parent))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=100)
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_a_run_that_fails_ends_its_workers(method, tmp_path):
+    """They ended by no SIGTERM, with which multiprocessing ends what an error has kept: the exit waited for ever."""
+    script = tmp_path / "run.py"
+    script.write_text(FAILS.format(tests=str(Path(__file__).parent), method=method))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=100)
     assert done.returncode == 1
     assert "OSError: no such row" in done.stderr
 
