@@ -16,6 +16,7 @@
 # make build  recompile in place what has changed of the CPU library, with ninja: MAX_JOBS files at a time
 # make bench-explanation  what an explanation costs beside the prediction, written to bench/results/
 # make bench-offline  what explaining many images costs beside predicting them, written to bench/results/
+# make bench-service  what a served explanation costs, and what it withstands
 # make bench-recordings  what recorded coalitions cost, and what is lost in what is kept of them
 # make bench-precision  what lower precision of v(S) changes, on digits, written to bench/results/
 # make gpu-step  after make gpu: the training step on that device, under nine minutes; again, it goes on
@@ -35,7 +36,7 @@ EMULATE := FASTSHAP_BACKEND=cuda FASTSHAP_EMULATE_CUDA=$(EMULATED)
 # Where there is no device, compiling for it is left to `make gate`.
 export FASTSHAP_SKIP_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),0,1)
 
-.PHONY: env build demo test test-main test-triton test-cuda test-slow sanitize fuzz test-processors test-matrix matrix-oldest matrix-newest gate lint format bench bench-short bench-digits bench-step bench-precision bench-explanation bench-offline bench-refinement bench-recordings bench-fidelity gpu gpu-step clean
+.PHONY: env build demo test test-main test-triton test-cuda test-slow sanitize fuzz test-processors test-matrix matrix-oldest matrix-newest gate lint format bench bench-short bench-digits bench-step bench-precision bench-explanation bench-offline bench-service bench-refinement bench-recordings bench-fidelity gpu gpu-step clean
 
 env: $(INSTALLED)
 
@@ -170,6 +171,9 @@ bench-explanation: $(INSTALLED)
 
 bench-offline: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.offline
+
+bench-service: $(INSTALLED)
+	$(BIN)/python -m bench.service
 
 # DATA: as of bench-fidelity, for CIFAR-10 too.
 bench-recordings: $(INSTALLED)

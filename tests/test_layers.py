@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "python" / "fastshap_vision"
 LAYERS = (
     ("cli",),
     ("training",),
-    ("baselines", "data", "image_text", "metrics", "offline"),
+    ("baselines", "data", "image_text", "metrics", "offline", "service"),
     ("objectives", "estimators"),
     ("models",),
     ("streaming",),

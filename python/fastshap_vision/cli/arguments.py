@@ -299,6 +299,18 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+def add_serve(parser: argparse.ArgumentParser) -> None:
+    _add_checkpoint(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for everybody's requests")
+    parser.add_argument("--port", type=_whole(1, 65535), default=8000, help="to listen on")
+    parser.add_argument("-b", "--batch-size", type=_whole(1), default=16, help="images at once")
+    group = parser.add_argument_group("limits", "Of a request, and of all of them at once.")
+    group.add_argument("--max-bytes", type=_whole(1), default=10_000_000, help="of a request's body")
+    group.add_argument("--max-pixels", type=_whole(1), default=25_000_000, help="of an image")
+    group.add_argument("--max-seconds", type=_number(0, above=True), default=30.0, help="until a request is answered")
+    group.add_argument("--max-requests", type=_whole(1), default=64, help="at once; those beyond get status 503")
+
+
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FOLDER", help="a run's folder")
     parser.add_argument("--device", type=_device, help="where to compute (default: cuda where there is one)")

@@ -13,10 +13,11 @@ import torch
 from ..training.monitor import TrainingError
 from ..training.state import CheckpointError
 from ..training.stopping import TrainingStopped
-from .arguments import Help, Parser, add_evaluate, add_explain, add_record, add_train, add_train_explainer
+from .arguments import Help, Parser, add_evaluate, add_explain, add_record, add_serve, add_train, add_train_explainer
 from .commands import evaluate_run, explain, info, record, train, train_explainer
 from .config_file import with_config
 from .flags import in_flags
+from .serve import serve
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="fastshap", description="Vision models that explain themselves with Shapley values.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('fastshap-kernels')}")
     commands = parser.add_subparsers(
-        dest="name", required=True, metavar="train | record | train-explainer | explain | evaluate | info"
+        dest="name", required=True, metavar="train | record | train-explainer | explain | evaluate | serve | info"
     )
     add_train(_command(commands, "train", train, "train a self-explaining model"))
     text = "evaluate coalitions for train-explainer, by one process or many, and go on after a stop"
@@ -57,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     add_train_explainer(_command(commands, "train-explainer", train_explainer, text))
     add_explain(_command(commands, "explain", explain, "explain images with a trained model"))
     add_evaluate(_command(commands, "evaluate", evaluate_run, "measure accuracy and fidelity of a trained model"))
+    add_serve(_command(commands, "serve", serve, "answer images over HTTP with predictions and their explanations"))
     _command(commands, "info", info, "versions and backends")
     return parser
 

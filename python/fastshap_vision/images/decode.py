@@ -24,7 +24,13 @@ def _is_stub(reader: object) -> bool:
     return isinstance(reader, type) and issubclass(reader, ImageFile.StubImageFile)
 
 
-def decode(source: str | Path | IO[bytes], mode: str) -> Image.Image:
+class TooManyPixels(ValueError):
+    """An image with more pixels than asked for."""
+
+
+def decode(
+    source: str | Path | IO[bytes], mode: str, *, formats: tuple[str, ...] | None = None, pixels: int | None = None
+) -> Image.Image:
     """Reads an image as a viewer shows it; of several frames or pages, the first.
 
     It is turned as its EXIF data say. What is transparent becomes white. 16 bits become 8 (value / 257, rounded).
@@ -34,17 +40,24 @@ def decode(source: str | Path | IO[bytes], mode: str) -> Image.Image:
     Args:
         source: a path, or an open file.
         mode: "L" (greyscale) or "RGB".
+        formats: Pillow's names of those that are read; None for all.
+        pixels: the largest number, which is checked before they are decoded; None for Pillow's own limit.
 
     Raises:
         ValueError: for a file that is no image, is damaged or of an unknown range; it says why, the caller says where.
+        TooManyPixels: for an image that is too large.
         FileNotFoundError: for a path without a file.
     """
     try:
-        with Image.open(source) as image:
+        with Image.open(source, formats=formats) as image:
+            if pixels is not None and image.width * image.height > pixels:
+                raise TooManyPixels(f"{image.width} × {image.height} pixels are more than {pixels}")
             image.load()
             return as_viewed(image, mode)
-    except (FileNotFoundError, MemoryError):
+    except (FileNotFoundError, MemoryError, TooManyPixels):
         raise
+    except Image.DecompressionBombError as error:
+        raise TooManyPixels(f"{error}") from error
     except UnidentifiedImageError as error:
         raise ValueError("Pillow knows no such format") from error
     except Exception as error:  # Pillow's decoders raise errors of any kind on damaged files
