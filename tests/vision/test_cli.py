@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -475,6 +476,24 @@ def test_train_leaves_the_run_json_of_another_program(tmp_path, capsys):
     (tmp_path / "run.json").write_text('{"name": "another"}')
     assert "run.json' exists, and fastshap train did not write it" in fails(capsys, ["train", "--output", tmp_path])
     assert (tmp_path / "run.json").read_text() == '{"name": "another"}'
+
+
+def test_a_second_run_changes_nothing_in_the_folder_of_a_first(pictures, tmp_path, capsys, monkeypatch):
+    """The first has no checkpoint yet, but holds the folder."""
+    monkeypatch.setattr("fastshap_vision.training.checkpoint.SECONDS_TO_WAIT", 0.0)
+    begun = [*TRAIN, "--data-dir", pictures, "--output", tmp_path / "run"]
+
+    def stopped(self, *_):
+        raise ValueError("enough")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastshap_vision.training.run.TrainingRun.train_epoch", stopped)
+        assert "enough" in fails(capsys, begun)
+    before = sums(tmp_path / "run")
+    assert "run.json" in {path.name for path in before}
+    with FileLock(tmp_path / "run" / ".lock"):
+        assert "another run writes into" in fails(capsys, [*begun, "--lr", "0.5"])
+    assert sums(tmp_path / "run") == before
 
 
 def test_every_image_has_a_picture_of_its_own(run, pictures, tmp_path):

@@ -9,6 +9,7 @@ import yaml
 from safetensors.torch import save_file
 from test_cli import fails
 
+from fastshap_vision import RunStart
 from fastshap_vision.cli.config_file import with_config
 from fastshap_vision.cli.main import _parser, main
 
@@ -46,6 +47,9 @@ def asked(monkeypatch):
 
     def fit(model, *_, **options):
         found.update(options, model=model)
+        options["output"].mkdir(exist_ok=True)
+        for callback in options["callbacks"]:
+            callback.on_start(RunStart(model, {}, options["output"], is_main=True))
         raise Enough("enough")
 
     monkeypatch.setattr("fastshap_vision.cli.commands.fit", fit)

@@ -28,10 +28,10 @@ from ..models.head import SharesHead
 from ..objectives.joint import JointObjective
 from ..offline.explain_images import explain_images
 from ..training import recipe
-from ..training.checkpoint import find_checkpoint, whole_checkpoints
+from ..training.checkpoint import find_checkpoint
 from ..training.evaluate import evaluate
 from ..training.fit import fit
-from ..training.run_folder import VISION_PACKAGES, Run, write_run
+from ..training.run_folder import VISION_PACKAGES, Run, RunRecord
 from .arguments import AMP_DTYPES, EXACT_PLAYERS
 from .inputs import build, choose_model, load_data, to_explain
 
@@ -57,12 +57,13 @@ def train(options: argparse.Namespace) -> None:
         masked_task_ramp=tuple(options.masked_task_ramp),
         seed=options.seed,
     )
-    if processes().is_main_process and not whole_checkpoints(options.output):
-        write_run(options, train_data)
+    run_record = RunRecord(options, train_data)
     names = ("grad_checkpointing", "layer_decay", "smoothing", "mixup", "cutmix", "sync_bn", "keep_best")
     more = {name: getattr(options, name) for name in names} | {"compile": options.compile or None}
     with _epochs_logged():
-        result = fit(model, train_data, test_data, objective=objective, **_settings(options), **more)
+        result = fit(
+            model, train_data, test_data, objective=objective, callbacks=[run_record], **_settings(options), **more
+        )
     if processes().is_main_process:
         print(
             f"accuracy {result.accuracy:.2f} % (best {result.best_accuracy:.2f} %) after {options.epochs} epochs in "
@@ -121,12 +122,10 @@ def train_explainer(options: argparse.Namespace) -> None:
     for name, value in recipe.training(model, options.mirror).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    if processes().is_main_process and not whole_checkpoints(options.output):
-        write_run(argparse.Namespace(**vars(options) | kept), train_data)
+    run_record = RunRecord(argparse.Namespace(**vars(options) | kept), train_data)
+    more = {"coalitions": options.coalitions, "mirror": options.mirror, "callbacks": [run_record]}
     with _epochs_logged():
-        result = recipe.train_explainer(
-            model, train_data, coalitions=options.coalitions, mirror=options.mirror, **_settings(options)
-        )
+        result = recipe.train_explainer(model, train_data, **_settings(options), **more)
     accuracy, _ = evaluate(model, test_data, options.batch_size, workers=options.workers, accelerator=_accelerator())
     if processes().is_main_process:
         print(

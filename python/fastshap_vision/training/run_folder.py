@@ -12,10 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._files import write_whole
 from ..data import datasets
 from ..data.timm_datasets import is_by_timm
 from ..images.preprocessing import Preprocessing
 from ..models.self_explaining import SelfExplainingClassifier
+from .agreement import of_main
+from .callbacks import Callback, RunStart
+from .checkpoint import whole_checkpoints
 
 RUN = "run.json"
 
@@ -111,21 +115,44 @@ def _checked(record: Any) -> tuple[Preprocessing, tuple[str, ...], dict[str, Any
     return Preprocessing.from_dict(record["preprocessing"]), tuple(classes), arguments
 
 
-def write_run(options: argparse.Namespace, data: Any) -> None:
-    """What explain and evaluate need to know, and what a reader wants to know."""
-    hidden = ("command", "name", "parser")
-    arguments = {name: value for name, value in vars(options).items() if name not in hidden}
-    for name in ("data_dir", "class_map"):
-        if arguments.get(name) is not None:
-            arguments[name] = arguments[name].resolve()
-    record = {
-        "arguments": arguments,
-        "classes": data.classes,
-        "preprocessing": data.preprocessing.as_dict(),
-        "versions": {name: version(name) for name in VERSIONS},
-    }
-    path = options.output / RUN
-    options.output.mkdir(parents=True, exist_ok=True)
+class RunRecord(Callback):
+    """Writes the record of a new run: what explain and evaluate need to know, and what a reader wants to know.
+
+    It is written where the run starts, when no other can write into the folder.
+
+    Args:
+        options: of the command.
+        data: that are trained on.
+
+    Raises:
+        ValueError: the folder holds a file of that name that is no such record.
+    """
+
+    def __init__(self, options: argparse.Namespace, data: Any) -> None:
+        hidden = ("command", "name", "parser")
+        arguments = {name: value for name, value in vars(options).items() if name not in hidden}
+        for name in ("data_dir", "class_map"):
+            if arguments.get(name) is not None:
+                arguments[name] = arguments[name].resolve()
+        self.content = {
+            "arguments": arguments,
+            "classes": data.classes,
+            "preprocessing": data.preprocessing.as_dict(),
+            "versions": {name: version(name) for name in VERSIONS},
+        }
+        _check_own(options.output / RUN)
+
+    def on_start(self, start: RunStart) -> None:
+        of_main(lambda: self._write(start.output))
+
+    def _write(self, output: Path | None) -> None:
+        if output is not None and not whole_checkpoints(output):
+            _check_own(output / RUN)
+            write_whole(output / RUN, (json.dumps(self.content, indent=2, default=str) + "\n").encode())
+
+
+def _check_own(path: Path) -> None:
+    """There is no such file, or it is a run's record."""
     try:
         _checked(json.loads(path.read_text()))
     except FileNotFoundError:
@@ -134,4 +161,3 @@ def write_run(options: argparse.Namespace, data: Any) -> None:
         raise ValueError(
             f"argument --output: {str(path)!r} exists, and fastshap train did not write it. Choose another folder."
         ) from None
-    path.write_text(json.dumps(record, indent=2, default=str) + "\n")
