@@ -87,6 +87,7 @@ def _fit(**arguments: Any) -> Any:
 _FIT = {"epochs": 1, "batch_size": 4, "opt": "adamw", "lr": 1e-3, "weight_decay": 0.05, "sched": "cosine"}
 _FIT |= {"warmup_epochs": 0, "clip_grad": None, "seed": 0, "workers": 0, "mixed_precision": "no"}
 _FIT |= {"compile": False, "grad_checkpointing": False, "progress": False, "channels_last": False, "sync_bn": False}
+_FIT |= {"fsdp": False}
 _FIT |= {"layer_decay": None, "opt_betas": None, "min_lr": 0.0, "warmup_lr": 1e-5, "smoothing": 0.0, "mixup": 0.0}
 _FIT |= {"cutmix": 0.0, "model_ema_decay": None, "grad_accum_steps": 1, "checkpoint_hist": 2, "checkpoint_steps": None}
 _FIT |= {"keep_best": None, "callbacks": (), "log_with": None, "log_interval": 100}

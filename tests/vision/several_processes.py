@@ -20,6 +20,7 @@ from accelerate import Accelerator, PartialState
 from torch.utils.data import TensorDataset
 
 from fastshap_vision._runtime.processes import processes, together
+from fastshap_vision.training.checkpoint import whole_checkpoints
 from fastshap_vision.training.monitor import TERMS
 from fastshap_vision.training.state import digest_of_record
 
@@ -43,6 +44,8 @@ def model_of(kind, seed=0):
 
     torch.manual_seed(seed)
     name, size, arguments = "vit_tiny_patch16_224", 16, {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    if kind == "eva":
+        name = "eva02_tiny_patch14_224"
     if kind == "cnn":
         name, size, arguments = "resnet10t", 64, {"channels": (8, 8, 16, 16)}
     model = SelfExplainingClassifier(name, 4, img_size=size, model_kwargs=arguments | {"in_chans": 1})
@@ -85,8 +88,8 @@ def trained(kind="vit", objective="joint", batch_size=4, seeds=False, stop_at=2.
     """A run: what each process ends with; None where it was stopped."""
     import fastshap_vision as fv
 
-    size = 16 if kind == "vit" else 64
-    images, held_out = digits(32 if kind == "vit" else 16, size), digits(13, size)
+    size = 64 if kind == "cnn" else 16
+    images, held_out = digits(16 if kind == "cnn" else 32, size), digits(13, size)
     model = model_of(kind, seed=int(os.environ.get("RANK", 0)) if seeds else 0)
     if objective == "explainer":
         images, held_out = (fv.record_coalitions(model, part, 8, progress=False) for part in (images, held_out))
@@ -98,7 +101,8 @@ def trained(kind="vit", objective="joint", batch_size=4, seeds=False, stop_at=2.
         return None
     names = {"epoch", "lr", "grad_norm", "eval_loss", "eval_accuracy", "eval_value_r2", *TERMS}
     history = [{name: value for name, value in row.items() if name in names} for row in result.history]
-    return {"weights": model.state_dict(), "history": history}
+    explained = model.explain(digits(3, size).tensors[0]).values
+    return {"weights": model.state_dict(), "history": history, "explained": explained}
 
 
 @scenario
@@ -198,11 +202,48 @@ def disks_of_nodes(folder):
 
 
 @scenario
-def stopped_and_resumed(folder, **options):
-    """A run that was stopped in its second epoch and goes on."""
+def stopped_and_resumed(folder, then=None, **options):
+    """A run that was stopped in its second epoch and goes on, with other options."""
     assert trained(output=folder, stop_at=0.7, **options) is None
-    assert (Path(folder) / "checkpoints" / "epoch_0001").exists()
-    return trained(output=folder, resume="auto", **options)
+    assert whole_checkpoints(Path(folder))[-1].name.startswith("epoch_0001")
+    return trained(output=folder, resume="auto", **options | (then or {}))
+
+
+@scenario
+def held_in_shards():
+    """The numbers that a process holds of the blocks in a step, and of all when the optimiser has used them."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    import fastshap_vision as fv
+    from fastshap_vision.games.hooks import has_hooks
+
+    def size(tensors):
+        return sum(getattr(tensor, "to_local", lambda tensor=tensor: tensor)().numel() for tensor in tensors)
+
+    found = {}
+
+    class Measured(fv.TaskObjective):
+        def __call__(self, model, *arguments, **options):
+            found["blocks"] = size(model.backbone.blocks.parameters())
+            found["packs"] = model.game.packs
+            hook = model.backbone.blocks[0].register_forward_hook(lambda *_: None)
+            found["another hook is seen"] = has_hooks(model.backbone.blocks[0])
+            hook.remove()
+            return super().__call__(model, *arguments, **options)
+
+    def measure(optimizer, *_):
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        found["weights"] = size(parameters)
+        found["gradients"] = size(parameter.grad for parameter in parameters if parameter.grad is not None)
+        found["averages"] = size(state["exp_avg"] for state in optimizer.state.values())
+
+    model, hook = model_of("vit"), register_optimizer_step_post_hook(measure)
+    fv.fit(model, digits(8, 16), objective=Measured(), epochs=1, batch_size=4, fsdp=True, progress=False)
+    hook.remove()
+    return found | {
+        "whole blocks": size(model.backbone.blocks.parameters()),
+        "whole": size(fv.TaskObjective().trained(model)),
+    }
 
 
 @scenario

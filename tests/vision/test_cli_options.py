@@ -27,6 +27,7 @@ OF_FIT = [
     (["--model-ema-decay", "0.99"], {"model_ema_decay": None}),
     (["--sync-bn"], {"sync_bn": True}),
     (["--channels-last"], {"channels_last": True}),
+    (["--fsdp"], {"fsdp": True}),
     (["--grad-accum-steps", "4"], {"grad_accum_steps": 4}),
     (["--checkpoint-hist", "5"], {"checkpoint_hist": 5}),
     (["--log-interval", "10"], {"log_interval": 10}),

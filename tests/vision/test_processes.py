@@ -9,7 +9,7 @@ from several_processes import ended, evaluated, start, trained
 from test_training import train
 from torch import nn
 
-from fastshap_vision import CheckpointError, TaskObjective
+from fastshap_vision import CheckpointError, SelfExplainingClassifier, TaskObjective
 from fastshap_vision.training.checkpoint import whole_checkpoints
 
 #: What the pair does, one after the other.
@@ -24,6 +24,21 @@ CALLS = {
 AGAINST_ONE = {name: {**arguments, "opt": "sgd", "lr": 0.05} for name, (_, arguments) in CALLS.items()}
 #: Batch norm normalises by each process's own batch where the encoder trains.
 del AGAINST_ONE["cnn joint"]
+#: Weights in shards, by FSDP2.
+SHARDED = {
+    **{name: AGAINST_ONE[f"vit {name}"] for name in ("joint", "explainer")},
+    "task": {"objective": "task", "opt": "sgd", "lr": 0.05, "epochs": 1},
+    "eva": {"kind": "eva", "objective": "joint", "opt": "sgd", "lr": 0.05, "epochs": 1},
+    "options": {
+        **{"objective": "joint", "opt": "sgd", "lr": 0.05, "epochs": 1, "grad_accum_steps": 2},
+        **{"grad_checkpointing": True, "layer_decay": 0.75},
+    },
+}
+BATCHES = {"options": 2}
+#: Steps by Adam, whose state counts; a norm for clipping, summed in another order, would make its rounding large.
+STEPS = {"objective": "joint", "clip_grad": None}
+#: Whether a run that was stopped within an epoch was in shards, and whether it then is.
+BEFORE_AND_AFTER = (True, True), (True, False), (False, True)
 TRAFFIC = {"objective": "explainer"}, {"objective": "joint"}, {"objective": "task", "grad_accum_steps": 2}
 
 
@@ -43,9 +58,22 @@ def pair(tmp_path_factory):
             for name, (_, arguments) in CALLS.items()
         },
     }
-    calls["commands"] = ("command_line", {"folder": str(folder / "digits")})  # last: they end the process group
+    # They end the process group; PyTorch keeps one that had shards, and with it what a next one of the same port reads.
+    calls["commands"] = ("command_line", {"folder": str(folder / "digits")})
+    for name, arguments in SHARDED.items():
+        sharded = arguments | {
+            "batch_size": BATCHES.get(name, 4),
+            "fsdp": True,
+            "output": str(folder / f"{name} sharded"),
+        }
+        calls[f"sharded: {name}"] = ("trained", sharded)
+    calls["held in shards"] = ("held_in_shards", {})
+    calls["steps"] = ("trained", STEPS)
+    for before, after in BEFORE_AND_AFTER:
+        options = {"fsdp": before, "then": {"fsdp": after}, "folder": str(folder / f"steps {before} {after}")}
+        calls[f"steps: {before}, then {after}"] = ("stopped_and_resumed", STEPS | {"checkpoint_steps": 1} | options)
     found = ended(folder, start(folder, 2, list(calls.values())))
-    return dict(zip(calls, zip(*found, strict=True), strict=True))
+    return dict(zip(calls, zip(*found, strict=True), strict=True)) | {"folder": folder}
 
 
 def assert_same(one, other):
@@ -82,6 +110,34 @@ def test_a_stopped_run_goes_on_to_the_same_bits(pair, call):
 def test_two_processes_train_as_one_with_the_same_batch(pair, call):
     """Coalitions, schedule and the regression's unit, too, are those of one batch of eight, not of two of four."""
     assert_close(pair[f"against one: {call}"][0], trained(batch_size=8, **AGAINST_ONE[call]))
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_model_in_shards_trains_as_a_whole_one(pair, name):
+    """Weights, history with its evaluations, explanations; both processes and what was saved hold the same model."""
+    one, other = pair[f"sharded: {name}"]
+    assert_same(one, other)
+    whole = trained(batch_size=2 * BATCHES.get(name, 4), **SHARDED[name])
+    for expected in [whole, *pair.get(f"against one: vit {name}", ())]:
+        assert_close(one, expected)
+        torch.testing.assert_close(one["explained"], expected["explained"], atol=1e-5, rtol=1e-5)
+    saved = SelfExplainingClassifier.from_pretrained(pair["folder"] / f"{name} sharded").state_dict()
+    assert all(torch.equal(saved[key], weight) for key, weight in one["weights"].items())
+
+
+def test_a_process_holds_half_of_a_model_in_shards(pair):
+    for found in pair["held in shards"]:
+        assert found["packs"]
+        assert found["another hook is seen"]
+        assert 0.45 < found["blocks"] / found["whole blocks"] < 0.55
+        assert 0.45 < found["weights"] / found["whole"] < 0.55
+        assert found["weights"] == found["gradients"] == found["averages"]
+
+
+@pytest.mark.parametrize(("before", "after"), BEFORE_AND_AFTER)
+def test_a_run_goes_on_in_shards_or_whole(pair, before, after):
+    for found in pair[f"steps: {before}, then {after}"]:
+        assert_close(found, pair["steps"][0])
 
 
 def test_an_evaluation_by_two_is_that_of_one(pair):

@@ -41,10 +41,10 @@ def processes() -> PartialState:
     """
     for name, engine in REFUSED.items():
         if parse_flag_from_env(name):
+            shards = " Then fit(fsdp=True) trains in shards." if engine == "FSDP" else ""
             raise ValueError(
-                f"fastshap_vision: accelerate is set to train by {engine} ({name} is {os.environ[name]!r}), but models "
-                "are trained whole on each device here. Choose multi-GPU or multi-CPU in `accelerate config`, or unset "
-                f"{name}."
+                f"fastshap_vision: accelerate is set to train by {engine} ({name} is {os.environ[name]!r}), which is "
+                f"not supported. Choose multi-GPU or multi-CPU in `accelerate config`, or unset {name}.{shards}"
             )
     without_gpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=without_gpu)

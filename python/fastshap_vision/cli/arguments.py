@@ -240,6 +240,7 @@ def _add_training(parser: argparse.ArgumentParser) -> Any:
     group.add_argument("--model-ema", action="store_true", help="keep and evaluate a moving average of the weights")
     group.add_argument("--model-ema-decay", type=_number(0, 1), default=0.9998, help="of --model-ema")
     group.add_argument("--channels-last", action="store_true", help="weights and images channels last in memory")
+    group.add_argument("--fsdp", action="store_true", help="weights in parts on the processes, by FSDP2")
     group.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0, help="of weights, data order and coalitions")
     group.add_argument("--amp", action="store_true", help="mixed precision")
     group.add_argument("--amp-dtype", choices=tuple(AMP_DTYPES), default="bfloat16", help="of mixed precision")

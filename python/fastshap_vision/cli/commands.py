@@ -156,6 +156,7 @@ def _settings(options: Any) -> dict[str, Any]:
         "grad_accum_steps": options.grad_accum_steps,
         "model_ema_decay": options.model_ema_decay if options.model_ema else None,
         "channels_last": options.channels_last,
+        "fsdp": options.fsdp,
         "checkpoint_hist": options.checkpoint_hist,
         "checkpoint_steps": options.checkpoint_steps,
         "log_with": options.log_with,

@@ -20,6 +20,7 @@ from .._log import say_once
 from .._runtime.onednn_linear import cpu_linears
 from .base import JointPass, pass_of_nothing
 from .coalitions import Coalitions
+from .sharded import run_gathered
 from .transformer import Layout, TransformerGame, heads_of, normed_sums
 
 
@@ -189,10 +190,6 @@ class TokenDropping(TransformerGame):
         block but the last, where they are wanted.
         """
         blocks = list(self.backbone.blocks)
-        # The first block's queries, keys and values depend on no coalition: once per image.
-        with cpu_linears(tokens):
-            qkv = self._queries_keys_values(blocks[0], blocks[0].norm1(tokens), None if rotary is None else rotary[0])
-        first_qkv: Tensor | None = layout.pack(qkv.flatten(2)).unflatten(1, qkv.shape[2:])
         owner = _row_owner(self.backbone, layout, rows.shape[0])
         positions = packed_positions = None
         for index, block in enumerate(blocks):
@@ -200,12 +197,13 @@ class TokenDropping(TransformerGame):
                 positions = rotary[index]
                 packed_positions = layout.pack(positions.expand(tokens.shape[0], -1, -1))
             keep = self._rows_that_are_read(layout) if index == len(blocks) - 1 else None
-            arguments = (block, rows, first_qkv, packed_positions, layout, owner, keep)
+            # The first block's queries, keys and values depend on no coalition: once per image.
+            of_images = (tokens, None if rotary is None else rotary[0]) if index == 0 else None
+            arguments = (self._run_block, block, rows, of_images, packed_positions, layout, owner, keep)
             if self.backbone.grad_checkpointing and torch.is_grad_enabled():
-                rows = checkpoint(self._run_block, *arguments, use_reentrant=False)
+                rows = checkpoint(run_gathered, block, *arguments, use_reentrant=False)
             else:
-                rows = self._run_block(*arguments)
-            first_qkv = None
+                rows = run_gathered(block, *arguments)
             if earlier is not None and self.intermediate_widths and index < len(blocks) - 1:
                 image_rows = rows[: tokens.shape[0] * tokens.shape[1]]
                 earlier.append(image_rows.unflatten(0, tokens.shape[:2])[:, self.prefix :])
@@ -220,17 +218,23 @@ class TokenDropping(TransformerGame):
         self,
         block: Any,
         rows: Tensor,
-        qkv: Tensor | None,
+        of_images: tuple[Tensor, Tensor | None] | None,
         rotary: Tensor | None,
         layout: Layout,
         owner: Tensor | None,
         keep: Tensor | None,
     ) -> Tensor:
-        """One pre-norm block on rows; `keep` selects the rows that later layers read."""
+        """One pre-norm block on rows; `keep` selects the rows that later layers read.
+
+        `of_images`, tokens and their rotary positions, are what the first block's rows were packed from.
+        """
         attention = block.attn
-        normed: Any = block.norm1(rows) if qkv is None or attention.gate is not None else None
-        if qkv is None:
+        normed: Any = block.norm1(rows) if of_images is None or attention.gate is not None else None
+        if of_images is None:
             qkv = self._queries_keys_values(block, normed, rotary)
+        else:
+            unpacked = self._queries_keys_values(block, block.norm1(of_images[0]), of_images[1])
+            qkv = layout.pack(unpacked.flatten(2)).unflatten(1, unpacked.shape[2:])
         attended = packed_attention(qkv, layout.cu_seqlens, layout.max_seqlen, scale=attention.scale).flatten(1)
         if keep is not None:
             rows, attended = rows[keep], attended[keep]

@@ -9,15 +9,18 @@ from torch.nn.modules import module as torch_module
 from torch.utils.module_tracker import ModuleTracker
 
 from .base import UnsupportedModelError
+from .sharded import is_of_sharding
 
+_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 #: The methods of a timm model that the games call or stand in for.
 _METHODS = ("forward", "forward_features", "forward_head", "pool", "_pos_embed")
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward."""
+    """Whether calling the module does more than its forward; gathering its weights is no more."""
     of = module.__dict__
-    return bool(of["_forward_hooks"] or of["_forward_pre_hooks"] or of["_backward_hooks"] or of["_backward_pre_hooks"])
+    found = of["_forward_hooks"] or of["_forward_pre_hooks"] or of["_backward_hooks"] or of["_backward_pre_hooks"]
+    return bool(found) and not all(is_of_sharding(hook) for kind in _KINDS for hook in of[kind].values())
 
 
 def has_global_hooks() -> bool:

@@ -26,6 +26,7 @@ from timm.layers.linear import Linear
 from torch import nn
 
 from .hooks import has_global_hooks, has_hooks, is_overridden
+from .sharded import class_of
 
 #: Modules whose output for a token depends on that token alone, in whatever shape the tokens come.
 TOKEN_BY_TOKEN: set[type[nn.Module]] = {
@@ -38,7 +39,7 @@ TOKEN_BY_TOKEN: set[type[nn.Module]] = {
 def packing_problems(backbone: Any, block_type: type, attention_types: tuple[type, ...]) -> list[str]:
     """What the packed pass can't do of these blocks as they are now; dense attention with a mask can."""
     blocks = list(backbone.blocks)
-    kinds = {type(block).__name__ for block in blocks if type(block) is not block_type}
+    kinds = {class_of(block).__name__ for block in blocks if class_of(block) is not block_type}
     if kinds:
         return [f"blocks of type {', '.join(sorted(kinds))} (supported: {block_type.__name__})"]
     others = {type(block.attn).__name__ for block in blocks if type(block.attn) not in attention_types}
@@ -53,7 +54,7 @@ def packing_problems(backbone: Any, block_type: type, attention_types: tuple[typ
     left: list[Any] = [*blocks, backbone.norm, backbone.fc_norm]
     while left:  # every pass comes here, and modules() takes longer
         module = left.pop()
-        if type(module) not in known:
+        if class_of(module) not in known:
             return [f"a {type(module).__name__} in its blocks or norms (packing does not know what it does)"]
         if has_hooks(module) or is_overridden(module):
             return [f"hooks on a {type(module).__name__}, or another forward of it (packing would miss them)"]

@@ -15,6 +15,7 @@ from fastshap_kernels._checks import check_count, check_flag
 from .._checks import check_choice
 from .._runtime.precision import lowered
 from ..games.coalitions import Coalitions
+from ..games.sharded import is_sharded
 from ..models.self_explaining import SelfExplainingClassifier
 from .base import Objective, ObjectiveTerms, check_not_recorded
 
@@ -128,9 +129,11 @@ def values_of_step(
 ) -> Tensor:
     """v(S) of a step's coalitions, (B, M, K): in chunks that bound the memory where they can be cut.
 
-    Cutting chunks reads the bits of unpaired coalitions, and is Python: neither for padded nor for compiled steps.
+    Cutting chunks reads the bits of unpaired coalitions, and is Python: neither for padded nor for compiled steps. Nor
+    where the model is sharded: a process with less free memory would run other passes than those that wait for it.
     """
-    if coalitions.rows is None and not torch.compiler.is_compiling():
+    is_cut = coalitions.rows is None and not torch.compiler.is_compiling()
+    if is_cut and not is_sharded(model.game.backbone):
         return model.coalition_values(images, coalitions, precision=precision)
     with lowered(model, precision):
         return model.game.values(images, coalitions)

@@ -41,6 +41,7 @@ from .._checks import shortened
 from .agreement import of_all, of_main
 from .averaging import Average
 from .export import PARTIAL, BestModel, write_model, write_summary
+from .sharding import Shards, gathered
 from .state import (
     MODEL,
     RECORD,
@@ -75,6 +76,7 @@ class Checkpoints:
         accelerator: of the run; it holds the loss scaling of fp16.
         settings: what must be the same for a resumed run to be the same run; JSON-able.
         average: of the model's weights, which is what users read.
+        shards: what trains in place of the model, if it is sharded. They are kept whole, as of a run without them.
         kept: checkpoints that stay, the newest ones.
         best: keeps the model of the best epoch.
         model, optimizer, objective: what is saved and restored. The states of optimizer and objective are made of
@@ -94,10 +96,11 @@ class Checkpoints:
         optimizer: Any,
         objective: Any,
         average: Average | None = None,
+        shards: Shards | None = None,
         kept: int = KEPT,
         best: BestModel | None = None,
     ) -> None:
-        self.average, self.kept, self.best = average, kept, best
+        self.average, self.shards, self.kept, self.best = average, shards, kept, best
         self.output = None if output is None else Path(output)
         self.accelerator = accelerator
         self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings)))  # tuples become lists, as in the file
@@ -162,30 +165,35 @@ class Checkpoints:
             return
         name = f"epoch_{len(history):04d}" + ("" if within is None else f"_step_{within.updates:08d}")
         folder = self.output / FOLDER / name
-        of_main(lambda: self._replace(folder, history, within))
+        state = self._state()  # by all, for they may hold a part each
+        of_main(lambda: self._replace(folder, history, within, state))
         self.newest = folder
 
-    def _replace(self, folder: Path, history: Sequence[Mapping[str, Any]], within: Within | None) -> None:
+    def _replace(
+        self, folder: Path, history: Sequence[Mapping[str, Any]], within: Within | None, state: dict[str, Any]
+    ) -> None:
         """The newest checkpoint and what is exported, in the place of older ones."""
         output = folder.parent.parent
         with self._writing(output):
-            self._write(folder, history, within)
+            self._write(folder, history, within, state)
             if within is None:
                 self._export(history, output)
             for old in whole_checkpoints(output)[: -self.kept]:
                 _remove(old)
 
-    def _write(self, folder: Path, history: Sequence[Mapping[str, Any]], within: Within | None) -> None:
+    def _write(
+        self, folder: Path, history: Sequence[Mapping[str, Any]], within: Within | None, state: dict[str, Any]
+    ) -> None:
         for leftover in folder.parent.glob("epoch_*.*"):  # of a run that was killed while it wrote or removed
             shutil.rmtree(leftover)
         partial = folder.with_name(folder.name + PARTIAL)
         partial.mkdir(parents=True)
         tensors: dict[str, Tensor] = {}
-        state = encode(self._state(), tensors)
+        encoded = encode(state, tensors)
         save_model(self.model, str(partial / MODEL))
         save_file(tensors, partial / STATE)
         files = {name: digest_of_file(partial / name) for name in (MODEL, STATE)}
-        record = {"settings": self.settings, "history": list(history), "files": files, "state": state}
+        record = {"settings": self.settings, "history": list(history), "files": files, "state": encoded}
         record["within"] = None if within is None else within._asdict()
         text = json.dumps({"digest": digest_of_record(record), "record": record}, indent=1)
         (partial / RECORD).write_text(text)
@@ -205,8 +213,9 @@ class Checkpoints:
     def _state(self) -> dict[str, Any]:
         """What changes in training, beside the model."""
         scaler = self.accelerator.scaler
+        of_optimizer = self.optimizer.state_dict()
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": of_optimizer if self.shards is None else gathered(of_optimizer),
             "objective": self.objective.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -243,6 +252,9 @@ class Checkpoints:
         try:
             load_model(self.model, folder / MODEL)
             state = decode(record["state"], load_file(folder / STATE))
+            if self.shards is not None:
+                self.shards.scatter()
+                state["optimizer"] = self.shards.scattered(state["optimizer"], self.optimizer)
             self.optimizer.load_state_dict(state["optimizer"])
             self.objective.load_state_dict(state["objective"])
             if self.average is not None:
@@ -295,8 +307,8 @@ class Checkpoints:
 
 
 def _decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that make a run another one: how a batch is split over processes and steps, and who loads it, do not."""
-    found = {name: value for name, value in settings.items() if name != "workers"}
+    """Those that make a run another one: how batch and model are split, and who loads the data, do not."""
+    found = {name: value for name, value in settings.items() if name not in ("workers", "fsdp")}
     split = [found.pop(name, None) for name in SPLIT]
     return found | {" × ".join(SPLIT): math.prod(split) if all(isinstance(part, int) for part in split) else split}
 

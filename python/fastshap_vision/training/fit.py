@@ -99,6 +99,7 @@ def fit(
     channels_last: bool = False,
     checkpoint_hist: int = 2,
     sync_bn: bool = False,
+    fsdp: bool = False,
     output: str | Path | None = None,
     resume: str | Path | None = None,
     checkpoint_steps: int | None = None,
@@ -143,6 +144,8 @@ def fit(
         checkpoint_hist: how many checkpoints are kept, the newest ones.
         sync_bn: batch norm takes the statistics of all processes' batches (torch.nn.SyncBatchNorm, for GPUs), not those
             of each. The model has its own modules again after the run.
+        fsdp: whether weights, gradients and the optimiser's state lie in parts on the processes while they train, by
+            PyTorch's FSDP2 (`fully_shard`). docs/scale.md says for which models and arguments.
         output: the run's folder: summary.csv, model.safetensors and checkpoints, written after every epoch. None
             writes nothing. One run at a time writes to a folder.
         resume: None starts anew (and refuses an output folder that holds a run); "auto" goes on from the newest
@@ -205,11 +208,12 @@ def fit(
         "grad_checkpointing": grad_checkpointing,
         "channels_last": channels_last,
         "sync_bn": sync_bn,
+        "fsdp": fsdp,
     }
     check_kinds(model, objective, output)
     checkpoint_steps = checked_checkpoints(checkpoint_steps, output)
     flags = {"grad_checkpointing": grad_checkpointing, "channels_last": channels_last, "sync_bn": sync_bn}
-    flags["progress"] = progress
+    flags |= {"fsdp": fsdp, "progress": progress}
     for name, flag in flags.items():
         check_flag("fit", name, flag)
     kept = check_count("fit", "checkpoint_hist", checkpoint_hist, 1, 2**31 - 1)
@@ -239,6 +243,7 @@ def fit(
             optimizer=run.optimizer,
             objective=objective,
             average=run.average,
+            shards=run.shards,
             kept=kept,
             best=best,
         )

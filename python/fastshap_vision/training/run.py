@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,8 +27,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from fastshap_kernels._checks import describe
-
 from .._runtime.processes import processes, together
 from .._runtime.progress import progress_bar
 from ..data.recorded import RecordedCoalitions
@@ -38,34 +37,15 @@ from .batch_norm import batch_norms, counted_once
 from .callbacks import RunStart, StepReport
 from .evaluate import Batch, check_data, evaluate
 from .loader import training_loader
-from .monitor import TERMS, TermReader, joined_states
+from .monitor import TermReader, joined_states
 from .settings import check_batch, create_optimizer
+from .sharding import Shards, check_shardable, whole
 from .soft_labels import soft_labels
 from .speed import Speed
 from .state import Within
+from .step import TrainingStep, freeze_others, prepare_step
 from .stopping import StopRequest
 from .tracking import Watched
-
-
-class TrainingStep(nn.Module):
-    """The objective's terms as one forward pass, so that accelerate's precision and gradient exchange cover it all."""
-
-    def __init__(self, model: nn.Module, objective: Any) -> None:
-        super().__init__()
-        self.model = model
-        # In a tuple, so that an objective that is a module is no part of the model's weights.
-        self._objective = (objective,)
-
-    def forward(self, images: Tensor, labels: Tensor, progress: float) -> dict[str, Tensor]:
-        with together():
-            terms = self._objective[0](self.model, images, labels, progress=progress)
-        loss = getattr(terms, "loss", None)
-        if not isinstance(loss, Tensor) or loss.ndim:
-            raise ValueError(
-                "fit: the `objective` must return terms with a scalar tensor `loss`, as ObjectiveTerms(loss), but its "
-                f"loss is {describe(loss)}."
-            )
-        return {name: getattr(terms, name) for name in TERMS if getattr(terms, name, None) is not None}
 
 
 class TrainingRun:
@@ -113,22 +93,26 @@ class TrainingRun:
         self.coalitions = len(data[0][1]["bits"]) if is_recorded else objective.settings.get("coalitions", 0)
         self.model = model
         self.objective = objective
-        backbone = model.backbone if isinstance(model, SelfExplainingClassifier) else model
-        self.encoder = list(backbone.parameters())
-        of_encoder = {id(parameter) for parameter in self.encoder}
-        self.explainer = [parameter for parameter in model.parameters() if id(parameter) not in of_encoder]
-        _freeze_others(model, objective)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
+        if settings["fsdp"]:
+            check_shardable(model, objective, settings, self.accelerator.num_processes)
+        step = TrainingStep(copy.deepcopy(model) if settings["fsdp"] else model, objective)
+        freeze_others(step.model, objective)
+        if not any(parameter.requires_grad for parameter in step.model.parameters()):
             raise ValueError(
                 "fit: argument `model` has no trainable parameter: all are frozen (requires_grad is False). Unfreeze "
                 "some with requires_grad_(True)."
             )
-        _prepare_step(model, objective, settings)
+        prepare_step(step.model, objective, settings)
         if settings["sync_bn"]:
             self._synchronise_batch_norms()
         self.counted_once = partial(counted_once, batch_norms(model)) if settings["grad_checkpointing"] else nullcontext
+        self.shards = Shards(model, step, self.accelerator) if settings["fsdp"] else None
+        backbone: Any = step.model.backbone if isinstance(model, SelfExplainingClassifier) else step.model
+        self.encoder = list(backbone.parameters())
+        of_encoder = {id(parameter) for parameter in self.encoder}
+        self.explainer = [parameter for parameter in step.model.parameters() if id(parameter) not in of_encoder]
         set_seed(settings["seed"])
-        optimizer = create_optimizer(model, settings)
+        optimizer = create_optimizer(step.model, settings)
         self.soft_labels = soft = soft_labels(model, data[0], settings)
         classes = objective.label_classes(model)
         loader = training_loader(
@@ -142,9 +126,11 @@ class TrainingRun:
         )
         self.rows: Any = loader.sampler
         self.batches = 0  # of this process and epoch, done
-        self.step, self.optimizer, self.loader = self.accelerator.prepare(
-            TrainingStep(model, objective), optimizer, loader
-        )
+        if self.shards is None:
+            self.step, self.optimizer, self.loader = self.accelerator.prepare(step, optimizer, loader)
+        else:
+            self.step = step
+            self.optimizer, self.loader = self.accelerator.prepare(optimizer, loader)
         # The schedule holds no state: step_update says which update it is.
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
@@ -208,6 +194,8 @@ class TrainingRun:
         """
         speed = Speed(self.accelerator.device, self.accelerator.num_processes, self.coalitions)
         reader = TermReader(epoch, self.log_interval, partial(self._log, epoch, speed, bar))
+        if self.shards is not None:
+            self.shards.release()
         self.step.train()
         self.loader.set_epoch(epoch)
         self.rows.set_epoch(epoch)  # accelerate 1.0 does so for one process alone
@@ -222,9 +210,13 @@ class TrainingRun:
             stop = self.stop.agreed(self.accelerator)
             is_due = self.checkpoint_steps and (epoch * self.updates + updates) % self.checkpoint_steps == 0
             if updates < self.updates and (stop or is_due):
+                if self.shards is not None:
+                    self.shards.gather()
                 save(Within(updates, seconds_before + speed.seconds, gather_object([reader.state()])))
             if updates < self.updates and stop:
                 raise self.stop.error(stop, f"in epoch {epoch + 1} after {updates} of {self.updates} updates")
+        if self.shards is not None:
+            self.shards.bring()
         share_buffers(self.model.buffers())
         if self.average is not None:
             share_buffers(self.average.module.buffers())
@@ -324,7 +316,7 @@ class TrainingRun:
         norms = []
         for parameters in (self.encoder, self.explainer):
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            norms.append(nn.utils.get_total_norm(gradients))
+            norms.append(whole(nn.utils.get_total_norm(gradients)))
             if most is not None:
                 nn.utils.clip_grads_with_norm_(parameters, most, norms[-1])
         self.optimizer.step()
@@ -342,35 +334,6 @@ class TrainingRun:
             found |= self.objective.evaluate(self.model, data, **options)
         self.callbacks.on_evaluate(found)
         return found
-
-
-def _freeze_others(model: nn.Module, objective: Any) -> None:
-    """No gradients of what the objective does not train: none are exchanged. `as_found` gives them back."""
-    trained = {id(parameter) for parameter in objective.trained(model)}
-    for parameter in model.parameters():
-        if id(parameter) not in trained:
-            parameter.requires_grad_(False)
-
-
-def _prepare_step(model: Any, objective: Any, settings: dict[str, Any]) -> None:
-    """What changes how a step is computed, and not what it computes."""
-    if settings["grad_checkpointing"]:
-        if not hasattr(model, "set_grad_checkpointing"):
-            raise ValueError(
-                "fit: argument `grad_checkpointing` needs a model with set_grad_checkpointing, and "
-                f"{type(model).__name__} has none. Leave it out, or train a timm model that has."
-            )
-        model.set_grad_checkpointing(True)
-    if settings["channels_last"]:
-        model.to(memory_format=torch.channels_last)
-    if settings["compile"]:
-        if not hasattr(objective, "compile"):
-            raise ValueError(
-                f"fit: argument `compile` needs an objective with compile, and {type(objective).__name__} has none. "
-                "Leave it out, or use JointObjective or TaskObjective."
-            )
-        # Shapes are those of full batches; a size seen for the first time gets a program of its own.
-        objective.compile(dynamic=False)
 
 
 def _identity(data: Any, objective: Any) -> dict[str, Any]:
