@@ -168,6 +168,23 @@ def error_of(work):
 
 
 @scenario
+def errors_of_others():
+    """What each process hears of errors that can't be pickled, or not made again: of the first, and of the last."""
+    from fastshap_vision.training.agreement import of_all, of_main
+
+    class Unknown(Exception):
+        def __init__(self, code, reason):
+            super().__init__(f"{code}: {reason}")
+
+    def fail(rank):
+        if int(os.environ["RANK"]) == rank:
+            raise Unknown(7, "the archive is locked")
+
+    processes()
+    return [error_of(lambda: of_main(lambda: fail(0))), error_of(lambda: of_all(lambda: fail(1)))]
+
+
+@scenario
 def called_otherwise():
     """The processes were given different learning rates."""
     return {"error": error_of(lambda: trained(lr=0.01 * (1 + int(os.environ["RANK"]))))}

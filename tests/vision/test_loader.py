@@ -2,6 +2,7 @@
 
 import multiprocessing
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from test_training import CountingObjective, assert_same_weights, interrupt, timeless, train
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
+import fastshap_vision as fv
+from fastshap_vision._runtime.errors import sendable
 from fastshap_vision.training.loader import EpochRows, SeededRows, training_loader
 
 
@@ -96,6 +99,65 @@ def test_a_run_that_fails_ends_its_workers(method, tmp_path):
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=100)
     assert done.returncode == 1
     assert "OSError: no such row" in done.stderr
+
+
+class Locked(Noisy):
+    """Whose error no other process could read."""
+
+    def __getitem__(self, row):
+        class Unknown(Exception):
+            pass
+
+        if get_worker_info() is not None:
+            raise Unknown("the archive is locked")
+        return self.images[row], row % 3
+
+
+READERS = {
+    "fit": lambda data: train(workers=1, epochs=1, data=data),
+    "evaluate": lambda data: fv.evaluate(torch.nn.Flatten(), data, 8, workers=1),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_the_error_of_a_worker_reaches_the_run_whatever_its_class(reader):
+    """One that can't be pickled never left the worker, and the run waited for ever."""
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("no error came"))
+    signal.alarm(60)
+    try:
+        READERS[reader](Locked())
+        said = "no error"
+    except RuntimeError as error:  # not pytest.raises, which keeps the error, and by it the workers
+        said = str(error)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert "RuntimeError: Unknown: the archive is locked" in said
+
+
+class Coded(Exception):
+    def __init__(self, code, reason):
+        super().__init__(f"{code}: {reason}")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("wrong"),
+        FileNotFoundError(2, "No such file", "a.png"),
+        UnicodeDecodeError("utf-8", b"x", 0, 1, "odd"),
+        fv.CheckpointError("damaged"),
+    ],
+)
+def test_errors_that_can_be_made_again_are_sent_as_they_are(error):
+    assert sendable(error) is error
+
+
+@pytest.mark.parametrize("error", [Coded(7, "locked"), ValueError(lambda: 1)])
+def test_of_others_the_words_are_sent(error):
+    found = sendable(error)
+    assert type(found) is RuntimeError
+    assert str(found) == f"{type(error).__name__}: {error}"
 
 
 def test_reading_leaves_the_runs_own_generators_alone():

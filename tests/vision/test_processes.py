@@ -48,6 +48,7 @@ def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     calls = CALLS | {
         "other seeds": ("refused", {"seeds": True}),
+        "errors": ("errors_of_others", {}),
         "other arguments": ("called_otherwise", {}),
         "evaluated": ("evaluated", {}),
         **{f"against one: {name}": ("trained", arguments) for name, arguments in AGAINST_ONE.items()},
@@ -160,6 +161,11 @@ def test_models_that_differ_are_refused_by_both(pair):
     for found in pair["other seeds"]:
         assert found["error"].startswith("TrainingError: fit: all processes must hold the same model before the first")
         assert "tensors differ between processes 0 and 1, backbone.cls_token among them" in found["error"]
+
+
+def test_both_hear_of_an_error_of_one(pair):
+    """One that could not be pickled ended the process that sent it, and the other waited for ever."""
+    assert pair["errors"] == (2 * ["RuntimeError: Unknown: 7: the archive is locked"],) * 2
 
 
 def test_calls_that_differ_are_refused_by_both(pair):

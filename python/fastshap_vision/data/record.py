@@ -21,6 +21,7 @@ from fastshap_kernels._checks import check_count, check_flag, fail
 
 from .._checks import check_choice
 from .._modes import evaluating
+from .._runtime.errors import SendableErrors
 from .._runtime.precision import PRECISIONS
 from .._runtime.processes import processes
 from .._runtime.progress import progress_bar
@@ -170,9 +171,8 @@ class _Recorder:
         ]
         # A generator of its own: the loader draws a seed for its workers, and the process's stays as it was.
         generator = torch.Generator()
-        loader = DataLoader(
-            self.data, batch_sampler=batches, num_workers=self.workers, collate_fn=images_of, generator=generator
-        )
+        data, workers = SendableErrors(self.data), self.workers
+        loader = DataLoader(data, batch_sampler=batches, num_workers=workers, collate_fn=images_of, generator=generator)
         features = self.manifest.store == "features"
         total, parts = sum(map(len, batches)), []
         with (

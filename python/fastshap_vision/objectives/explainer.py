@@ -13,6 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from fastshap_kernels._checks import check_flag
 
 from .._modes import evaluating
+from .._runtime.errors import SendableErrors
 from .._runtime.processes import part_of, together, whole_of
 from .._runtime.signals import leaving_to_main
 from ..games.coalitions import Coalitions
@@ -111,7 +112,7 @@ class ExplainerObjective(Objective):
         like, found = next(model.parameters()), []
         batches = part_of([list(batch) for batch in BatchSampler(range(len(data)), batch_size, drop_last=False)])
         options: dict[str, Any] = {"num_workers": workers, "worker_init_fn": leaving_to_main()}
-        loader = DataLoader(data, batch_sampler=batches, generator=torch.Generator(), **options)
+        loader = DataLoader(SendableErrors(data), batch_sampler=batches, generator=torch.Generator(), **options)
         with evaluating(model), together(False):
             for images, recorded in loader:
                 recorded = {name: tensor.to(like.device) for name, tensor in recorded.items() if name != "label"}

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from fastshap_kernels._checks import check_count, check_flag, fail
 
 from .._modes import evaluating
+from .._runtime.errors import SendableErrors
 from .._runtime.progress import progress_bar
 from ..explanations.link import probabilities
 from ..models.self_explaining import SelfExplainingClassifier
@@ -176,7 +177,7 @@ def loader_of(
     model: SelfExplainingClassifier, images: Sequence[StoredImage], batch_size: int, workers: int
 ) -> DataLoader:
     """The images' batches, in their order. A generator of its own leaves the process's as it is."""
-    data = Inputs(images, model.preprocessing)  # type: ignore[arg-type]
+    data = SendableErrors(Inputs(images, model.preprocessing))  # type: ignore[arg-type]
     pin = next(model.parameters()).device.type == "cuda"
     return DataLoader(
         data, batch_size, num_workers=workers, collate_fn=collate, pin_memory=pin, generator=torch.Generator()

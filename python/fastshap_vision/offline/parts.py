@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from .._files import write_whole
+from .._runtime.errors import sendable
 from .._runtime.processes import processes
 from .rows import ParquetFile, Rows, ShardFiles, facts_of
 
@@ -50,7 +51,7 @@ class Parts:
                 try:
                     lock, said[0] = self._begin()
                 except Exception as error:
-                    said[1] = error
+                    said[1] = sendable(error)
             broadcast_object_list(said)
             if said[1] is not None:
                 raise said[1]

@@ -12,6 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
+from .._runtime.errors import sendable
 from .monitor import TrainingError
 
 T = TypeVar("T")
@@ -26,7 +27,7 @@ def of_main(work: Callable[[], T]) -> T:
         try:
             outcome = [work(), None]
         except Exception as error:  # whatever it is, no process may wait for this one
-            outcome = [None, error]
+            outcome = [None, sendable(error)]
     found, failure = broadcast_object_list(outcome)
     if failure is not None:
         raise failure
@@ -41,7 +42,7 @@ def of_all(work: Callable[[], T]) -> list[T]:
     try:
         outcome = (work(), None)
     except Exception as error:
-        outcome = (None, error)
+        outcome = (None, sendable(error))
     outcomes = gather_object([outcome])
     for _, failure in outcomes:
         if failure is not None:

@@ -17,6 +17,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from fastshap_kernels._checks import check_count, describe, fail
 
 from .._modes import evaluation_mode
+from .._runtime.errors import SendableErrors
 from .._runtime.signals import leaving_to_main
 from ..data.recorded import RecordedCoalitions
 from ..models.self_explaining import SelfExplainingClassifier
@@ -107,7 +108,7 @@ def _summed(
         torch.zeros(4, dtype=torch.int64, device=like.device),
     )
     with evaluation_mode(model), torch.inference_mode():
-        for row, (images, labels) in enumerate(DataLoader(data, batch_sampler=batches, **options)):
+        for row, (images, labels) in enumerate(DataLoader(SendableErrors(data), batch_sampler=batches, **options)):
             with precision():
                 logits = model(images.to(like.device, like.dtype)).float()
             loss, *found = _scores(logits, labels.to(like.device))

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from .._runtime.errors import SendableErrors
 from .._runtime.signals import leaving_to_main
 
 #: A row of the data in an epoch.
@@ -58,7 +59,7 @@ class SeededRows(Dataset):
     """
 
     def __init__(self, data: Any, seed: int) -> None:
-        self.data, self.seed = data, seed
+        self.data, self.seed = SendableErrors(data), seed
 
     def __len__(self) -> int:
         return len(self.data)
@@ -67,9 +68,7 @@ class SeededRows(Dataset):
         """A batch at once, as torch's DataLoader takes it."""
         numbers = [row for _, row in rows]
         with _drawing_from(_seeds(self.seed, *rows[0])):
-            if hasattr(self.data, "__getitems__"):
-                return list(self.data.__getitems__(numbers))
-            return [self.data[number] for number in numbers]
+            return self.data.__getitems__(numbers)
 
 
 def training_loader(
