@@ -244,7 +244,7 @@ def measure_memory(requests: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", default=NETWORKS, help="of timm, for the latency")
+    parser.add_argument("--networks", nargs="*", default=NETWORKS, help="of timm, for the latency")
     parser.add_argument("--turns", type=int, default=60)
     parser.add_argument("--malformed", type=int, default=10_000, help="requests")
     parser.add_argument("--memory", type=int, default=20_000, help="requests, at least 10")

@@ -1,7 +1,9 @@
 """The backend under test, and inputs for it. How close is close enough: `fastshap_kernels.testing`."""
 
 import os
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -32,3 +34,13 @@ def all_coalitions(players):
 def normal(generator, *shape, dtype=torch.float64):
     """Normal numbers, the same in every dtype but for rounding."""
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def check_gradients(op: Callable[..., Any], inputs: Any) -> None:
+    """First and second derivatives, against differences of values in float64.
+
+    In random directions where a kernel is interpreted: it is called as often as there are numbers otherwise.
+    """
+    fast = BACKEND == "triton"
+    torch.autograd.gradcheck(op, inputs, fast_mode=fast)
+    torch.autograd.gradgradcheck(op, inputs, fast_mode=fast)

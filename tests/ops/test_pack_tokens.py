@@ -1,6 +1,16 @@
 import pytest
 import torch
-from accuracy import BACKEND, BACKENDS, DTYPES, KERNELS, PLAYERS, assert_all_accurate, normal, random_bits
+from accuracy import (
+    BACKEND,
+    BACKENDS,
+    DTYPES,
+    KERNELS,
+    PLAYERS,
+    assert_all_accurate,
+    check_gradients,
+    normal,
+    random_bits,
+)
 
 import fastshap_kernels as fk
 
@@ -233,10 +243,7 @@ def test_gradcheck(generator):
             def op(x, given=given, options=options, backend=backend):
                 return fk.pack_tokens(x, given, 1, **options, backend=backend)[0]
 
-            # In random directions where a kernel is interpreted: it is called as often as there are numbers otherwise.
-            fast = BACKEND == "triton"
-            torch.autograd.gradcheck(op, tokens.clone().requires_grad_(), fast_mode=fast)
-            torch.autograd.gradgradcheck(op, tokens.clone().requires_grad_(), fast_mode=fast)
+            check_gradients(op, tokens.clone().requires_grad_())
 
 
 @pytest.mark.parametrize("paired", [True, False])
