@@ -34,7 +34,7 @@ def test_what_is_known_is_taken(objective, kind, opt):
 @pytest.mark.parametrize(
     ("name", "value", "remedy"),
     [
-        ("mixed_precision", "bf16", "'no'"),
+        ("mixed_precision", "fp16", "'no' or 'bf16'"),
         ("compile", True, "False"),
         ("channels_last", True, "False"),
         ("sync_bn", True, "False"),
@@ -62,6 +62,12 @@ def test_models_that_do_not_drop_tokens_are_refused():
 def test_other_objectives_are_refused(objective):
     with pytest.raises(ValueError, match=f"JointObjective, .*, and not tested with {objective.__name__}"):
         check(objective=objective())
+
+
+def test_8_bit_targets_are_refused():
+    with pytest.raises(ValueError, match=r"no target_precision='fp8', .* with target_precision='bf16'"):
+        check(objective=fv.JointObjective(target_precision="fp8"))
+    check(objective=fv.JointObjective(target_precision="bf16"))
 
 
 def test_one_process_is_refused():

@@ -27,7 +27,7 @@ OBJECTIVES = (JointObjective, ExplainerObjective, TaskObjective)
 OPTIMIZERS = ("adamw", "sgd")
 #: Arguments of `fit` with the values that they may have.
 OPTIONS: dict[str, tuple[Any, ...]] = {
-    "mixed_precision": ("no",),
+    "mixed_precision": ("no", "bf16"),
     "compile": (False,),
     "channels_last": (False,),
     "sync_bn": (False,),
@@ -59,6 +59,11 @@ def check_shardable(model: nn.Module, objective: Any, settings: Mapping[str, Any
             f"fit: argument `fsdp` is for {', '.join(kind.__name__ for kind in OBJECTIVES)}, and not tested with "
             f"{type(objective).__name__}. Leave it out."
         )
+    if getattr(objective, "target_precision", None) == "fp8":
+        raise ValueError(
+            "fit: argument `fsdp` has no target_precision='fp8', which takes all weights of the encoder at once. Leave "
+            "`fsdp` out, or make the objective with target_precision='bf16'."
+        )
     for name, allowed in OPTIONS.items():
         if settings[name] not in allowed:
             words = " or ".join(repr(value) for value in allowed)
@@ -86,7 +91,7 @@ class Shards:
         self.whole, self.model, self.device = whole, step.model, accelerator.device
         mesh = init_device_mesh(self.device.type, (accelerator.num_processes,))
         whole.to(self.device)
-        step.to(self.device)
+        accelerator.prepare_model(step, evaluation_mode=True)  # places it, in accelerate's precision
         for block in self.model.backbone.blocks:
             shard_block(block, partial(fully_shard, mesh=mesh))
         fully_shard(step, mesh=mesh)
