@@ -19,10 +19,10 @@ import torch
 from accelerate import Accelerator, PartialState
 from torch.utils.data import TensorDataset
 
+from fastshap_vision._runtime.digest import digest_of_json
 from fastshap_vision._runtime.processes import processes, together
 from fastshap_vision.training.checkpoint import whole_checkpoints
 from fastshap_vision.training.monitor import TERMS
-from fastshap_vision.training.state import digest_of_record
 
 SCENARIOS = {}
 
@@ -207,7 +207,7 @@ def disks_of_nodes(folder):
         record = run / "checkpoints" / "epoch_0001" / "record.json"
         content = json.loads(record.read_text())
         content["record"]["history"][0]["lr"] = 0.5
-        content["digest"] = digest_of_record(content["record"])
+        content["digest"] = digest_of_json(content["record"])
         record.write_text(json.dumps(content))
     found["another there"] = error_of(lambda: trained(output=run, resume="auto"))
     if rank:

@@ -96,7 +96,7 @@ def test_how_a_step_is_computed_reaches_training(pictures, tmp_path, monkeypatch
         assert asked["grad_checkpointing"] is ("--grad-checkpointing" in flags)
 
 
-def test_train_writes_a_run(run, pictures, capsys):
+def test_train_writes_a_run(run, pictures, tmp_path, capsys):
     record = json.loads((run / "run.json").read_text())
     assert record["classes"] == ["ant", "bee", "cow"]
     assert record["arguments"]["lr"] == 0.001
@@ -112,6 +112,20 @@ def test_train_writes_a_run(run, pictures, capsys):
     assert main([str(argument) for argument in [*again, "--resume"]]) == 0
     assert "accuracy" in capsys.readouterr().out
     assert "lr was 0.001 and is 0.5" in fails(capsys, [*again, "--resume", "--lr", "0.5"])
+    changed = {
+        ("--no-aug",): "data.augment was True and is False",
+        ("--aa", "rand-m9-mstd0.5-inc1"): "data.augment was True and is {'auto_augment': 'rand-m9-mstd0.5-inc1'}",
+        ("--reprob", "0.25"): "data.augment was True and is {'re_prob': 0.25}",
+        ("--resize", "torch"): "data.resize was 'pillow' and is 'torch'",
+        ("--crop-pct", "0.5"): "data.preprocessing.crop_pct was 0.9 and is 0.5",
+        ("--drop-path", "0.5"): "'drop_path_rate': 0.5",
+        ("--removal", "pixel"): "model.removal was 'token' and is 'pixel'",
+        ("--backbone-gradient", "0.5"): "model.backbone_gradient was 0.0 and is 0.5",
+        ("--class-map", str(tmp_path / "map.txt")): "data.classes was",
+    }
+    (tmp_path / "map.txt").write_text("bee\nant\ncow\n")
+    for flags, words in changed.items():
+        assert words in fails(capsys, [*again, "--resume", *flags]), flags
     assert json.loads((run / "run.json").read_text()) == record
 
 

@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Subset
 from vision_transformers import create, image_size, images, labelled
@@ -120,6 +122,55 @@ def test_other_images_are_refused_before_any_is_recorded(tmp_path):
         fv.record_coalitions(converted("class token"), others, 4, output=tmp_path, shard=4, batch_size=3)
     assert SHARDS[1] not in names(tmp_path)
     assert torch.equal(record(tmp_path).values, whole.values)
+
+
+def photographs(folder, names="abcdef"):
+    for number, name in enumerate(names):
+        for split in ("train", "test"):
+            (folder / split / "one").mkdir(parents=True, exist_ok=True)
+            picture = Image.new("RGB", (60, 50), (40 * number, 90, 120))
+            picture.putpixel((7, 9), (255, 0, number))
+            picture.save(folder / split / "one" / f"{name}.png")
+    return folder
+
+
+def test_images_are_known_by_their_names_and_by_what_is_made_of_them(tmp_path):
+    """Mean and deviation of some pixels do not tell a sharper image, or one that was put in the place of another."""
+    kind, folder = "class token", photographs(tmp_path / "photographs")
+    size = image_size(kind)
+
+    def of(folder, **options):
+        preprocessing = fv.Preprocessing((3, size, size), (0.5,) * 3, (0.5,) * 3, crop_pct=0.9)
+        options = {"data_dir": folder, "preprocessing": preprocessing, "augment": False} | options
+        return fv.load_dataset("folder", "train", **options)
+
+    kept = fv.record_coalitions(converted(kind), of(folder), 4, output=tmp_path / "kept")
+    moved = folder.rename(tmp_path / "moved")
+    assert fv.RecordedCoalitions.load(tmp_path / "kept", of(moved)).digest == kept.digest
+    sharper = replace(of(moved).preprocessing, interpolation="bicubic")
+    others = {
+        "data.preprocessing.interpolation was 'bilinear' and is 'bicubic'": of(moved, preprocessing=sharper),
+        "data.resize was 'pillow' and is 'torch'": of(moved, resize="torch"),
+        "data.images was": Subset(of(moved), [0, 1, 2, 3, 5, 4]),
+    }
+    renamed = photographs(tmp_path / "renamed", "abdefz")
+    others |= {"data.images was '": of(renamed)}
+    for words, data in others.items():
+        with pytest.raises(ValueError, match=f"but these are others: .*{words}"):
+            fv.RecordedCoalitions.load(tmp_path / "kept", data)
+        with pytest.raises(ValueError, match=f"holds another recording: .*{words}"):
+            fv.record_coalitions(converted(kind), data, 4, output=tmp_path / "kept")
+
+
+def test_a_recording_goes_on_in_the_precision_that_it_was_begun_in(tmp_path):
+    """What "auto" is depends on the machine."""
+    assert record(tmp_path / "here").manifest.precision == "same"
+    there = record(tmp_path / "there", precision="bf16")
+    (tmp_path / "there" / SHARDS[1]).unlink()
+    found = record(tmp_path / "there", precision="auto")
+    assert (found.digest, found.manifest.precision) == (there.digest, "bf16")
+    with pytest.raises(ValueError, match="precision was 'bf16' and is 'same'"):
+        record(tmp_path / "there", precision="same")
 
 
 def test_a_folder_of_other_things_is_left_alone(tmp_path):

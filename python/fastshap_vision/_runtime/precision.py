@@ -46,18 +46,23 @@ def lowered(model: nn.Module, precision: str = "auto") -> AbstractContextManager
 
     Source: Micikevicius et al., FP8 formats for deep learning, arXiv 2209.05433.
     """
-    check_choice("precision", precision, PRECISIONS)
-    parameter = next(model.parameters())
-    device = parameter.device
-    if precision == "auto":
-        is_plain = parameter.dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
-        precision = "bf16" if device.type == "cuda" and is_plain else "same"
+    precision, device = resolved(model, precision), next(model.parameters()).device
     if precision == "same":
         return nullcontext()
     if precision == "bf16":
         return torch.autocast(device.type, torch.bfloat16)
     _check_float8(device)
     return _float8(model, device)
+
+
+def resolved(model: nn.Module, precision: str) -> str:
+    """What "auto" is for this model, where it is; others are what they are."""
+    check_choice("precision", precision, PRECISIONS)
+    if precision != "auto":
+        return precision
+    parameter = next(model.parameters())
+    is_plain = parameter.dtype == torch.float32 and not torch.is_autocast_enabled(parameter.device.type)
+    return "bf16" if parameter.device.type == "cuda" and is_plain else "same"
 
 
 def _check_float8(device: torch.device) -> None:

@@ -21,6 +21,7 @@ from .._checks import check_choice
 from ..images.preprocessing import LARGEST_SIZE, Preprocessing, of_channels
 from . import timm_datasets
 from .folder import FolderImages, load_folder
+from .identity import identified
 from .timm_datasets import TimmImages
 
 DATASETS = ("digits", "folder")
@@ -173,12 +174,15 @@ def load_dataset(
     if name == "digits":
         if kept is not None:
             raise ValueError("load_dataset: argument `class_map`: the digits have their own classes. Leave it out.")
-        return _load_digits(split, found, bool(augment))
-    if of_timm:
-        return timm_datasets.load(name, split, data_dir, found, augment, kept, resize, options)
-    if not isinstance(data_dir, (str, Path)):
+        loaded: Any = _load_digits(split, found, bool(augment))
+    elif of_timm:
+        loaded = timm_datasets.load(name, split, data_dir, found, augment, kept, resize, options)
+    elif not isinstance(data_dir, (str, Path)):
         raise ValueError(f"load_dataset: dataset {name!r} needs the folder that holds it. Pass data_dir.")
-    return load_folder(Path(data_dir), split, found, augment, kept, resize)
+    else:
+        loaded = load_folder(Path(data_dir), split, found, augment, kept, resize)
+    named = {key: repr(value) for key, value in sorted(options.items()) if key != "download"}
+    return identified(loaded, found, augment, resize, [name, split, named])
 
 
 def is_known(name: object) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,14 +19,16 @@ from fastshap_kernels._checks import check_count, check_flag, fail
 
 from .._checks import check_choice
 from .._modes import evaluating
+from .._runtime.digest import digest_of_tensors
 from .._runtime.errors import SendableErrors
-from .._runtime.precision import PRECISIONS
+from .._runtime.precision import PRECISIONS, resolved
 from .._runtime.processes import processes
 from .._runtime.progress import progress_bar
 from ..games.coalitions import Coalitions
 from ..games.readout import features_as_values, is_plain_classifier
 from ..models.image_text import ImageTextClassifier
 from ..models.self_explaining import SelfExplainingClassifier
+from .identity import images_identity
 from .recorded import READ_TWICE, RecordedCoalitions, as_weights, images_of, is_near, pictures_of
 from .shards import MANIFEST, InMemory, Manifest, Shards, path_of, write_shard
 
@@ -127,21 +127,24 @@ def record_coalitions(
         coalitions=coalitions,
         players=model.players,
         seed=seed,
-        precision=precision,
+        precision=resolved(model, precision),
         dtype=dtype or ("float32" if output is None else "float16"),
         store=store,
         classes=classes,
         shard=shard,
         model=_fingerprint(model, store),
         pictures=pictures_of(data),
+        data=images_identity(data),
     )
-    recorder = _Recorder(model, data, manifest, batch_size, workers, progress)
+    options = (batch_size, workers, progress)
     if output is None:
+        recorder = _Recorder(model, data, manifest, *options)
         parts = list(recorder.shards(range(manifest.shards)))
         whole = {name: torch.cat([part[name] for _, part in parts]) for name in parts[0][1]}
         return RecordedCoalitions._of(data, InMemory(whole, shard), manifest)
     folder, state = Path(output), processes()
-    with _held(folder, manifest):
+    with _held(folder, manifest, keeps_precision=precision == "auto") as manifest:
+        recorder = _Recorder(model, data, manifest, *options)
         own = range(state.process_index, manifest.shards, state.num_processes)
         for index, tensors in recorder.shards([index for index in own if not path_of(folder, index).exists()]):
             write_shard(path_of(folder, index), tensors)
@@ -217,8 +220,11 @@ class _Recorder:
 
 
 @contextmanager
-def _held(folder: Path, manifest: Manifest) -> Iterator[None]:
-    """Keeps other runs out of the folder, in which the manifest is: written now, or the same as was written."""
+def _held(folder: Path, manifest: Manifest, keeps_precision: bool) -> Iterator[Manifest]:
+    """Keeps other runs out of the folder, in which the manifest is: written now, or the same as was written.
+
+    Where the precision is left to the machine, that of the first one holds.
+    """
     state, lock = processes(), FileLock(folder / LOCK)
     try:
         if state.is_main_process:
@@ -234,8 +240,10 @@ def _held(folder: Path, manifest: Manifest) -> Iterator[None]:
         raise OSError(f"record_coalitions: argument `output`, {str(folder)!r}, can't be written: {error}") from error
     try:
         state.wait_for_everyone()
+        if keeps_precision and (folder / MANIFEST).exists():
+            manifest = replace(manifest, precision=Manifest.read(folder).precision)
         _check_begun(folder, manifest)
-        yield
+        yield manifest
     finally:
         lock.release()
 
@@ -282,17 +290,14 @@ def _finish(folder: Path, manifest: Manifest) -> None:
 
 def _fingerprint(model: SelfExplainingClassifier, store: str) -> str:
     """Of the weights and statistics that v(S) follows from, and of what removing a patch means."""
-    found = hashlib.sha256(json.dumps([model.config["model_name"], model.removal, model.game.patches_vote]).encode())
+    about = [model.config["model_name"], model.removal, model.game.patches_vote]
     classifier: Any = model.backbone.get_classifier()  # type: ignore[operator]
     left_out = {id(tensor) for tensor in classifier.parameters()} if store == "features" else set()
-    for name, tensor in model.backbone.state_dict(keep_vars=True).items():
-        if id(tensor) not in left_out:
-            found.update(name.encode())
-            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    tensors = [named for named in model.backbone.state_dict(keep_vars=True).items() if id(named[1]) not in left_out]
     if isinstance(model, ImageTextClassifier):
-        found.update(json.dumps([model.scores.logit_scale, model.scores.logit_bias]).encode())
-        found.update(model.texts.cpu().contiguous().view(torch.uint8).numpy().data)
-    return found.hexdigest()[:32]
+        about += [model.scores.logit_scale, model.scores.logit_bias]
+        tensors.append(("texts", model.texts))
+    return digest_of_tensors(tensors, about)[:32]
 
 
 def _check_data(model: Any, data: Any) -> None:

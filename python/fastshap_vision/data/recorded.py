@@ -8,7 +8,6 @@ The encoder and the classifier stay as they are, to the bit.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +21,11 @@ from fastshap_kernels import pack_bits, unpack_bits
 from fastshap_kernels._checks import check_dense, check_flag, fail, words
 
 from .._modes import evaluating
+from .._runtime.digest import digest_of_words
 from ..models.self_explaining import SelfExplainingClassifier
 from ..objectives.base import variance_of
 from ..objectives.explainer import values_of
+from .identity import images_identity
 from .shards import MANIFEST, InMemory, Manifest, Shards, path_of, write_shard
 
 #: Images that are read twice, to see that they are the same.
@@ -143,11 +144,12 @@ class RecordedCoalitions(Dataset):
             )
         if len(data) != manifest.images:
             fail("RecordedCoalitions", "data", f"the {manifest.images} recorded images", f"{len(data)} images")
-        if not is_near(pictures_of(data), manifest.pictures):
+        others = manifest.other_settings(replace(manifest, data=images_identity(data)))
+        if others or not is_near(pictures_of(data), manifest.pictures):
             raise ValueError(
                 f"RecordedCoalitions.load: argument `data` must hold the images that {str(path)!r} was recorded from, "
-                "in their order, but these are others. Pass that dataset, or call fv.record_coalitions(model, data) "
-                "again."
+                f"in their order, but these are others{': ' if others else ''}{'; '.join(others)}. Pass that dataset, "
+                "or call fv.record_coalitions(model, data) again."
             )
         stored = Shards(folder, manifest, present)
         found = cls._of(data if len(present) == manifest.shards else Subset(data, stored.images), stored, manifest)
@@ -181,7 +183,7 @@ class RecordedCoalitions(Dataset):
     @property
     def digest(self) -> str:
         """Of coalitions and values: by it `fit` knows on resuming whether they are the same."""
-        return hashlib.sha256("".join(self.stored.digests()).encode()).hexdigest()[:16]
+        return digest_of_words(self.stored.digests())[:16]
 
     def check(self, model: SelfExplainingClassifier) -> None:
         """Raises a ValueError where `model` gives coalitions of the first images other values than the record.
@@ -224,10 +226,9 @@ class RecordedCoalitions(Dataset):
             described = replace(self.manifest, digests=self.stored.digests())
             # What was taken of a recording that is not finished is saved as one of these images.
             is_whole = len(self) == described.images
-            return described if is_whole else replace(described, images=len(self), pictures=pictures_of(self.data))
+            return described if is_whole else replace(described, **self._of_images())
         found = self.rows([0])
         return Manifest(
-            images=len(self),
             coalitions=found["bits"].shape[1],
             players=32 * found["bits"].shape[2],
             seed=None,
@@ -237,9 +238,12 @@ class RecordedCoalitions(Dataset):
             classes=None,
             shard=_SHARD,
             model=None,
-            pictures=pictures_of(self.data),
             digests=self.stored.digests(),
+            **self._of_images(),
         )
+
+    def _of_images(self) -> dict[str, Any]:
+        return {"images": len(self), "pictures": pictures_of(self.data), "data": images_identity(self.data)}
 
     @property
     def classes(self) -> Any:

@@ -9,13 +9,12 @@ that is cut short is an error, not the end of the process, and memory is that of
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .._files import write_whole
+from .._runtime.digest import bytes_of, digest_of_json, digest_of_tensors
 
 MANIFEST = "manifest.json"
-_FORMAT = "fastshap_vision.RecordedCoalitions/2"
+_FORMAT = "fastshap_vision.RecordedCoalitions/3"
 _DTYPES = {"I32": torch.int32, "F16": torch.float16, "F32": torch.float32, "I64": torch.int64}
 _CHECKS = "checks"
 #: No header of ours is nearly as long.
@@ -47,6 +47,7 @@ class Manifest:
         model: the fingerprint of the encoder and its classifier; None where it is not known.
         pictures: mean and standard deviation of some images.
         digests: of each shard; None while some are missing.
+        data: which images, and how they are prepared; {} where it is not known.
     """
 
     images: int
@@ -61,6 +62,7 @@ class Manifest:
     model: str | None
     pictures: list[list[float]]
     digests: list[str] | None = None
+    data: dict[str, Any] = field(default_factory=dict)
 
     @property
     def shards(self) -> int:
@@ -71,15 +73,21 @@ class Manifest:
         return range(index * self.shard, min(self.images, (index + 1) * self.shard))
 
     def other_settings(self, wanted: Manifest) -> list[str]:
-        """What differs, in words; the pictures apart."""
-        found, expected = (asdict(replace(each, digests=None, pictures=[])) for each in (self, wanted))
-        return [
-            f"{name} was {found[name]!r} and is {expected[name]!r}" for name in found if found[name] != expected[name]
-        ]
+        """What differs, in words; the pictures apart. Where one does not know its data, they do not differ."""
+        known = bool(self.data and wanted.data)
+        found, expected = (
+            asdict(replace(each, digests=None, pictures=[], data={}))
+            | {f"data.{name}": value for name, value in each.data.items() if known}
+            for each in (self, wanted)
+        )
+        differing = [name for name in found if found[name] != expected.get(name)]
+        return [f"{name} was {found[name]!r} and is {expected.get(name)!r}" for name in differing]
 
     def write(self, folder: Path) -> None:
         """Writes it into the folder, whole or not at all."""
-        text = json.dumps({"format": _FORMAT, "digest": _digest_of(asdict(self)), "manifest": asdict(self)}, indent=1)
+        text = json.dumps(
+            {"format": _FORMAT, "digest": digest_of_json(asdict(self)), "manifest": asdict(self)}, indent=1
+        )
         write_whole(folder / MANIFEST, text.encode())
 
     @classmethod
@@ -91,7 +99,7 @@ class Manifest:
             if not isinstance(found, dict) or found.get("format") != _FORMAT:
                 raise ValueError("it is no manifest of recorded coalitions")
             content = found["manifest"]
-            if found["digest"] != _digest_of(content):
+            if found["digest"] != digest_of_json(content):
                 raise ValueError("it is not what was written")
             manifest = cls(**content)
             if not all(isinstance(number, int) and number > 0 for number in (manifest.images, manifest.shard)):
@@ -223,7 +231,7 @@ class _Header:
 
 def _read(file: Any, at: int, into: Tensor) -> None:
     file.seek(at)
-    if file.readinto(_bytes(into)) != into.nbytes:
+    if file.readinto(bytes_of(into)) != into.nbytes:
         raise ValueError("it is cut short")
 
 
@@ -265,12 +273,7 @@ def path_of(folder: Path, index: int) -> Path:
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
     """Of the tensors' bytes, types and shapes."""
-    found = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].cpu().contiguous()
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(_bytes(tensor))
-    return found.hexdigest()
+    return digest_of_tensors({name: tensors[name] for name in sorted(tensors)})
 
 
 def damaged(path: Path, error: Exception) -> ValueError:
@@ -286,13 +289,5 @@ def _check_of(row: Sequence[Tensor]) -> int:
     """A check sum of the tensors of an image, in the order of their names."""
     check = 0
     for tensor in row:
-        check = zlib.crc32(_bytes(tensor), check)
+        check = zlib.crc32(bytes_of(tensor), check)
     return check
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.flatten().view(torch.uint8).numpy().data
-
-
-def _digest_of(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

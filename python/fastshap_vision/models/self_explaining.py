@@ -164,6 +164,13 @@ class SelfExplainingClassifier(Pretrained):
         self.calibration = calibration_of(calibration)
 
     @property
+    def trained_as(self) -> dict[str, Any]:
+        """JSON-able, by name: what decides how the model is trained and is not in its weights."""
+        names = ("model_name", "head", "head_depth", "intermediates", "removal", "model_kwargs")
+        decided = {"base": self.base, "backbone_gradient": self.head.backbone_gradient}
+        return {name: self.config[name] for name in names} | decided
+
+    @property
     def grid(self) -> tuple[int, int]:
         return self.game.grid
 

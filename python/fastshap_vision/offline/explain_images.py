@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from fastshap_kernels._checks import check_count, check_flag, fail
 
 from .._modes import evaluating
+from .._runtime.digest import digest_of_tensors
 from .._runtime.errors import SendableErrors
 from .._runtime.progress import progress_bar
 from ..explanations.link import probabilities
@@ -223,8 +223,4 @@ def _checked_names(classes: Any, count: int) -> list[str] | None:
 
 def digest_of_model(model: SelfExplainingClassifier) -> str:
     """Of its weights, and of all else that decides its explanations."""
-    found = hashlib.sha256(repr((model.config, model.calibration)).encode())
-    for name, tensor in model.state_dict().items():
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
+    return digest_of_tensors(model.state_dict(), about=model.config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
 import os
@@ -18,6 +17,7 @@ from torch.utils.data import Dataset
 
 from fastshap_kernels._checks import fail
 
+from .._runtime.digest import digest_of_words
 from ..images.decode import decode, suffixes
 from ..images.preprocessing import Preprocessing
 
@@ -123,10 +123,7 @@ def _members(path: str, name: str, endings: frozenset[str]) -> Iterable[StoredIm
 
 def digest_of(images: Iterable[StoredImage]) -> str:
     """Of the names and their order, and of where in tar files the images are."""
-    found = hashlib.sha256()
-    for image in images:
-        found.update(f"{image.name}\0{image.offset}\0{image.size}\0".encode(errors="surrogateescape"))
-    return found.hexdigest()
+    return digest_of_words(f"{image.name}\0{image.offset}\0{image.size}" for image in images)
 
 
 class Inputs(Dataset):

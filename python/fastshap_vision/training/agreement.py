@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
+from .._runtime.digest import digest_of_tensors
 from .._runtime.errors import sendable
 from .monitor import TrainingError
 
@@ -87,14 +87,8 @@ def fingerprints(model: nn.Module) -> dict[str, str]:
     """A digest of each parameter and buffer; none where there is but one process to compare."""
     if PartialState().num_processes == 1:
         return {}
-    return {name: _digest(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-
-
-def _digest(tensor: Tensor) -> str:
-    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(content.data)
-    return digest.hexdigest()
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {name: digest_of_tensors({name: tensor}) for name, tensor in named}
 
 
 def share_buffers(buffers: Iterable[Tensor]) -> None:

@@ -38,6 +38,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from .._checks import shortened
+from .._runtime.digest import digest_of_file, digest_of_json
 from .agreement import of_all, of_main
 from .averaging import Average
 from .export import PARTIAL, BestModel, write_model, write_summary
@@ -49,8 +50,6 @@ from .state import (
     CheckpointError,
     Within,
     decode,
-    digest_of_file,
-    digest_of_record,
     encode,
     read_record,
 )
@@ -195,7 +194,7 @@ class Checkpoints:
         files = {name: digest_of_file(partial / name) for name in (MODEL, STATE)}
         record = {"settings": self.settings, "history": list(history), "files": files, "state": encoded}
         record["within"] = None if within is None else within._asdict()
-        text = json.dumps({"digest": digest_of_record(record), "record": record}, indent=1)
+        text = json.dumps({"digest": digest_of_json(record), "record": record}, indent=1)
         (partial / RECORD).write_text(text)
         for later in reversed(whole_checkpoints(folder.parent.parent)):
             if _place(later) >= _place(folder):
@@ -275,11 +274,11 @@ class Checkpoints:
 
     def _chosen(self, resume: str | Path | None) -> tuple[Path, str] | None:
         folder = find_checkpoint(self.output, resume)
-        return None if folder is None else (folder, digest_of_record(read_record(folder)))
+        return None if folder is None else (folder, digest_of_json(read_record(folder)))
 
     def _check_present(self, folder: Path, digest: str) -> None:
         process, count = self.accelerator.process_index, self.accelerator.num_processes
-        if (folder / RECORD).is_file() and digest_of_record(read_record(folder)) == digest:
+        if (folder / RECORD).is_file() and digest_of_json(read_record(folder)) == digest:
             return
         what = "has another checkpoint in" if folder.exists() else "has no checkpoint"
         raise CheckpointError(

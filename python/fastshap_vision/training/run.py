@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from .._runtime.processes import processes, together
 from .._runtime.progress import progress_bar
+from ..data.identity import identity_of
 from ..data.recorded import RecordedCoalitions
 from ..models.self_explaining import SelfExplainingClassifier
 from .agreement import check_model, check_settings, share_buffers
@@ -80,7 +81,7 @@ class TrainingRun:
         self.stop, self.checkpoint_steps = StopRequest(), checkpoint_steps
         self.callbacks, self.log_interval, self.output = watched.of(self.accelerator), watched.interval, output
         self.settings = settings | {"images": len(data), "processes": self.accelerator.num_processes}  # type: ignore[arg-type]
-        self.settings |= _identity(data, objective)
+        self.settings |= _identity(model, data, objective)
         check_batch(self.settings)
         check_settings(self.settings)
         check_model(model, "before the first step", "Build it with the same seed and weights in each.")
@@ -336,9 +337,12 @@ class TrainingRun:
         return found
 
 
-def _identity(data: Any, objective: Any) -> dict[str, Any]:
-    """What makes a run another one, beside the arguments of `fit`: the objective's own, and the coalitions recorded."""
-    found = {f"objective.{name}": value for name, value in objective.settings.items()}
+def _identity(model: Any, data: Any, objective: Any) -> dict[str, Any]:
+    """What makes a run another one, beside the arguments of `fit`: data, model, objective and recorded coalitions."""
+    images = data.data if isinstance(data, RecordedCoalitions) else data
+    found = {f"data.{name}": value for name, value in identity_of(images).items()}
+    found |= {f"model.{name}": value for name, value in getattr(model, "trained_as", {}).items()}
+    found |= {f"objective.{name}": value for name, value in objective.settings.items()}
     return found | ({"recorded": data.digest} if isinstance(data, RecordedCoalitions) else {})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from .._runtime.digest import digest_of_file, digest_of_json
 
 MODEL, STATE, RECORD = "model.safetensors", "state.safetensors", "record.json"
 
@@ -42,7 +43,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
         record = found["record"]
-        if digest_of_record(record) != found["digest"]:
+        if digest_of_json(record) != found["digest"]:
             raise ValueError("it is not what was written")
         _check_record(record)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -118,15 +119,3 @@ def _damaged(folder: Path, path: Path, what: str) -> CheckpointError:
         f"fit: the checkpoint file {str(path)!r} is damaged: {what}. Delete {str(folder)!r}, and resume='auto' takes "
         "the checkpoint before it, or starts anew where there is none."
     )
-
-
-def digest_of_record(record: Any) -> str:
-    return hashlib.sha256(json.dumps(record).encode()).hexdigest()
-
-
-def digest_of_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
