@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Annotated, Any, Literal
@@ -64,15 +63,8 @@ def create_app(
     explainer = Explainer(model, classes, preprocessing, batch_size, limits.pixels)
     active = 0
 
-    @asynccontextmanager
-    async def running(app: FastAPI) -> AsyncIterator[None]:
-        async with explainer.running():
-            yield
-
     # No pages of documentation: they load scripts from elsewhere.
-    app = FastAPI(
-        title="fastshap", version=version("fastshap-kernels"), lifespan=running, docs_url=None, redoc_url=None
-    )
+    app = FastAPI(title="fastshap", version=version("fastshap-kernels"), docs_url=None, redoc_url=None)
 
     @app.get("/")
     async def about() -> dict[str, Any]:

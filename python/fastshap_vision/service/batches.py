@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-
-#: What is asked of the model, and where its answer is awaited.
-Waiting = tuple[Any, "asyncio.Future[Any]"]
 
 
 class Batches:
@@ -20,25 +18,28 @@ class Batches:
     """
 
     def __init__(self, answer: Callable[[Sequence[Any]], Sequence[Any]], size: int) -> None:
-        self._answer, self._size = answer, size
-        self._waiting: asyncio.Queue[Waiting] = asyncio.Queue()
+        self._answer, self._size, self._thread = answer, size, ThreadPoolExecutor(1, "model")
+        self._waiting: deque[tuple[Any, asyncio.Future[Any]]] = deque()
+        self._task: asyncio.Task[None] | None = None
 
     async def ask(self, question: Any) -> Any:
         """The answer to one question; raises what `answer` raised for its batch."""
         found: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._waiting.put_nowait((question, found))
+        self._waiting.append((question, found))
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._work())
         return await found
 
-    async def run(self) -> None:
-        """Answers until it is cancelled."""
-        with ThreadPoolExecutor(1, "model") as thread:
-            while True:
-                batch = await self._next()
+    async def _work(self) -> None:
+        """Until nothing waits."""
+        try:
+            while self._waiting:
+                batch = self._next()
                 if not batch:
                     continue
                 questions = [question for question, _ in batch]
                 try:
-                    answers = await asyncio.get_running_loop().run_in_executor(thread, self._answer, questions)
+                    answers = await asyncio.get_running_loop().run_in_executor(self._thread, self._answer, questions)
                 except Exception as error:
                     answers = [error] * len(batch)
                 for (_, found), answer in zip(batch, answers, strict=True):
@@ -48,10 +49,14 @@ class Batches:
                         found.set_exception(answer)
                     else:
                         found.set_result(answer)
+        finally:
+            self._waiting.clear()  # where the loop ends, whose requests end with it
 
-    async def _next(self) -> list[Waiting]:
-        """Of those that wait, the first ones that somebody still wants to know."""
-        batch = [await self._waiting.get()]
-        while len(batch) < self._size and not self._waiting.empty():
-            batch.append(self._waiting.get_nowait())
-        return [(question, found) for question, found in batch if not found.done()]
+    def _next(self) -> list[tuple[Any, asyncio.Future[Any]]]:
+        """The first ones whose answer somebody still waits for."""
+        batch: list[tuple[Any, asyncio.Future[Any]]] = []
+        while self._waiting and len(batch) < self._size:
+            waiting = self._waiting.popleft()
+            if not waiting[1].done():
+                batch.append(waiting)
+        return batch

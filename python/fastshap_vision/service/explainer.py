@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from typing import Any
 
 import torch
@@ -59,16 +58,6 @@ class Explainer:
         self._transform, self._device = preprocessing.transform(), next(model.parameters()).device
         self._decoders, self._painter = ThreadPoolExecutor(DECODERS, "decode"), ThreadPoolExecutor(1, "draw")
         self._batches = Batches(self._explain, batch_size)
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        """For as long as anything is asked."""
-        task = asyncio.create_task(self._batches.run())
-        try:
-            yield
-        finally:
-            task.cancel()
-            await asyncio.wait([task])
 
     def target(self, name: str | None) -> int | None:
         """A class by its name or number; None for the predicted one.
