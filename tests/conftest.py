@@ -34,6 +34,8 @@ def _no_process_is_left():
     yield
     if multiprocessing.active_children():
         gc.collect()
+        for process in multiprocessing.active_children():
+            process.join(30)  # where a processor is busy, what is told to end takes a while
         assert not multiprocessing.active_children()
 
 

@@ -26,8 +26,8 @@ def test_short_calls_are_repeated_within_a_turn_of_wall_time():
     calls = {"short": lambda: call("short", 0.005), "long": lambda: call("long", 0.1)}
     found = Timer(CPU, 0.0, least=2, by="wall").measure(calls)
     assert counts["long"] == 3
-    assert 5 <= counts["short"] - 1 <= 20
-    assert 5 <= found["short"].median < 50 < found["long"].median
+    assert 2 <= counts["short"] - 1 <= 20  # less often where the processor is busy
+    assert 5 <= found["short"].median < found["long"].median >= 100
 
 
 def test_length_and_most_bound_the_turns():

@@ -392,9 +392,10 @@ def test_no_more_masked_images_at_once_than_promised():
 
 def test_attention_is_put_back_when_the_model_fails():
     subject, images, target = vit_and_inputs()
+    before = [block.attn.fused_attn for block in subject.model.blocks]
     with pytest.raises(RuntimeError):
         METHODS["chefer"](subject, images.long(), target)
-    assert all(block.attn.fused_attn for block in subject.model.blocks)
+    assert [block.attn.fused_attn for block in subject.model.blocks] == before
     assert not any(module._forward_hooks for module in subject.model.modules())
 
 

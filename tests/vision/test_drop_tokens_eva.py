@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from vision_transformers import TINY, images, network, with_shares
+from vision_transformers import TINY, added, images, network, with_shares
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
@@ -52,7 +52,7 @@ def dense_values(eva, x, bits):
         else:
             values = eva.head(eva.fc_norm(pooled))
     elif eva.global_pool == "map":
-        values = eva.head(eva.fc_norm(eva.attn_pool(tokens, attn_mask=keys)))
+        values = eva.head(eva.fc_norm(eva.attn_pool(tokens, attn_mask=added(keys))))
     else:
         values = eva.forward_head(tokens)
     return values.unflatten(0, bits.shape[:2])

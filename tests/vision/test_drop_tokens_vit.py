@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 from timm.layers import DropPath
-from vision_transformers import SMALL, VISION_TRANSFORMERS, VOTING, create, images
+from vision_transformers import SMALL, VISION_TRANSFORMERS, VOTING, added, create, images
 
 import fastshap_kernels as fk
 import fastshap_vision as fv
@@ -31,7 +31,7 @@ def dense_values(vit, x, bits, votes=False):
     elif vit.global_pool == "avg":
         values = vit.head(vit.fc_norm((patches * present.unsqueeze(2)).sum(1) / PLAYERS))
     elif vit.global_pool == "map":
-        values = vit.head(vit.fc_norm(vit.attn_pool(patches, attn_mask=present[:, None, None])))
+        values = vit.head(vit.fc_norm(vit.attn_pool(patches, attn_mask=added(present)[:, None, None])))
     else:
         values = vit.forward_head(tokens)
     return values.unflatten(0, bits.shape[:2])

@@ -402,7 +402,7 @@ def test_values_add_up_whatever_the_networks_compute_in(link, way):
         terms = fv.baselines.FastSHAPObjective(4)(model, x, LABELS)
     assert explanation.values.dtype == explanation.logits.dtype == everybody.dtype == torch.float32
     assert explanation.values.std(1).min() > 0.01
-    assert explanation.efficiency_gap() < 1e-5
+    assert explanation.efficiency_gap() < 3e-5
     terms.loss.backward()
     assert terms.loss.isfinite()
 

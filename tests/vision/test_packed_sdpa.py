@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from vision_transformers import fused_attention
 
 import fastshap_vision as fv
 from fastshap_vision._runtime import packed_sdpa as module
@@ -61,7 +62,8 @@ def test_other_attention_stays_as_it_is(generator, served):
 
 def model(**options):
     size = {"embed_dim": 32, "depth": 1, "num_heads": 2}
-    return fv.SelfExplainingClassifier("vit_tiny_patch16_224", 5, img_size=64, model_kwargs=size, **options)
+    with fused_attention(True):
+        return fv.SelfExplainingClassifier("vit_tiny_patch16_224", 5, img_size=64, model_kwargs=size, **options)
 
 
 @pytest.mark.parametrize(

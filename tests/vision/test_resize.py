@@ -30,7 +30,8 @@ def test_pixels_differ_by_little(crop_mode, interpolation):
     levels = (255 * (preprocessing.restore(fast) - preprocessing.restore(exact))).round().abs()
     assert fast.shape == exact.shape
     assert levels.max() <= 2
-    assert (levels > 0).float().mean() < 0.02
+    # torch's kernels of bytes are of AVX2; others round otherwise.
+    assert (levels > 0).float().mean() < (0.3 if torch.backends.cpu.get_cpu_capability() == "DEFAULT" else 0.02)
     assert torch.equal(exact, create_transform((3, 48, 48), mean=MEAN, std=STD, **crop)(picture()))
 
 

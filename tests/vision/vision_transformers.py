@@ -51,6 +51,11 @@ def fused_attention(enable):
         config._USE_FUSED_ATTN = before
 
 
+def added(present):
+    """A mask of keys as attention adds it: timm's attention pooling adds True as 1 where it is not fused."""
+    return torch.zeros(present.shape).masked_fill_(~present, -torch.inf)
+
+
 def network(name, classes=7, noise=0.05, **options):
     """A timm model in evaluation mode with random weights, biases and norms included."""
     torch.manual_seed(1)

@@ -136,7 +136,7 @@ def load_dataset(
         class_map: which label has which number, from 0 on: a dict, or a text file with one label a line. Of a folder or
             tar file, other folders are left out. For streams and labels without names.
         resize: by "pillow", as timm does, to the bit; or, of images that are not augmented, by "torch": faster, and a
-            few pixels differ by up to two of 255 levels.
+            few pixels (without AVX2, many) differ by up to two of 255 levels.
         options: of `timm.data.create_dataset`, for what timm names, such as download, input_key and target_key.
 
     Files are read as a viewer shows them: turned as their EXIF data say, transparency white, 16 bits as 8, floats from

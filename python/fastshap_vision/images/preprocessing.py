@@ -129,7 +129,7 @@ class Preprocessing:
             augment: whether it is that of training, with random changes; or arguments of `timm.data.create_transform`
                 for it, such as auto_augment and re_prob.
             resize: "pillow", as timm does; or "torch", of images that are not augmented: faster, and a few pixels
-                differ by up to two of 255 levels.
+                (without AVX2, many) differ by up to two of 255 levels.
         """
         options = {"mean": self.mean, "std": self.std, "interpolation": self.interpolation}
         if augment or isinstance(augment, Mapping):
