@@ -168,7 +168,7 @@ class SelfExplainingClassifier(Pretrained):
         """JSON-able, by name: what decides how the model is trained and is not in its weights."""
         names = ("model_name", "head", "head_depth", "intermediates", "removal", "model_kwargs")
         decided = {"base": self.base, "backbone_gradient": self.head.backbone_gradient}
-        return {name: self.config[name] for name in names} | decided
+        return {name: self.config[name] for name in names if name in self.config} | decided
 
     @property
     def grid(self) -> tuple[int, int]:
